@@ -1,0 +1,72 @@
+"""Nothing half-written: files and folders appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from pellucid.errors import PellucidError
+
+
+def write_atomic(path: str | Path, data: str | bytes) -> None:
+    """Write to a temporary neighbour, then rename over `path`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    raw = data.encode("utf-8") if isinstance(data, str) else data
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with told_when_full(path), os.fdopen(handle, "wb") as f:
+            f.write(raw)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Fill a temporary folder; on success it takes the place of `path`, on failure nothing changes.
+
+    The old folder is moved aside before and removed after the swap, so that one of the two always exists.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    aside = temporary.with_name(temporary.name + ".old")
+    try:
+        with told_when_full(path):
+            yield temporary
+        os.chmod(temporary, 0o755)
+        if path.exists():
+            os.replace(path, aside)
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if aside.exists() and not path.exists():
+            os.replace(aside, path)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def told_when_full(path: str | Path) -> Iterator[None]:
+    """A full disk or a read-only place as an error that says so."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise PellucidError(
+                f"could not write {path}", "the disk is full",
+                "free some space, then run the same command with --resume; earlier files are intact") from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise PellucidError(f"could not write {path}", "no permission to write there",
+                                "choose another folder with --out") from error
+        raise

@@ -1,0 +1,156 @@
+"""Device, dtype, threads, seeds: every automatic choice carries its reason.
+
+Nothing is probed at import: call `choose(...)` (or one of its parts), print `choice.reason`, and go on.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pellucid.errors import BadInput
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A resolved setting and why it was chosen."""
+
+    value: Any
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.value} ({self.reason})"
+
+
+def choose_device(name: str = "auto") -> Choice:
+    import torch
+
+    if name != "auto":
+        try:
+            device = torch.device(name)
+        except RuntimeError as error:
+            raise BadInput(f"unknown device {name!r}", str(error).split("\n")[0], "use cpu, cuda or auto") from error
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise BadInput("device cuda was asked for", "this machine shows no CUDA GPU to PyTorch", "use --device cpu")
+        return Choice(device, "asked for")
+    if torch.cuda.is_available():
+        return Choice(torch.device("cuda"), f"found {torch.cuda.get_device_name()}")
+    return Choice(torch.device("cpu"), "no CUDA GPU found")
+
+
+DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16", "float16": "float16"}
+
+
+def dtype_of(name: str | torch.dtype) -> torch.dtype:
+    """'float32' | 'fp32' | 'bfloat16' | 'bf16' | 'float16' (or a dtype) -> torch.dtype."""
+    import torch
+
+    if isinstance(name, torch.dtype):
+        return name
+    if name not in DTYPES:
+        raise BadInput(f"unknown dtype {name!r}", next=f"one of {', '.join(DTYPES)}")
+    return getattr(torch, DTYPES[name])
+
+
+def choose_threads(asked: int | None = None) -> Choice:
+    """Threads for PyTorch's kernels: what was asked for, else the cores this process may use."""
+    import torch
+
+    if asked is not None and asked < 1:
+        raise BadInput(f"--threads {asked} is not possible", next="give 1 or more")
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    choice = Choice(asked, "asked for") if asked else Choice(usable, f"{usable} usable cores")
+    torch.set_num_threads(choice.value)
+    return choice
+
+
+def choose_dtype(dim: int, device: torch.device, seconds: float = 0.15) -> Choice:
+    """bfloat16 or float32 for the matrix products of a model of width `dim`, by a short measurement."""
+    import torch
+
+    if device.type == "cuda":
+        ok = torch.cuda.is_bf16_supported()
+        return Choice(torch.bfloat16 if ok else torch.float32, "GPU with bf16" if ok else "GPU without bf16")
+    speed = {d: matmul_gflops(2048, dim, 3 * dim, d, seconds / 2) for d in (torch.float32, torch.bfloat16)}
+    fast, slow = speed[torch.bfloat16], speed[torch.float32]
+    reason = f"measured bf16 {fast:.0f}, fp32 {slow:.0f} GFLOP/s at width {dim}"
+    # bf16 pays for casts around every product: it must be clearly faster to win.
+    return Choice(torch.bfloat16 if fast > 1.3 * slow else torch.float32, reason)
+
+
+def matmul_gflops(rows: int, inner: int, cols: int, dtype: torch.dtype, seconds: float = 0.1) -> float:
+    """Measured GFLOP/s of (rows, inner) @ (cols, inner)^T on the CPU: the best of repeated runs."""
+    import torch
+
+    a, b = torch.randn(rows, inner, dtype=dtype), torch.randn(cols, inner, dtype=dtype)
+    return 2 * rows * inner * cols / best_seconds(lambda: torch.nn.functional.linear(a, b), seconds) / 1e9
+
+
+def read_bandwidth_gbs(megabytes: int = 256, seconds: float = 0.2) -> float:
+    """Measured read bandwidth (GB/s): the sum of a float32 array larger than the caches."""
+    import torch
+
+    x = torch.ones(megabytes * 2**18)
+    return x.numel() * 4 / best_seconds(x.sum, seconds) / 1e9
+
+
+def best_seconds(call: Any, budget: float) -> float:
+    """Shortest time of one `call()`, repeated for about `budget` seconds after a warm-up."""
+    call()
+    best, end = float("inf"), time.perf_counter() + budget
+    while True:
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+        if time.perf_counter() >= end:
+            return best
+
+
+def seed_everything(seed: int) -> None:
+    """Python's and PyTorch's global generators. Library code prefers explicit `torch.Generator`s."""
+    import torch
+
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def peak_memory_bytes() -> int | None:
+    """Largest resident size of this process so far (bytes); None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def machine_card() -> dict[str, Any]:
+    """What a figure needs beside it: CPU, cores, system, Python and torch versions. No host name, no paths."""
+    import torch
+
+    import pellucid
+
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "pellucid": pellucid.__version__,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
