@@ -1,0 +1,177 @@
+"""Weights and configs in and out: what pellucid saves transformers opens, and the other way round.
+
+Each parameter pulls itself: the table of names says which Hub tensors make it up, `safetensors` reads just those.
+Nothing is unpickled; a file that lies about its shapes is refused with the tensor's name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pellucid.errors import BadInput
+from pellucid.files import atomic_folder, write_atomic
+from pellucid.models.config import Config
+from pellucid.models.families import config_of, find
+from pellucid.models.names import expand
+from pellucid.nn import Decoder, DecoderSpec, Linear
+from pellucid.runtime import choose_device, dtype_of
+
+IGNORED = ("rotary_emb.inv_freq", ".position_ids", ".attn.bias", ".masked_bias")  # buffers in old files, no weights
+
+
+def load(path_or_id: str | os.PathLike[str], dtype: str | torch.dtype = "float32", device: str = "cpu") -> Decoder:
+    """A checkpoint folder (or Hub id) as a `Decoder` in eval mode.
+
+    dtype "auto" keeps the file's. Raises BadInput that names every missing, unused or mis-shaped tensor.
+    """
+    folder = local_folder(path_or_id)
+    fields = read_config(folder)
+    spec = spec_of(fields)
+    if dtype == "auto":
+        dtype = fields.get("dtype") or fields.get("torch_dtype") or "float32"
+    where = choose_device(device).value
+    with torch.device("meta"):
+        model = Decoder(spec)
+    model.to(dtype_of(dtype)).to_empty(device=where)
+    fill(model, folder)
+    return model.eval()
+
+
+def spec_of(fields: dict[str, Any]) -> DecoderSpec:
+    """config.json (as a dict) -> spec."""
+    return find(fields.get("model_type", "")).spec(Config(fields))
+
+
+def local_folder(path_or_id: str | os.PathLike[str]) -> Path:
+    """The folder itself, or the cached snapshot of a Hub id (downloaded unless HF_HUB_OFFLINE is set)."""
+    path = Path(path_or_id)
+    if path.is_dir():
+        return path
+    name = str(path_or_id)
+    looks_local = path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1
+    if looks_local:
+        raise BadInput(f"no checkpoint folder at {name!r}", "a folder with config.json and *.safetensors is expected",
+                       "check the path, or give a Hub id such as Qwen/Qwen3-0.6B")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.tiktoken"]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise BadInput(f"no folder {name!r} here, and the Hub gave none", str(error).split("\n")[0],
+                       "check the name and the network, or give a local folder") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BadInput(f"{folder} has no config.json", "it is not a Hugging Face checkpoint folder") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} is not readable JSON", str(error), "fetch the file again") from error
+    if not isinstance(fields, dict):
+        raise BadInput(f"{path} holds {type(fields).__name__}, not an object", next="fetch the file again")
+    return fields
+
+
+class Weights:
+    """All safetensors files of a folder as one mapping from tensor name to (lazily read) tensor."""
+
+    def __init__(self, folder: Path, stack: ExitStack):
+        self.where: dict[str, Any] = {}
+        for path in self._files(folder):
+            try:
+                handle = stack.enter_context(safe_open(path, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise BadInput(f"{path.name} is not a whole safetensors file", str(error), "fetch the file again") from error
+            self.where.update(dict.fromkeys(handle.keys(), handle))
+
+    @staticmethod
+    def _files(folder: Path) -> list[Path]:
+        index = folder / "model.safetensors.index.json"
+        if not index.exists():
+            files = sorted(folder.glob("*.safetensors"))
+            if not files:
+                raise BadInput(f"{folder} holds no *.safetensors", "only safetensors weights are read (pickle runs code)",
+                               "convert the checkpoint with transformers: model.save_pretrained(folder)")
+            return files
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise BadInput(f"{index} is not a readable weight index", repr(error), "fetch the file again") from error
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name:
+                raise BadInput(f"{index.name} points outside its folder: {name!r}", next="do not trust this checkpoint")
+            if not (folder / name).exists():
+                raise BadInput(f"shard {name} is missing", f"{index.name} lists it", "fetch the checkpoint again")
+        return [folder / name for name in sorted(names)]
+
+
+def targets(model: Decoder) -> Iterator[tuple[str, Tensor, tuple[str, ...], tuple[int, ...]]]:
+    """(our name, parameter, Hub names, rows of each part) of every parameter."""
+    table = expand(find(model.spec.family).names, len(model.spec.layers))
+    parts = {f"{n}.{w}": m.parts for n, m in model.named_modules() if isinstance(m, Linear) for w in ("weight", "bias")}
+    for name, parameter in model.named_parameters():
+        yield name, parameter, table[name], parts.get(name, (parameter.shape[0],))
+
+
+@torch.no_grad()
+def fill(model: Decoder, folder: Path) -> None:
+    """Every parameter pulls its tensors; anything missing, unused or of another shape is an error with its name."""
+    missing, wrong, used = [], [], set()
+    with ExitStack() as stack:
+        weights = Weights(folder, stack)
+        for _, parameter, names, parts in targets(model):
+            for name, piece in zip(names, parameter.split(parts)):
+                if name not in weights.where:
+                    missing.append(name)
+                    continue
+                used.add(name)
+                found = tuple(weights.where[name].get_slice(name).get_shape())
+                if found != tuple(piece.shape):
+                    wrong.append(f"{name} {found} instead of {tuple(piece.shape)}")
+                else:
+                    piece.copy_(weights.where[name].get_tensor(name))
+        unused = [n for n in weights.where if n not in used and not n.endswith(IGNORED)]
+    if model.spec.tied:
+        unused = [n for n in unused if n != "lm_head.weight"]
+    problems = [f"{label}: {', '.join(sorted(names)[:8])}{' ...' if len(names) > 8 else ''} ({len(names)})"
+                for label, names in (("missing", missing), ("unused", unused), ("wrong shape", wrong)) if names]
+    if problems:
+        raise BadInput(f"the weights in {folder} do not fit its config.json", "; ".join(problems),
+                       "check that config.json and the safetensors belong together")
+
+
+def save(model: Decoder, folder: str | os.PathLike[str], *, tokenizer: Any = None, generation: dict[str, Any] | None = None) -> None:
+    """Writes config.json, model.safetensors (and the tokenizer's files) so that transformers opens the folder.
+
+    The folder appears whole or not at all. `generation`: fields of generation_config.json, e.g. eos_token_id.
+    """
+    with atomic_folder(folder) as new:
+        write_model(model, new, generation)
+        if tokenizer is not None:
+            tokenizer.save(new)
+
+
+def write_model(model: Decoder, folder: Path, generation: dict[str, Any] | None = None) -> None:
+    tensors: dict[str, Tensor] = {}
+    for _, parameter, names, parts in targets(model):
+        for name, piece in zip(names, parameter.detach().split(parts)):
+            tensors[name] = piece.to("cpu").contiguous().clone()  # safetensors refuses views that share storage
+    config = config_of(model.spec) | {"dtype": str(model.embed.weight.dtype).removeprefix("torch."), **(generation or {})}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_atomic(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    if generation is not None:
+        write_atomic(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")

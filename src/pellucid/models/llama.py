@@ -1,0 +1,20 @@
+"""Llama 2 and 3 (arXiv 2307.09288, 2407.21783): pre-norm, RoPE, SwiGLU, grouped key/value heads, no biases."""
+
+from __future__ import annotations
+
+from pellucid.models.config import Config
+from pellucid.models.families import family
+from pellucid.models.names import LLAMA
+from pellucid.nn.specs import MLP, Attn, DecoderSpec, Layer
+
+
+@family("llama", architecture="LlamaForCausalLM", names=LLAMA)
+def llama(c: Config) -> DecoderSpec:
+    d = c.head_dim()
+    bias = bool(c.get("attention_bias", False))
+    attn = Attn(c.heads, c.kv_heads, d, c.rope(d), qkv_bias=bias, out_bias=bias)
+    mlp = MLP(c.need("intermediate_size"), c.get("hidden_act", "silu"), bool(c.get("mlp_bias", False)))
+    return DecoderSpec(
+        c.need("vocab_size"), c.need("hidden_size"), (Layer(attn, mlp),) * c.need("num_hidden_layers"),
+        eps=c.get("rms_norm_eps", 1e-6), tied=bool(c.get("tie_word_embeddings", False)),
+        context=c.get("max_position_embeddings", 2048), family="llama")

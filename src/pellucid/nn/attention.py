@@ -1,0 +1,43 @@
+"""Multi-head attention with grouped key/value heads, built from an `Attn` spec.
+
+Legend: B batch, T new tokens, S all tokens, H query heads, K key/value heads, d head dim, D model width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pellucid.nn.context import Context
+from pellucid.nn.linear import Linear, RMSNorm
+from pellucid.nn.specs import Attn
+from pellucid.ops import apply_rope, attention
+
+
+class Attention(nn.Module):
+    """x (B, T, D) -> (B, T, D). One product makes q, k and v; q and k are normed and turned together."""
+
+    def __init__(self, spec: Attn, dim: int, eps: float, index: int):
+        super().__init__()
+        self.spec, self.index = spec, index
+        H, K, d = spec.heads, spec.kv_heads, spec.head_dim
+        self.qkv = Linear(dim, (H * d, K * d, K * d), spec.qkv_bias)
+        self.o = Linear(H * d, dim, spec.out_bias)
+        if spec.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(d, eps), RMSNorm(d, eps)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        B, T, _ = x.shape
+        H, K, d = self.spec.heads, self.spec.kv_heads, self.spec.head_dim
+        heads = self.qkv(x).view(B, T, H + 2 * K, d)
+        qk, v = heads[:, :, : H + K], heads[:, :, H + K :].transpose(1, 2)
+        if self.spec.qk_norm:
+            qk = torch.cat((self.q_norm(qk[:, :, :H]), self.k_norm(qk[:, :, H:])), 2)
+        cos, sin = ctx.rotation(self.spec.rope)
+        qk = apply_rope(qk, cos, sin, heads_last=True, interleaved=self.spec.rope.interleaved).transpose(1, 2)
+        q, k = qk[:, :H], qk[:, H:]
+        if ctx.cache is not None:
+            k, v = ctx.cache.extend(self.index, k, v)
+            q = q.to(k.dtype)
+        out = attention(q, k, v, causal=ctx.causal, mask=ctx.mask, window=self.spec.window)
+        return self.o(out.transpose(1, 2).reshape(B, T, H * d).to(x.dtype))

@@ -1,0 +1,43 @@
+"""The linear layer: one matrix that may be several of the Hub's (q, k, v; gate, up) stacked by rows."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pellucid.ops import rms_norm
+
+
+class Linear(nn.Module):
+    """y = x W^T (+ b), W (out, in).
+
+    parts: the row counts of the matrices stacked in W. Loading and saving cut along them, and so does Muon, which
+    must orthogonalise each matrix and not the stack. The weight is cast to the activations' dtype at use: float32
+    master weights under bfloat16 activations need no autocast.
+    """
+
+    def __init__(self, inputs: int, outputs: int | tuple[int, ...], bias: bool = False):
+        super().__init__()
+        self.parts = (outputs,) if isinstance(outputs, int) else tuple(outputs)
+        self.weight = nn.Parameter(torch.empty(sum(self.parts), inputs))
+        self.bias = nn.Parameter(torch.zeros(sum(self.parts))) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]} -> {' + '.join(map(str, self.parts))}{', bias' if self.bias is not None else ''}"
+
+
+class RMSNorm(nn.Module):
+    """Holds the weight of `ops.rms_norm`; the weight is cast to the activations' dtype at use."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight.to(x.dtype), self.eps)

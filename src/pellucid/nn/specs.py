@@ -1,0 +1,96 @@
+"""Specs: what a model is, as a small tree of frozen dataclasses.
+
+`config.json` is read into specs once (models/); blocks are built from specs (`BUILD` in nn/build.py); the inspector
+counts from them. No block ever asks for a model's name: where two families differ, a field differs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding: rotated width `dim`, base `theta`, `scaling` as in config.json's rope_parameters."""
+
+    dim: int
+    theta: float = 10_000.0
+    interleaved: bool = False
+    scaling: tuple[tuple[str, Any], ...] = ()  # sorted items, so that a spec stays hashable and comparable
+
+    @property
+    def scaling_dict(self) -> dict[str, Any]:
+        return dict(self.scaling)
+
+
+@dataclass(frozen=True)
+class Attn:
+    """Self-attention with grouped key/value heads (MHA: kv_heads == heads; MQA: kv_heads == 1)."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rope: Rope
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: bool = False  # RMS norm of each query and key head, before the rotation (Qwen3)
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class MLP:
+    """Gated feed-forward: down(act(gate x) * up x)."""
+
+    hidden: int
+    act: str = "silu"
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Pre-norm residual layer: x + mixer(norm x), then x + ffn(norm x)."""
+
+    mixer: Attn
+    ffn: MLP
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """A causal language model: embedding, layers, final norm, head (the embedding's own matrix when `tied`)."""
+
+    vocab: int
+    dim: int
+    layers: tuple[Layer, ...]
+    eps: float = 1e-6
+    tied: bool = False
+    context: int = 2048
+    family: str = "qwen3"  # which function of models/ writes the config.json back
+    extra: tuple[tuple[str, Any], ...] = field(default=(), compare=False)  # config.json fields that change no number
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of float32 cache that one token leaves in all layers."""
+        return sum(2 * layer.mixer.kv_heads * layer.mixer.head_dim * 4 for layer in self.layers)
+
+
+def count_parameters(spec: DecoderSpec) -> int:
+    """Parameters (a tied head counted once), from the spec alone; equals the built model's own count."""
+    total = spec.vocab * spec.dim * (1 if spec.tied else 2) + spec.dim
+    for layer in spec.layers:
+        a, m = layer.mixer, layer.ffn
+        q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
+        total += spec.dim * (q + 2 * kv) + q * spec.dim + 3 * spec.dim * m.hidden + 2 * spec.dim
+        total += (q + 2 * kv) * a.qkv_bias + spec.dim * a.out_bias + 2 * a.head_dim * a.qk_norm
+        total += (2 * m.hidden + spec.dim) * m.bias
+    return total
+
+
+def forward_flops(spec: DecoderSpec, context: int) -> int:
+    """Forward FLOPs for one token at position `context`: 2 per matrix weight used, and 4 H d per visible key."""
+    total = 2 * spec.vocab * spec.dim
+    for layer in spec.layers:
+        a, m = layer.mixer, layer.ffn
+        total += 2 * spec.dim * a.head_dim * (2 * a.heads + 2 * a.kv_heads) + 6 * spec.dim * m.hidden
+        total += 4 * a.heads * a.head_dim * min(context, a.window or context)
+    return total
