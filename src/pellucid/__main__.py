@@ -1,0 +1,148 @@
+"""`pellucid VERB TARGET --options`: find the verb, import its one file, run it; failures become exit codes.
+
+Exit codes: 0 done, 1 failed, 2 bad arguments, 130 interrupted. `pellucid --help` imports no verb.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One line of the table: where the function is ("module:function"), what it does; `parts` where it has kinds."""
+
+    target: str
+    en: str
+    zh: str
+    parts: dict[str, Verb] = field(default_factory=dict)
+
+
+VERBS = {
+    "grow": Verb("pellucid.cli.grow:grow",
+                 "from raw text to a small model that reasons: every stage, measured, in minutes",
+                 "从原始文本到会推理的小模型：几分钟走完每个阶段，步步有测量"),
+    "chat": Verb("pellucid.cli.chat:chat", "talk to a model in the terminal", "在终端里与模型对话"),
+    "generate": Verb("pellucid.cli.generate:generate", "complete a prompt, or a file of prompts",
+                     "续写一个或一批提示"),
+    "serve": Verb("pellucid.cli.serve:serve", "an OpenAI-compatible server for a model",
+                  "以 OpenAI 兼容接口提供模型服务"),
+    "train": Verb("", "make a model better on data", "用数据训练模型", {
+        "pretrain": Verb("pellucid.cli.train:pretrain", "language modelling on raw text", "在原始文本上做语言建模"),
+        "sft": Verb("pellucid.cli.train:sft", "supervised fine-tuning on conversations", "在对话数据上做监督微调"),
+    }),
+    "align": Verb("", "make a model better by rewards", "用奖励对齐模型", {
+        "grpo": Verb("pellucid.cli.align:grpo", "group-relative policy optimisation on verifiable tasks",
+                     "在可验证任务上做组相对策略优化"),
+    }),
+    "eval": Verb("pellucid.cli.eval:evaluate", "held-out numbers: bits per byte, pass@1, pass@k, format, length",
+                 "留出集上的数字：每字节比特、pass@1、pass@k、格式、长度"),
+    "quantize": Verb("pellucid.cli.quantize:quantize", "smaller weights, and what they cost",
+                     "压缩权重，并测出代价"),
+    "inspect": Verb("pellucid.cli.inspect:inspect", "what is in this model: parameters, memory, FLOPs",
+                    "模型里有什么：参数、内存、计算量"),
+    "bench": Verb("", "measured comparisons with the tools one would otherwise use", "与常用工具的实测对比", {
+        "grow": Verb("pellucid.cli.bench:grow", "the main job over several seeds", "多个随机种子重复主任务"),
+        "train": Verb("pellucid.cli.bench:train", "training tokens/s", "训练速度（词元/秒）"),
+        "sample": Verb("pellucid.cli.bench:sample", "batched sampling tokens/s", "批量采样速度（词元/秒）"),
+        "tokenizer": Verb("pellucid.cli.bench:tokenizer", "tokenizer training and encoding",
+                          "分词器的训练与编码速度"),
+    }),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    from pellucid import messages
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that cannot show a character must not end the run
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        messages.set_language(_asked_language(argv))
+        while argv and argv[0].startswith("--lang"):  # `pellucid --lang zh VERB`: before the verb as well as after it
+            argv = argv[1:] if "=" in argv[0] else argv[2:]
+        return dispatch(argv)
+    except (Exception, KeyboardInterrupt) as error:
+        from pellucid.cli.failures import report
+
+        return report(error, as_json="--json" in argv)
+
+
+def dispatch(argv: list[str]) -> int:
+    from pellucid.messages import say
+
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_page())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        import pellucid
+
+        print(f"pellucid {pellucid.__version__}")
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name not in VERBS:
+        raise _unknown(say("error.verb", verb=name), name, list(VERBS), say("error.see_all"))
+    verb = VERBS[name]
+    if not verb.parts:
+        return _run(verb, name, rest)
+    if rest and rest[0] in ("-h", "--help"):
+        print(_page(name))
+        return 0
+    parts = ", ".join(verb.parts)
+    if not rest or rest[0].startswith("-"):
+        from pellucid.errors import BadInput
+
+        raise BadInput(say("error.no_part", verb=name, parts=parts), next=say("error.see", verb=name))
+    if rest[0] not in verb.parts:
+        raise _unknown(say("error.part", verb=name, part=rest[0]), rest[0], list(verb.parts),
+                       say("error.see", verb=name))
+    return _run(verb.parts[rest[0]], f"{name} {rest[0]}", rest[1:])
+
+
+def _run(verb: Verb, name: str, argv: list[str]) -> int:
+    import importlib
+
+    from pellucid.cli.base import config_class_of, run
+
+    module, function_name = verb.target.split(":")
+    function = getattr(importlib.import_module(module), function_name)
+    return run(config_class_of(function), function, argv, name)
+
+
+def _page(name: str | None = None) -> str:
+    """The help page of the program, or of a verb with several kinds."""
+    import pellucid
+    from pellucid.messages import pick, say
+
+    table = VERBS[name].parts if name else VERBS
+    width = max(map(len, table))
+    rows = [f"  {key:<{width}}  {pick(verb.en, verb.zh)}" for key, verb in table.items()]
+    if name:
+        return "\n".join([say("help.parts", verb=name), "", pick(VERBS[name].en, VERBS[name].zh), "", *rows])
+    return "\n".join([say("help.title", version=pellucid.__version__), "", say("help.usage"), "",
+                      say("help.verbs"), *rows, "", say("help.start"), say("help.more")])
+
+
+def _unknown(what: str, word: str, choices: list[str], see: str) -> Exception:
+    from pellucid.cli.failures import did_you_mean
+    from pellucid.errors import BadInput
+
+    return BadInput(what, next=did_you_mean(word, choices) or see)
+
+
+def _asked_language(argv: list[str]) -> str | None:
+    """`--lang zh` read before anything else, so that help and refusals speak it too; nonsense is refused later."""
+    from pellucid.messages import LANGUAGES
+
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        value = following if word == "--lang" else word.removeprefix("--lang=")
+        if word.startswith("--lang") and value in LANGUAGES:
+            return value
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""From a typed dataclass to a command: flags and help from its fields, the event stream to people or to programs.
+
+A verb is a function with one annotated parameter; its annotation is the dataclass of its options (see `Common`).
+A field's docstring is its help: lines with Chinese characters are the Chinese help, the others the English one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeVar
+
+from tyro.conf import FlagCreatePairsOff, Positional
+
+from pellucid import events, messages, runtime
+from pellucid.cli import usage
+from pellucid.cli.failures import did_you_mean
+from pellucid.errors import BadInput
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+__all__ = ["Common", "Positional", "prepare", "run"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Common:
+    """Options of every verb."""
+
+    json: bool = False
+    """Print the event stream, one JSON object a line, and nothing else on stdout.
+    在标准输出上只逐行打印 JSON 事件。"""
+    quiet: bool = False
+    """Show no progress: results and errors only.
+    不显示进度，只给出结果与错误。"""
+    lang: Literal["zh", "en"] | None = None
+    """Language of the texts for people; by default that of the locale.
+    文字的语言；默认取自系统区域设置。"""
+    seed: int | None = None
+    """Seed of every random draw; by default 0 where work is measured, a new one each time in chat and generate.
+    所有随机数的种子；训练与评测默认为 0，对话与生成每次不同。"""
+    threads: int | None = None
+    """CPU threads; by default all the cores that this process may use.
+    CPU 线程数；默认用尽本进程可用的核心。"""
+    device: str = "auto"
+    """cpu, cuda, or auto: the GPU where there is one.
+    cpu、cuda 或 auto（有 GPU 就用 GPU）。"""
+
+
+def run(config_class: type[T], function: Callable[[T], int | None], argv: list[str], verb: str) -> int:
+    """Parse `argv`, connect the event stream to what `--json`, `--quiet` and the terminal ask for, call `function`.
+
+    Returns the exit code: what `function` returns, None meaning 0. Raises what it raises.
+    """
+    if "-h" in argv or "--help" in argv:
+        print(usage.page(config_class, verb))
+        return 0
+    config: Any = parse(config_class, argv, verb)
+    messages.set_language(config.lang)
+    with shown(json_lines=config.json, quiet=config.quiet):
+        return function(config) or 0
+
+
+def config_class_of(function: Callable[..., Any]) -> type:
+    """The dataclass that annotates the first parameter of a verb's function."""
+    hints = typing.get_type_hints(function)
+    return next(hint for name, hint in hints.items() if name != "return")
+
+
+def parse(config_class: type[T], argv: list[str], verb: str) -> T:
+    """`argv` as an instance of the dataclass.  BadInput names the option that is nearest to a misspelt one."""
+    import tyro
+
+    known = ["--help", *usage.flags(config_class)]
+    for word in argv:
+        if word == "--":
+            break
+        name = word.split("=")[0].replace("_", "-")
+        if word.startswith("--") and name not in known:
+            raise BadInput(messages.say("error.option", verb=verb, option=word.split("=")[0]),
+                           next=did_you_mean(name, known) or messages.say("error.see", verb=verb))
+    heard = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(heard), contextlib.redirect_stdout(heard):
+            return tyro.cli(config_class, prog=f"pellucid {verb}", args=argv, config=(FlagCreatePairsOff,))
+    except SystemExit as refused:
+        raise BadInput(messages.say("error.argument", verb=verb), _refusal(heard.getvalue()),
+                       messages.say("error.see", verb=verb)) from refused
+
+
+def _refusal(boxed: str) -> str:
+    """The sentence inside tyro's frame: what stands between the frame's top and its first rule."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", boxed).splitlines()
+    inside = [line.strip("│ ") for line in lines if line.startswith("│")]
+    rule = next((i for i, line in enumerate(inside) if line.startswith("─")), len(inside))
+    return " ".join(inside[:rule])
+
+
+@contextlib.contextmanager
+def shown(json_lines: bool, quiet: bool) -> Iterator[None]:
+    """Events go to stdout as JSON lines, to a live view, to plain lines on stderr, or nowhere.
+
+    With `json_lines` whatever is printed meanwhile goes to stderr, so that stdout holds events alone.
+    """
+    from pellucid.cli import display
+
+    if json_lines:
+        out = sys.stdout
+        with events.subscribed(JsonLines(out)), contextlib.redirect_stdout(sys.stderr):
+            yield
+    elif quiet:
+        yield
+    else:
+        with display.for_people() as reader, events.subscribed(reader):
+            yield
+
+
+class JsonLines:
+    """Subscriber: every event as one JSON line."""
+
+    def __init__(self, out: TextIO):
+        self.out = out
+
+    def __call__(self, event: events.Event) -> None:
+        self.out.write(json.dumps(event.as_dict(), ensure_ascii=False) + "\n")
+        self.out.flush()
+
+
+def prepare(config: Common, seed: int | None = 0) -> torch.device:
+    """Seed, threads and device of a verb that computes, each choice noted with its reason.
+
+    `seed` is used where the person gave none; None there leaves the generators as they are.
+    """
+    device, threads = runtime.choose_device(config.device), runtime.choose_threads(config.threads)
+    chosen = seed if config.seed is None else config.seed
+    if chosen is not None:
+        runtime.seed_everything(chosen)
+    events.note(f"device {device}, threads {threads}, seed {'new' if chosen is None else chosen}")
+    return device.value
