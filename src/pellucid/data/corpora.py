@@ -18,22 +18,25 @@ Left out, because they would flatter or spoil a measurement:
 from __future__ import annotations
 
 import ast
+import gc
 import hashlib
 import inspect
+import os
 import re
 import sysconfig
 import tokenize
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pellucid.data.reading import Document, read
 from pellucid.errors import BadInput, nearest
 
-__all__ = ["Document", "docs", "read", "source", "standard_library"]
+__all__ = ["Document", "read", "standard_library"]
 
 Kind = Literal["docs", "source", "both"]
+KINDS = get_args(Kind)
 TOPICS = "pydoc_data/topics.py"
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "turtledemo", "encodings",
                    "_bundled", "lib2to3", "__pycache__", "lib-dynload", "__phello__"}
@@ -51,39 +54,38 @@ def standard_library(kind: Kind = "docs", folder: str | Path | None = None) -> I
     folder: where the library lies; by default where `sysconfig` says. Errors: BadInput for an unknown kind, and where
     this Python came without its sources (embedded or frozen builds).
     """
-    kinds = {"docs": docs, "source": source, "both": _both}
-    if kind not in kinds:
-        raise BadInput(f"unknown kind {kind!r} of the standard library{nearest(kind, list(kinds))}",
-                       next=f"one of {', '.join(kinds)}")
+    if kind not in KINDS:
+        raise BadInput(f"unknown kind {kind!r} of the standard library{nearest(kind, list(KINDS))}",
+                       next=f"one of {', '.join(KINDS)}")
     root = Path(folder) if folder else Path(sysconfig.get_path("stdlib"))
     files = modules(root)
     if not files:
         raise BadInput("this Python has no standard library as source files", f"no .py files in {root}",
                        "give a text of your own with --corpus DIR, or use a Python from python.org, conda or uv")
-    return kinds[kind](root, files)
+    return _sources(root, files) if kind == "source" else _documented(root, files, with_source=kind == "both")
 
 
 def modules(root: Path) -> list[str]:
     """The files that are used, as names relative to `root` with forward slashes, sorted."""
     found: list[str] = []
-    for file in root.rglob("*.py"):
-        name = file.relative_to(root)
-        left_out = SKIPPED_FOLDERS.intersection(name.parts[:-1]) or any(p.startswith(SKIPPED_PREFIXES) for p in name.parts)
-        if not left_out and name.as_posix() not in SKIPPED_FILES and file.stat().st_size <= MAX_FILE:
-            found.append(name.as_posix())
+    for folder, below, names in os.walk(root):
+        below[:] = [name for name in below if name not in SKIPPED_FOLDERS and not name.startswith(SKIPPED_PREFIXES)]
+        for file in (Path(folder, name) for name in names if name.endswith(".py")):
+            name = file.relative_to(root).as_posix()
+            if name not in SKIPPED_FILES and not file.name.startswith(SKIPPED_PREFIXES) and _small(file):
+                found.append(name)
     return sorted(found)
 
 
-def source(root: Path, files: list[str]) -> Iterator[Document]:
-    """Whole source files."""
+def _sources(root: Path, files: list[str]) -> Iterator[Document]:
     for name in files:
         text = _read(root / name)
         if text.strip():
             yield Document(text, f"python/{name}")
 
 
-def docs(root: Path, files: list[str]) -> Iterator[Document]:
-    """English prose: the language reference by topic, then the documentation of each module.
+def _documented(root: Path, files: list[str], with_source: bool) -> Iterator[Document]:
+    """The language reference by topic, then the documentation of each module, and its code where asked for.
 
     A paragraph of `REPEATED` characters or more is given once: several topics contain others whole, and modules copy
     docstrings from each other, so that held-out text would otherwise stand in the training text too.
@@ -92,9 +94,13 @@ def docs(root: Path, files: list[str]) -> Iterator[Document]:
     for name, text in _topics(root / TOPICS):
         yield from _prose(text, f"python/topics/{name}", seen)
     for name in files:
-        tree = _parse(_read(root / name))
+        text = _read(root / name)
+        tree = _parse(text)
         if tree is not None:
             yield from _prose("\n\n".join(docstrings(tree)), f"python/docs/{name}", seen)
+            text = without_docstrings(text, tree)
+        if with_source and text.strip():
+            yield Document(text, f"python/{name}")
 
 
 def docstrings(tree: ast.AST) -> Iterator[str]:
@@ -109,30 +115,24 @@ def docstrings(tree: ast.AST) -> Iterator[str]:
                 yield from docstrings(child)
 
 
-def without_docstrings(text: str) -> str:
-    """`text` with the lines of its docstrings taken out; a body that was only a docstring becomes `...`."""
-    tree = _parse(text)
-    if tree is None:
-        return text
-    lines = text.splitlines(keepends=True)
+def without_docstrings(text: str, tree: ast.Module) -> str:
+    """`text`, whose syntax tree is `tree`, without its docstrings; a body that was only a docstring becomes `...`.
+
+    A docstring that shares a line with code stays.
+    """
+    lines = [line + "\n" for line in text.split("\n")]  # not splitlines: form feeds end no line in Python's grammar
     for node in ast.walk(tree):
-        if isinstance(node, _Documented) and ast.get_docstring(node, clean=False) is not None:
-            expression = node.body[0]
-            first, last = expression.lineno - 1, expression.end_lineno
-            alone = not lines[first][: expression.col_offset].strip() and last < len(lines)
-            if not alone:  # def f(): "doc"
-                continue
-            only = len(node.body) == 1 and not isinstance(node, ast.Module)
-            lines[first:last] = [" " * expression.col_offset + "...\n" if only else ""] + [""] * (last - first - 1)
-    return "".join(lines)
-
-
-def _both(root: Path, files: list[str]) -> Iterator[Document]:
-    yield from docs(root, files)
-    for document in source(root, files):
-        text = without_docstrings(document.text)
-        if text.strip():
-            yield Document(text, document.source)
+        if not isinstance(node, _Documented) or ast.get_docstring(node, clean=False) is None:
+            continue
+        string = node.body[0]
+        first, last = string.lineno - 1, string.end_lineno
+        before = lines[first].encode()[: string.col_offset]
+        after = lines[last - 1].encode()[string.end_col_offset :].strip()
+        if before.strip() or (after and not after.startswith(b"#")):
+            continue
+        only = len(node.body) == 1 and not isinstance(node, ast.Module)
+        lines[first:last] = [before.decode() + "...\n" if only else ""] + [""] * (last - first - 1)
+    return "".join(lines)[:-1]
 
 
 def _topics(file: Path) -> list[tuple[str, str]]:
@@ -173,9 +173,21 @@ def _read(file: Path) -> str:
 
 
 def _parse(text: str) -> ast.Module | None:
+    collecting = gc.isenabled()
+    gc.disable()  # a tree is a hundred thousand new objects and no cycle: looking for one takes as long as parsing
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in old modules are not the reader's concern
             return ast.parse(text)
     except (SyntaxError, ValueError, RecursionError):
         return None
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _small(file: Path) -> bool:
+    try:
+        return file.stat().st_size <= MAX_FILE
+    except OSError:  # a link to nothing
+        return False

@@ -76,10 +76,8 @@ def _open(file: Path, kind: str, name: str, alone: bool) -> Iterator[Document]:
     from pellucid.data import records
 
     try:
-        if kind == "jsonl":
-            yield from (Document(text, name) for text in records.texts_of_jsonl(file))
-        elif kind == "parquet":
-            yield from (Document(text, name) for text in records.texts_of_parquet(file))
+        if kind in ("jsonl", "parquet"):
+            yield from (Document(text, name) for text in records.texts_of(file))
         elif looks_binary(file):
             if alone:
                 raise BadInput(f"{file} is not text", "it holds zero bytes", "give .txt, .md, source, .jsonl or .parquet")

@@ -39,33 +39,39 @@ def is_heldout(text: str, share: float = SHARE) -> bool:
 def divide(documents: Iterable[Document], share: float = SHARE) -> tuple[list[Document], list[Document]]:
     """All documents as (train, held out); neither side is empty.
 
-    A corpus of few documents may have none whose hash falls under `share`. Then the documents are cut at paragraphs into
-    about 50 pieces, the same rule is applied to the pieces, and the piece with the smallest hash is held out if the
-    rule still picks none. This is said as a note. Errors: BadInput when there are not two different pieces of text.
+    The rule is `is_heldout`. In a corpus of few documents it may hold out nothing, or far too much (a third of `share`
+    or less, three times or more, in characters). Then the documents are cut into about 100 pieces of whole paragraphs,
+    and those with the smallest hashes are held out until `share` is reached; a note says so.
+    Errors: BadInput where there are not two different pieces of text.
     """
     documents = list(documents)
-    sides = _sides(documents, share)
-    if all(sides):
-        return sides
-    pieces = [piece for document in documents for piece in _pieces(document, _size(documents) // 50)]
-    fractions = {fraction(piece.text) for piece in pieces}
-    if len(fractions) < 2:
-        raise BadInput("the corpus is too small to hold some of it out",
-                       f"{len(documents)} documents, {_size(documents)} characters, one distinct paragraph",
-                       "give more text: --corpus DIR, or the default corpus")
-    sides = _sides(pieces, share)
-    if not all(sides):
-        sides = _sides(pieces, sorted(fractions)[0 if sides[0] else -1], inclusive=bool(sides[0]))
-    events.note(f"the corpus has only {len(documents)} documents: held out by paragraphs ({len(pieces)} pieces, "
-                f"{len(sides[1])} of them held out)")
-    return sides
-
-
-def _sides(documents: list[Document], limit: float, inclusive: bool = False) -> tuple[list[Document], list[Document]]:
     sides: tuple[list[Document], list[Document]] = ([], [])
     for document in documents:
-        place = fraction(document.text)
-        sides[place < limit or (inclusive and place == limit)].append(document)
+        sides[is_heldout(document.text, share)].append(document)
+    total = _size(documents)
+    if all(sides) and share / 3 < _size(sides[1]) / total < share * 3:
+        return sides
+    pieces = [piece for document in documents for piece in _pieces(document, max(1, total // 100))]
+    train, heldout = _smallest(pieces, share)
+    events.note(f"the corpus has only {len(documents)} documents: split by paragraphs instead "
+                f"({len(heldout)} of {len(pieces)} pieces are held out)")
+    return train, heldout
+
+
+def _smallest(pieces: list[Document], share: float) -> tuple[list[Document], list[Document]]:
+    """The pieces with the smallest hashes are held out; equal pieces stay together."""
+    order = sorted((fraction(piece.text), number) for number, piece in enumerate(pieces))
+    if not order or order[0][0] == order[-1][0]:
+        raise BadInput("the corpus is too small to hold some of it out", f"{_size(pieces)} characters, no two different "
+                       "paragraphs or lines", "give more text: --corpus DIR, or the default corpus")
+    wanted, held, limit = share * _size(pieces), 0, order[0][0]
+    for place, number in order:
+        if held >= wanted or place == order[-1][0]:
+            break
+        held, limit = held + len(pieces[number].text), place
+    sides: tuple[list[Document], list[Document]] = ([], [])
+    for piece in pieces:
+        sides[fraction(piece.text) <= limit].append(piece)
     return sides
 
 
@@ -74,12 +80,14 @@ def _size(documents: list[Document]) -> int:
 
 
 def _pieces(document: Document, size: int) -> Iterator[Document]:
-    """Whole paragraphs of `document`, joined up to at least `size` characters."""
-    held: list[str] = []
+    """Paragraphs of `document` (lines, where a paragraph is long), joined up to at least `size` characters."""
+    held, length = "", 0
     for paragraph in _PARAGRAPH.split(document.text):
-        held.append(paragraph)
-        if sum(map(len, held)) >= size:
-            yield Document("\n\n".join(held), document.source)
-            held = []
-    if "".join(held).strip():
-        yield Document("\n\n".join(held), document.source)
+        for unit in paragraph.splitlines(keepends=True) if len(paragraph) > 2 * size else [paragraph]:
+            held, length = held + unit, length + len(unit)
+            if length >= size:
+                yield Document(held, document.source)
+                held, length = "", 0
+        held += "\n\n" if held else ""
+    if held.strip():
+        yield Document(held, document.source)
