@@ -1,0 +1,168 @@
+"""The numbers to look at in every step of online training. Pure functions, means over trained tokens only.
+
+Two kinds. *Shares* (`shift_shares`) come from one micro-batch; add them over micro-batches and ranks with `merge` and
+they are means over the whole step: no mean of means. *Tables* describe the whole rollout at once.
+A mean over nothing (no right answer, say) is NaN, which the event log writes as null.
+
+The loss is not here on purpose: on-policy it is about 0 by construction and says nothing. Look at the informative
+fraction, the size of the advantages, the ratio, the entropy, and above all at accuracy on held-out problems.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from pellucid.align.advantages import Components, informative_groups, total_reward
+from pellucid.align.kl import k1, k3
+from pellucid.align.policy_losses import clip_sides
+
+MEANING: dict[str, str] = {
+    "reward/*/mean": "mean of a reward component, or of the weighted total, over graded completions",
+    "reward/*/std": "its standard deviation over the same completions",
+    "reward/*/informative": "fraction of groups in which it differs: only these can teach it",
+    "reward/*/all_wrong": "fraction of groups in which every completion has the worst value, 0",
+    "reward/*/all_right": "fraction of groups in which every completion has the best value, 1",
+    "advantage/min": "most negative advantage",
+    "advantage/max": "most positive advantage",
+    "advantage/std": "standard deviation of the advantages: the size of the learning signal",
+    "advantage/distinct": "number of different advantages in the batch",
+    "advantage/token_abs": "mean |advantage| over tokens; 0 means that the step teaches nothing",
+    "ratio/mean": "mean importance ratio new / sampling policy; 1 on-policy",
+    "ratio/max": "largest ratio",
+    "ratio/bounded": "fraction of tokens whose log ratio hit its bound",
+    "clip/low": "fraction of tokens silenced at the lower side; exactly 0 in the first, on-policy update",
+    "clip/high": "fraction silenced at the upper side; exactly 0 in the first, on-policy update",
+    "clip/delta": "fraction capped by two-sided clipping",
+    "kl/old_k1": "mean log p_old - log p: drift since sampling, estimated without bias",
+    "kl/old_k3": "the same drift with less noise and never negative",
+    "kl/ref_k1": "mean log p - log p_ref: distance from the reference policy",
+    "kl/ref_k3": "the same distance with less noise and never negative",
+    "kl/bounded": "fraction of tokens whose distance from the reference hit its bound",
+    "entropy/mean": "mean entropy of the next-token distribution, nats; to 0 is collapse, a steady rise is explosion",
+    "entropy/p10": "its 10th percentile over tokens",
+    "entropy/p90": "its 90th percentile: the tokens where the policy chooses",
+    "length/mean": "mean completion length, tokens",
+    "length/p95": "its 95th percentile",
+    "length/max": "the longest completion",
+    "length/truncated": "fraction of completions cut at the length limit",
+    "length/right": "mean length of right answers",
+    "length/wrong": "mean length of wrong answers; a growing gap is length bias",
+    "diversity/distinct": "mean fraction of different completions within a group; 1/G means all the same",
+    "engine/gap_mean": "mean |log p| difference between sampler and trainer for the same tokens; rounding error only",
+    "engine/gap_max": "largest such difference",
+    "engine/ess": "effective sample size of the sampler -> trainer weights, as a fraction; 1 is perfect agreement",
+}
+
+
+def shift_shares(
+    logp: Tensor, old: Tensor, ref: Tensor | None, advantages: Tensor, ratio: Tensor, log_r: Tensor, tokens: int, *,
+    low: float, high: float, delta: float | None, log_ratio_bound: float | None, kl_bound: float | None,
+) -> dict[str, Tensor]:
+    """How far the policy moved and what the clip did: sums over this micro-batch's tokens / tokens of the step.
+
+    All tensors (M,), detached; `ratio` may belong to the token or its completion, its mean is over tokens either way.
+    """
+    below, above = clip_sides(ratio, advantages, low=low, high=high)
+    per_token = {
+        "advantage/token_abs": advantages.abs(), "ratio/mean": ratio, "clip/low": below, "clip/high": above,
+        "kl/old_k1": k1(old, logp), "kl/old_k3": k3(old, logp),
+    }
+    if delta is not None:
+        per_token["clip/delta"] = (ratio > delta) & (advantages < 0)
+    if log_ratio_bound is not None:
+        per_token["ratio/bounded"] = log_r.abs() > log_ratio_bound
+    if ref is not None:
+        per_token |= {"kl/ref_k1": k1(logp, ref), "kl/ref_k3": k3(logp, ref)}
+        if kl_bound is not None:
+            per_token["kl/bounded"] = (logp - ref).abs() > kl_bound
+    shares = {name: values.to(logp.dtype).sum() / max(tokens, 1) for name, values in per_token.items()}
+    shares["ratio/max"] = ratio.max() if ratio.numel() else ratio.new_zeros(())
+    return shares
+
+
+def merge(parts: Sequence[Mapping[str, Tensor | float]]) -> dict[str, float]:
+    """Shares of micro-batches (or ranks) -> values of the step: added, but keys that end in `/max` take the maximum."""
+    merged: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.items():
+            new = float(value)
+            before = merged.get(name)
+            merged[name] = new if before is None else max(before, new) if name.endswith("/max") else before + new
+    return merged
+
+
+def reward_table(components: Components, weights: Mapping[str, float] | None = None) -> dict[str, float]:
+    """Mean, std and informative fraction of every component (values in [0, 1]) and of the weighted total.
+
+    components: name -> (N, G), NaN where not graded. A group that nobody graded counts in no fraction.
+    """
+    table: dict[str, float] = {}
+    named = {**components, "total": total_reward(components, weights)}
+    for name, differs in informative_groups(named).items():
+        r = named[name].detach().double()
+        graded = ~r.isnan()
+        known = graded.any(1)
+        table[f"reward/{name}/mean"] = _mean(r[graded])
+        table[f"reward/{name}/std"] = float(r[graded].std()) if graded.sum() > 1 else math.nan
+        table[f"reward/{name}/informative"] = _mean(differs[known])
+        if name in components:
+            table[f"reward/{name}/all_wrong"] = _mean(((r == 0) | ~graded).all(1)[known])
+            table[f"reward/{name}/all_right"] = _mean(((r == 1) | ~graded).all(1)[known])
+    return table
+
+
+def advantage_table(advantages: Tensor) -> dict[str, float]:
+    """Spread of the advantages of the rollout, (N, G) or (S,)."""
+    a = advantages.detach().double().flatten()
+    if a.numel() < 2:
+        return dict.fromkeys(("advantage/min", "advantage/max", "advantage/std", "advantage/distinct"), math.nan)
+    return {"advantage/min": float(a.min()), "advantage/max": float(a.max()), "advantage/std": float(a.std()),
+            "advantage/distinct": float((a / 1e-6).round().unique().numel())}  # rounded: noise is no difference
+
+
+def entropy_table(entropy: Tensor) -> dict[str, float]:
+    """Entropy of the next-token distribution over the trained tokens of the step, (M,) nats."""
+    h = entropy.detach().double().flatten()
+    return {"entropy/mean": _mean(h), "entropy/p10": _quantile(h, 0.1), "entropy/p90": _quantile(h, 0.9)}
+
+
+def length_table(lengths: Tensor, truncated: Tensor, right: Tensor) -> dict[str, float]:
+    """Completion lengths, (S,) or (N, G) tokens, with which were cut and which were right (bool, same shape)."""
+    n, cut, good = lengths.double().flatten(), truncated.bool().flatten(), right.bool().flatten()
+    return {"length/mean": _mean(n), "length/p95": _quantile(n, 0.95),
+            "length/max": float(n.max()) if n.numel() else math.nan, "length/truncated": _mean(cut),
+            "length/right": _mean(n[good]), "length/wrong": _mean(n[~good])}
+
+
+def diversity_table(groups: Sequence[Sequence[Hashable]]) -> dict[str, float]:
+    """How many different completions the groups hold; a completion is its text or the tuple of its tokens."""
+    fractions = torch.tensor([len(set(group)) / len(group) for group in groups if group])
+    return {"diversity/distinct": _mean(fractions)}
+
+
+def engine_table(trainer: Tensor, sampler: Tensor) -> dict[str, float]:
+    """Agreement of the log-probabilities of the same tokens from the trainer and from the sampler, (M,)."""
+    difference = (trainer - sampler).detach().double().flatten()
+    if not difference.numel():
+        return dict.fromkeys(("engine/gap_mean", "engine/gap_max", "engine/ess"), math.nan)
+    w = (difference - difference.max()).exp()  # effective sample size does not depend on the scale of the weights
+    return {"engine/gap_mean": _mean(difference.abs()), "engine/gap_max": float(difference.abs().max()),
+            "engine/ess": float(w.sum().square() / w.square().sum() / w.numel())}
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.double().mean()) if values.numel() else math.nan
+
+
+def _quantile(values: Tensor, q: float) -> float:
+    """Linear interpolation between order statistics; sorts, because torch.quantile refuses more than 2^24 values."""
+    if not values.numel():
+        return math.nan
+    ordered = values.sort().values
+    place = q * (ordered.numel() - 1)
+    low = math.floor(place)
+    return float(torch.lerp(ordered[low], ordered[min(low + 1, ordered.numel() - 1)], place - low))
