@@ -1,0 +1,7 @@
+"""Generation: a contiguous cache, a batch-wide sampler, `LLM`."""
+
+from pellucid.engine.batch import Batch, Sample, run_all
+from pellucid.engine.llm import LLM, Chunk, Completion, RequestOutput
+from pellucid.engine.params import SamplingParams
+
+__all__ = ["LLM", "Batch", "Chunk", "Completion", "RequestOutput", "Sample", "SamplingParams", "run_all"]

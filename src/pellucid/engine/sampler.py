@@ -1,0 +1,105 @@
+"""Choosing the next token of every sequence of a batch at once.
+
+Randomness is counter-based: the uniform number of a request's t-th token is a hash of (its seed, t). It needs no
+generator objects, and a request's draw cannot depend on what else is in the batch.
+Legend: B sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pellucid.engine.params import SamplingParams
+
+_MIX = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64, 0x9E3779B97F4A7C15 - 2**64)  # as signed 64-bit
+
+
+def uniform(seeds: Tensor, steps: Tensor) -> Tensor:
+    """(B,) int64 seeds and steps -> (B,) float64 in [0, 1): splitmix64 (Steele et al. 2014) of seed, then of step."""
+
+    def mix(z: Tensor) -> Tensor:
+        z = z + _MIX[2]
+        z = (z ^ _shift(z, 30)) * _MIX[0]
+        z = (z ^ _shift(z, 27)) * _MIX[1]
+        return z ^ _shift(z, 31)
+
+    return _shift(mix(mix(seeds) + steps), 11).double() * 2.0**-53
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Logical right shift of signed 64-bit integers (torch's is arithmetic)."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+class Sampler:
+    """Holds the settings of B sequences as tensors; `keep` follows when sequences leave the batch."""
+
+    def __init__(self, params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device | str = "cpu"):
+        def column(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        self.temperature = column([p.temperature for p in params])
+        self.top_k = column([p.top_k or 0 for p in params], torch.int64)
+        self.top_p = column([1.0 if p.top_p is None else p.top_p for p in params])
+        self.min_p = column([p.min_p or 0.0 for p in params])
+        self.seeds = torch.tensor([s % 2**63 for s in seeds], dtype=torch.int64, device=device)
+        self.logprobs = any(p.logprobs for p in params)
+        self._plan()
+
+    def _plan(self) -> None:
+        self._greedy = bool((self.temperature == 0).all())
+        self._some_greedy = bool((self.temperature == 0).any())
+        self._truncates = bool(((self.top_k > 0) | (self.top_p < 1)).any())
+        self._min_p = bool((self.min_p > 0).any())
+
+    def keep(self, rows: Tensor) -> None:
+        for name in ("temperature", "top_k", "top_p", "min_p", "seeds"):
+            setattr(self, name, getattr(self, name)[rows])
+        self._plan()
+
+    def __call__(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
+        """logits (B, V) -> tokens (B,) int64, and their log-probabilities (B,) if any request asked for them."""
+        logits = logits.float()
+        if self._greedy:
+            tokens = logits.argmax(-1)
+            return tokens, self._logprob(logits, tokens) if self.logprobs else None
+        if not bool((self.temperature == 1).all()):
+            logits = logits / torch.where(self.temperature == 0, 1.0, self.temperature)[:, None]
+        probs = torch.softmax(logits, -1)
+        kept = probs
+        if self._truncates:
+            kept = truncate(kept, self.top_k, self.top_p)
+        if self._min_p:
+            kept = kept.masked_fill(probs < self.min_p[:, None] * probs.amax(-1, keepdim=True), 0.0)
+        tokens = draw(kept, uniform(self.seeds, torch.full_like(self.seeds, step)))
+        if self._some_greedy:
+            tokens = torch.where(self.temperature == 0, logits.argmax(-1), tokens)
+        return tokens, self._logprob(logits, tokens) if self.logprobs else None
+
+    @staticmethod
+    def _logprob(logits: Tensor, tokens: Tensor) -> Tensor:
+        return logits.gather(-1, tokens[:, None]).squeeze(-1) - torch.logsumexp(logits, -1)
+
+
+def draw(weights: Tensor, u: Tensor) -> Tensor:
+    """Inverse-transform sampling: the first token whose cumulative weight exceeds u * total. weights (B, V), u (B,)."""
+    total = weights.cumsum(-1)
+    point = (u * total[:, -1].double()).float()[:, None]
+    tokens = torch.searchsorted(total, point, right=True).squeeze(-1)
+    # u close to 1 may round up to the total itself: the answer is then the last token with any weight.
+    last = weights.shape[-1] - 1 - (weights.flip(-1) > 0).int().argmax(-1) if bool((tokens >= weights.shape[-1]).any()) else tokens
+    return torch.minimum(tokens, last)
+
+
+def truncate(probs: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Zero outside each row's top-k (0: off) and nucleus of mass top_p (1: off); not renormalised. Ties keep order."""
+    ordered, index = probs.sort(-1, descending=True, stable=True)
+    rank = torch.arange(probs.shape[-1], device=probs.device)
+    off_k = (top_k[:, None] > 0) & (rank >= top_k[:, None])
+    ordered = ordered.masked_fill(off_k, 0.0)
+    before = (ordered.cumsum(-1) - ordered) / ordered.sum(-1, keepdim=True)  # nucleus of what top-k left
+    ordered = ordered.masked_fill((before >= top_p[:, None]) & (top_p[:, None] < 1), 0.0)
+    return torch.zeros_like(probs).scatter(-1, index, ordered)
