@@ -161,3 +161,66 @@ def _schema(hint: Any) -> dict[str, Any]:
     if origin in (typing.Union, types.UnionType):
         return {"anyOf": [_schema(a) for a in args]}
     return {}
+
+
+# --- the records that every long job shares ---------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class StageBegin(Event):
+    """A stage of a job starts: number `index` (from 1) of `count`."""
+
+    kind = "stage_begin"
+    stage: str
+    index: int
+    count: int
+    title: str
+    seconds_planned: float | None = None
+
+
+@dataclasses.dataclass
+class StageEnd(Event):
+    """A stage is done. before, after: its held-out `metric` in `unit`."""
+
+    kind = "stage_end"
+    stage: str
+    seconds: float
+    before: float | None = None
+    after: float | None = None
+    metric: str = ""
+    unit: str = ""
+    higher_is_better: bool = True
+
+
+@dataclasses.dataclass
+class Step(Event):
+    """One optimizer step. progress in [0, 1]; metrics by name, the first ones are what matters most."""
+
+    kind = "step"
+    stage: str
+    step: int
+    progress: float
+    eta_seconds: float | None
+    metrics: dict[str, float]
+
+
+@dataclasses.dataclass
+class Evaluation(Event):
+    """A measurement on held-out data."""
+
+    kind = "evaluation"
+    stage: str
+    name: str
+    value: float
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class SampleShown(Event):
+    """One prompt with what the model wrote and, where it was graded, its reward components."""
+
+    kind = "sample"
+    stage: str
+    prompt: str
+    completion: str
+    rewards: dict[str, float] = dataclasses.field(default_factory=dict)

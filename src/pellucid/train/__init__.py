@@ -1,0 +1,21 @@
+"""Training: one loop, exact resume."""
+
+from pellucid.train.budget import Budget
+from pellucid.train.checkpoint import load_checkpoint, save_checkpoint
+from pellucid.train.loop import Loop, LoopConfig, stop_requested
+from pellucid.train.loss import bits_per_byte, held_out_loss, language_loss
+from pellucid.train.step import Stepper, StepResult
+
+__all__ = [
+    "Budget",
+    "Loop",
+    "LoopConfig",
+    "StepResult",
+    "Stepper",
+    "bits_per_byte",
+    "held_out_loss",
+    "language_loss",
+    "load_checkpoint",
+    "save_checkpoint",
+    "stop_requested",
+]

@@ -1,0 +1,48 @@
+"""How long a run lasts: a number of steps (exact, repeatable) or of seconds (the clock decides)."""
+
+from __future__ import annotations
+
+import time
+
+from pellucid.errors import BadInput
+
+
+class Budget:
+    """Progress in [0, 1] and time left. The seconds spent before an interruption count (`spent`)."""
+
+    def __init__(self, steps: int | None = None, seconds: float | None = None, clock: object = time.monotonic):
+        if (steps is None) == (seconds is None):
+            raise BadInput("a run needs either a number of steps or of seconds", next="give --steps or --minutes")
+        if (steps is not None and steps < 1) or (seconds is not None and not 0 < seconds < 1e9):
+            raise BadInput(f"a run of {steps if seconds is None else f'{seconds} seconds'} is not possible",
+                           next="give at least one step, or a positive time")
+        self.steps, self.seconds = steps, seconds
+        self._now = clock  # type: ignore[assignment]
+        self.done = 0
+        self.spent = 0.0
+        self._began = self._now()  # type: ignore[operator]
+
+    def start(self, done: int = 0, spent: float = 0.0) -> None:
+        """(Re)start the clock; `done` steps and `spent` seconds lie behind."""
+        self.done, self.spent, self._began = done, spent, self._now()  # type: ignore[operator]
+
+    @property
+    def elapsed(self) -> float:
+        return self.spent + self._now() - self._began  # type: ignore[operator]
+
+    @property
+    def progress(self) -> float:
+        if self.steps is not None:
+            return min(1.0, self.done / self.steps)
+        return min(1.0, self.elapsed / self.seconds)  # type: ignore[operator]
+
+    @property
+    def over(self) -> bool:
+        return self.progress >= 1.0
+
+    @property
+    def eta(self) -> float | None:
+        """Seconds left, from the pace so far; None before the first step."""
+        if self.seconds is not None:
+            return max(0.0, self.seconds - self.elapsed)
+        return None if not self.done else self.elapsed / self.done * (self.steps - self.done)  # type: ignore[operator]

@@ -1,0 +1,60 @@
+"""Resume states: everything that decides the next step, in one folder that appears whole or not at all.
+
+model.safetensors + config.json (a Hugging Face folder by itself), optimizer.safetensors, state.json (step, seconds, data
+position, random states). On a CPU a run that stops and resumes equals one that did not, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from pellucid.errors import BadInput
+from pellucid.files import atomic_folder, write_atomic
+from pellucid.models.hub import fill, write_model
+from pellucid.nn import Decoder
+from pellucid.optim import Optimizers
+
+VERSION = 1
+
+
+def save_checkpoint(folder: str | Path, model: Decoder, optimizer: Optimizers, state: dict[str, Any], tokenizer: Any = None) -> None:
+    """`state`: plain JSON values of the caller (step, data position ...)."""
+    names = {p: n for n, p in model.named_parameters()}
+    with atomic_folder(folder) as new:
+        write_model(model, new)
+        tensors = {k: v.contiguous() for k, v in optimizer.state_tensors(names).items()}
+        save_file(tensors | {"rng::torch": torch.get_rng_state()}, new / "optimizer.safetensors")
+        version, numbers, gauss = random.getstate()
+        body = {"version": VERSION, "python_rng": [version, list(numbers), gauss], **state}
+        write_atomic(new / "state.json", json.dumps(body) + "\n")
+        if tokenizer is not None:
+            tokenizer.save(new)
+
+
+def load_checkpoint(folder: str | Path, model: Decoder, optimizer: Optimizers) -> dict[str, Any]:
+    """Fills model, optimizer and the global generators; returns the caller's state."""
+    folder = Path(folder)
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / "optimizer.safetensors")
+        if state["version"] != VERSION:
+            raise BadInput(f"{folder} was written by another version ({state['version']}, not {VERSION})",
+                           next="start again without --resume")
+        fill(model, folder)
+        torch.set_rng_state(tensors.pop("rng::torch"))
+        version, numbers, gauss = state.pop("python_rng")
+        random.setstate((version, tuple(numbers), gauss))
+        optimizer.load_state_tensors(dict(model.named_parameters()), tensors)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(f"no whole checkpoint in {folder}", f"{type(error).__name__}: {error}",
+                       "start again without --resume") from error
+    return state

@@ -1,0 +1,54 @@
+"""The language-modelling loss on packed rows, for pretraining and fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from pellucid.data.packing import IGNORE, Packed
+from pellucid.nn import Decoder
+from pellucid.ops import chunked_cross_entropy
+
+
+def language_loss(model: Decoder, rows: Packed) -> tuple[Tensor, int]:
+    """Sum of -log p(label) in nats over the labelled positions, and their number.
+
+    Positions without a label (the prompt, padding) never reach the vocabulary: their logits are not computed.
+    """
+    hidden = model.hidden(rows.tokens, positions=rows.positions, documents=rows.documents)
+    labels = rows.labels.flatten()
+    trained = labels != IGNORE
+    count = int(trained.sum())
+    flat = hidden.flatten(0, 1)
+    if count < len(labels):
+        flat, labels = flat[trained], labels[trained]
+    return chunked_cross_entropy(flat, model.head_weight.to(flat.dtype), labels), count
+
+
+def share_of(model: Decoder, total: int) -> Callable[[Packed], Tensor]:
+    """Micro-batch -> its share of a step whose micro-batches hold `total` labels together (see `Stepper`)."""
+    return lambda rows: language_loss(model, rows)[0] / max(total, 1)
+
+
+@torch.no_grad()
+def held_out_loss(model: Decoder, rows: Packed, batch: int = 32) -> tuple[float, int]:
+    """Total nats and labelled tokens over all rows."""
+    was_training = model.training
+    model.eval()
+    nats, count = 0.0, 0
+    for start in range(0, len(rows), batch):
+        loss, n = language_loss(model, rows.rows(slice(start, start + batch)))
+        nats, count = nats + float(loss), count + n
+    model.train(was_training)
+    return nats, count
+
+
+def bits_per_byte(nats: float, labels: Sequence[int] | Tensor, token_bytes: Tensor) -> float:
+    """nats / ln 2 / bytes: independent of the tokenizer. token_bytes (V,): bytes that each token stands for."""
+    import math
+
+    ids = torch.as_tensor(labels).flatten()
+    size = int(token_bytes[ids[ids != IGNORE]].sum())
+    return nats / math.log(2) / max(size, 1)

@@ -1,0 +1,54 @@
+"""One optimizer step: the only place where gradients become weights, for pretraining, SFT and RL alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from pellucid import events
+from pellucid.optim import Optimizers, Schedule
+
+B = TypeVar("B")
+
+
+@dataclass
+class StepResult:
+    loss: float  # sum of the micro-batches' contributions: what was differentiated
+    grad_norm: float  # before clipping
+    lr: float
+    skipped: bool  # a gradient was not finite: the weights did not move
+
+
+class Stepper:
+    """Accumulates micro-batches, clips, steps.
+
+    `loss_fn(micro_batch)` returns this micro-batch's SHARE of the step's loss: already divided by the count of the
+    whole step (tokens or sequences over all micro-batches). A sum of such shares is the same however the step is cut;
+    a mean of means is not, as soon as micro-batches hold different numbers of tokens.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizers, schedule: Schedule, clip: float | None = 1.0):
+        self.model, self.optimizer, self.schedule, self.clip = model, optimizer, schedule, clip
+        self.skipped = 0
+
+    def step(self, micro_batches: Iterable[B], loss_fn: Callable[[B], Tensor], progress: float) -> StepResult:
+        self.optimizer.set_factor(self.schedule(progress))
+        loss = 0.0
+        for micro in micro_batches:
+            share = loss_fn(micro)
+            share.backward()
+            loss += float(share.detach())
+        limit = self.clip if self.clip is not None else float("inf")
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+        finite = norm < float("inf")  # False for NaN too
+        if finite:
+            self.optimizer.step()
+        else:
+            self.skipped += 1
+            events.note("a gradient is not finite: this step is skipped", "warning")
+        self.optimizer.zero_grad()
+        return StepResult(loss, norm, self.optimizer.lr, not finite)
