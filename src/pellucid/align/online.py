@@ -1,0 +1,302 @@
+"""The online loop: roll out, grade, assign credit, update. Objectives are plugged in as data (`ObjectiveConfig`).
+
+    problems -> G samples each -> reward components -> advantages -> packed rows -> objective -> one or more steps
+
+Groups whose completions all earn the same teach nothing: with `dead_groups="drop"` they are left out before the update
+(dynamic sampling, DAPO, arXiv 2503.14476), which also saves the time of their backward pass.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pellucid import events
+from pellucid.align import metrics as tables
+from pellucid.align.advantages import Credit, assign_credit
+from pellucid.align.objective import ObjectiveConfig, objective
+from pellucid.align.rollout import Group, Rollouts, components
+from pellucid.align.rows import pack_completions
+from pellucid.data.packing import IGNORE, Packed
+from pellucid.errors import BadInput, Interrupted
+from pellucid.nn import Decoder
+from pellucid.ops import token_logprobs
+from pellucid.optim import OptimConfig, Schedule, build_optimizer
+from pellucid.tasks import Task
+from pellucid.tokenizers import Tokenizer
+from pellucid.train import Budget, Stepper, load_checkpoint, save_checkpoint, stop_requested
+
+
+@dataclass
+class OnlineConfig:
+    """How the online loop samples and updates."""
+
+    stage: str = "grpo"
+    """Name in events and messages."""
+    steps: int | None = None
+    """Rollouts; or give `seconds`."""
+    seconds: float | None = None
+    """Length of the run in seconds."""
+    prompts: int = 32
+    """Problems in a rollout."""
+    group: int = 8
+    """Completions of each problem."""
+    rounds: int = 2
+    """Most rollouts in a step, to replace groups that teach nothing (dynamic sampling)."""
+    updates: int = 1
+    """Optimizer steps on each rollout; from the second on the ratio differs from 1 and the clip acts."""
+    max_tokens: int = 96
+    """Longest completion."""
+    temperature: float = 1.0
+    """Of the samples, and of every log-probability in the objective."""
+    objective: ObjectiveConfig = field(default_factory=lambda: ObjectiveConfig(clip_high=0.28, dead_groups="drop"))
+    """The objective."""
+    weights: dict[str, float] = field(default_factory=lambda: {"correct": 1.0, "format": 0.2, "progress": 0.3})
+    """Weight of each reward component."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(name="adamw", lr=4e-4))
+    """The optimizer."""
+    schedule: Schedule = field(default_factory=lambda: Schedule("linear", warmup=0.05, floor=0.1))
+    """The learning-rate schedule."""
+    clip: float | None = 1.0
+    """Clip the gradient's norm to this."""
+    micro_rows: int = 64
+    """Rows in a micro-batch (memory only)."""
+    evaluations: int = 4
+    """Evaluations on held-out problems, evenly over the run."""
+    samples_shown: int = 2
+    """Completions of each step that are emitted as events: the best and the worst of a group."""
+    seed: int = 0
+    """Seed of problems and samples."""
+
+
+@dataclass
+class OnlineHistory:
+    steps: int = 0
+    seconds: float = 0.0
+    sampled: int = 0  # tokens
+    sampling_seconds: float = 0.0
+    metrics: list[tuple[float, dict[str, float]]] = field(default_factory=list)
+    evaluations: list[tuple[float, float]] = field(default_factory=list)
+
+
+Evaluate = Callable[[], tuple[str, float, dict[str, Any]]]
+
+
+class OnlineLoop:
+    """`OnlineLoop(...).run()` improves the model on the task's training problems until the budget is spent."""
+
+    def __init__(self, model: Decoder, tokenizer: Tokenizer, task: Task, config: OnlineConfig, *,
+                 evaluate: Evaluate | None = None, checkpoint: str | Path | None = None, resume_hint: str = "--resume"):
+        if config.group < 2:
+            raise BadInput(f"a group of {config.group} is not possible", "an advantage compares completions of one prompt",
+                           "use --group 4 or more")
+        self.model, self.config, self.task, self.evaluate, self.tokenizer = model, config, task, evaluate, tokenizer
+        self.rollouts = Rollouts(model, tokenizer, task, max_tokens=config.max_tokens)
+        self.stepper = Stepper(model, build_optimizer(model, config.optim), config.schedule, config.clip)
+        self.budget = Budget(config.steps, config.seconds)
+        self.checkpoint, self.resume_hint = Path(checkpoint) if checkpoint else None, resume_hint
+        self.history = OnlineHistory()
+        self.rng = random.Random(config.seed)
+        # The reference is a copy of the GIVEN weights, never re-read from a file that may differ.
+        self.reference = copy.deepcopy(model).requires_grad_(False).eval() if config.objective.beta else None
+
+    def run(self) -> OnlineHistory:
+        c, h = self.config, self.history
+        self.budget.start(h.steps, h.seconds)
+        next_eval = self._next_evaluation()
+        with stop_requested() as stop:
+            while not self.budget.over:
+                self._step()
+                if self.evaluate and c.evaluations and next_eval < 1.0 and self.budget.progress >= next_eval:
+                    self._evaluate()
+                    next_eval = self._next_evaluation()
+                if stop.is_set():
+                    self._interrupted()
+        if self.evaluate and c.evaluations:
+            self._evaluate()
+        self.model.eval()
+        return h
+
+    # --- one step -----------------------------------------------------------------------------------------------------
+
+    def _step(self) -> None:
+        c, h = self.config, self.history
+        progress, began = self.budget.progress, self.budget.elapsed
+        groups, credit = self._collect()
+        h.sampling_seconds += self.budget.elapsed - began
+        numbers = self._rollout_numbers(groups, credit)
+        if credit.skip:
+            events.note(f"{c.stage}: no group of this step teaches anything; weights stay as they are")
+        else:
+            numbers |= self._update(groups, credit, progress)
+        self.budget.done += 1
+        h.steps, h.seconds = self.budget.done, self.budget.elapsed
+        numbers["time/sampling"] = h.sampling_seconds / max(h.seconds, 1e-9)
+        h.metrics.append((progress, numbers))
+        events.emit(events.Step(c.stage, h.steps, self.budget.progress, self.budget.eta, numbers))
+        self._show(groups, credit)
+
+    def _collect(self) -> tuple[list[Group], Credit]:
+        """Rollouts until `prompts` groups teach something, or `rounds` are spent."""
+        c = self.config
+        groups: list[Group] = []
+        for _ in range(max(1, c.rounds)):
+            problems = [self.task.sample(self.rng, "train") for _ in range(c.prompts)]
+            groups += self.rollouts.groups(problems, c.group, c.temperature, self.rng.getrandbits(62))
+            credit = self._credit(groups)
+            if c.objective.dead_groups != "drop" or int(credit.live.sum()) * 2 >= c.prompts:
+                break
+        self.history.sampled += sum(len(s.tokens) for g in groups for s in g.samples)
+        return groups, credit
+
+    def _credit(self, groups: list[Group]) -> Credit:
+        lengths = torch.tensor([[len(s.tokens) for s in g.samples] for g in groups])
+        cut = torch.tensor([[s.finish_reason == "length" for s in g.samples] for g in groups])
+        parts = components(groups)
+        weights = {k: w for k, w in self.config.weights.items() if k in parts}
+        return assign_credit(parts, lengths, self.config.objective, weights=weights, truncated=cut)
+
+    def _update(self, groups: list[Group], credit: Credit, progress: float) -> dict[str, float]:
+        c = self.config
+        live = [i for i, keep in enumerate(credit.live.tolist()) if keep]
+        order = self.rng.sample(live, len(live))
+        shares = [order[k :: c.updates] for k in range(c.updates)]
+        batches = [Update(groups, credit, part, self.model.embed.weight.device) for part in shares if part]
+        for batch in batches:
+            batch.ref = self._logprobs(self.reference, batch) if self.reference else None
+            batch.old = self._logprobs(self.model, batch) if c.updates > 1 else None
+        parts, entropies, gaps, norms = [], [], [], []
+        self.model.train()
+        for batch in batches:
+            def loss_fn(micro: slice, batch: Update = batch) -> Tensor:
+                logp, entropy, where = self._forward(self.model, batch, micro, entropy=True)
+                share, numbers = objective(
+                    logp, pick(batch.old, where), pick(batch.ref, where), batch.advantages[where], batch.sequence[where],
+                    c.objective, batch.counts)
+                parts.append({k: v / len(batches) if not k.endswith("/max") else v for k, v in numbers.items()})
+                entropies.append(entropy)
+                gaps.append((logp.detach(), batch.sampler[where]))
+                return share
+
+            result = self.stepper.step(batch.micro(c.micro_rows), loss_fn, progress)
+            norms.append(result.grad_norm)
+        return (tables.merge(parts) | tables.entropy_table(torch.cat(entropies))
+                | tables.engine_table(torch.cat([a for a, _ in gaps]), torch.cat([b for _, b in gaps]))
+                | {"grad_norm": sum(norms) / len(norms), "lr": self.stepper.optimizer.lr})
+
+    def _forward(self, model: Decoder, batch: Update, micro: slice, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """log-probabilities and entropies of the micro-batch's trained tokens, and their places among the step's."""
+        rows = batch.rows.rows(micro)
+        hidden = model.hidden(rows.tokens, positions=rows.positions, documents=rows.documents).flatten(0, 1)
+        labels = rows.labels.flatten()
+        trained = labels != IGNORE
+        hidden = hidden[trained]
+        logp, h = token_logprobs(hidden, model.head_weight.to(hidden.dtype), labels[trained], self.config.temperature, entropy)
+        return logp, h if h is not None else torch.zeros(0), batch.place[micro].flatten()[trained]
+
+    @torch.no_grad()
+    def _logprobs(self, model: Decoder, batch: Update) -> Tensor:
+        out = torch.empty(len(batch.sampler), device=batch.sampler.device)
+        for micro in batch.micro(self.config.micro_rows):
+            logp, _, where = self._forward(model, batch, micro, entropy=False)
+            out[where] = logp
+        return out
+
+    # --- what is shown ------------------------------------------------------------------------------------------------
+
+    def _rollout_numbers(self, groups: list[Group], credit: Credit) -> dict[str, float]:
+        parts = components(groups)
+        lengths = torch.tensor([[len(s.tokens) for s in g.samples] for g in groups])
+        cut = torch.tensor([[s.finish_reason == "length" for s in g.samples] for g in groups])
+        weights = {k: w for k, w in self.config.weights.items() if k in parts}
+        return ({"accuracy": float(parts["correct"].nanmean()), "format": float(parts["format"].nanmean()),
+                 "groups/live": float(credit.live.float().mean())}
+                | tables.reward_table(parts, weights) | tables.advantage_table(credit.advantages[credit.live])
+                | tables.length_table(lengths, cut, parts["correct"] == 1)
+                | tables.diversity_table([[tuple(s.tokens) for s in g.samples] for g in groups]))
+
+    def _show(self, groups: list[Group], credit: Credit) -> None:
+        if not self.config.samples_shown or not bool(credit.live.any()):
+            return
+        i = int(credit.live.int().argmax())
+        order = credit.total[i].argsort(descending=True).tolist()
+        for j in [order[0], order[-1]][: self.config.samples_shown]:
+            g = groups[i]
+            events.emit(events.SampleShown(self.config.stage, g.problem.prompt, g.texts[j], g.rewards[j]))
+
+    def _evaluate(self) -> None:
+        assert self.evaluate is not None
+        name, value, details = self.evaluate()
+        self.history.evaluations.append((self.budget.progress, value))
+        events.emit(events.Evaluation(self.config.stage, name, value, details))
+
+    def _next_evaluation(self) -> float:
+        n = self.config.evaluations
+        return (int(self.budget.progress * n + 1e-9) + 1) / n if n else 2.0
+
+    # --- stop and go on -----------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        assert self.checkpoint is not None
+        version, numbers, gauss = self.rng.getstate()
+        state = {"history": vars(self.history), "rng": [version, list(numbers), gauss]}
+        save_checkpoint(self.checkpoint, self.model, self.stepper.optimizer, state, self.tokenizer)
+
+    def resume(self) -> bool:
+        """Continue from the checkpoint if there is one; returns whether there was."""
+        if self.checkpoint is None or not (self.checkpoint / "state.json").exists():
+            return False
+        state = load_checkpoint(self.checkpoint, self.model, self.stepper.optimizer)
+        self.history = OnlineHistory(**state["history"])
+        version, numbers, gauss = state["rng"]
+        self.rng.setstate((version, tuple(numbers), gauss))
+        events.note(f"{self.config.stage}: goes on at step {self.history.steps}")
+        return True
+
+    def _interrupted(self) -> None:
+        if self.checkpoint is None:
+            raise Interrupted(f"{self.config.stage}: stopped", "no folder was given to save to")
+        self.save()
+        raise Interrupted(f"{self.config.stage}: stopped at step {self.history.steps}; everything is saved",
+                          next=self.resume_hint)
+
+
+class Update:
+    """The tensors of one optimizer step. M trained tokens of S completions, in the order of `rows`.
+
+    sequence, advantages, sampler: (M,); place (N, T): where each trained position stands among the M.
+    """
+
+    def __init__(self, groups: list[Group], credit: Credit, chosen: list[int], device: torch.device):
+        picked = [(i, j) for i in chosen for j in range(len(groups[i].samples)) if credit.lengths[i, j] > 0]
+        samples = [groups[i].samples[j] for i, j in picked]
+        self.rows: Packed = pack_completions(samples).to(device)
+        trained = self.rows.labels != IGNORE
+        self.place = torch.zeros_like(self.rows.labels)
+        self.place[trained] = torch.arange(int(trained.sum()), device=device)
+        self.sequence = self.rows.documents[trained]
+        advantages = torch.tensor([float(credit.advantages[i, j]) for i, j in picked], device=device)
+        self.advantages = advantages[self.sequence]
+        logprobs = torch.cat([torch.tensor(s.logprobs) for s in samples]).to(device)
+        starts = torch.tensor([0] + [len(s.tokens) for s in samples], device=device).cumsum(0)
+        offset = self.rows.positions[trained] - torch.tensor([len(s.prompt) - 1 for s in samples], device=device)[self.sequence]
+        self.sampler = logprobs[starts[self.sequence] + offset]
+        lengths = torch.tensor([len(s.tokens) for s in samples])
+        self.counts = replace(credit.counts, tokens=int(lengths.sum()), sequences=len(samples))
+        self.old: Tensor | None = None
+        self.ref: Tensor | None = None
+
+    def micro(self, rows: int) -> Iterator[slice]:
+        for start in range(0, len(self.rows), rows):
+            yield slice(start, start + rows)
+
+
+def pick(values: Tensor | None, where: Tensor) -> Tensor | None:
+    return None if values is None else values[where]
