@@ -20,7 +20,6 @@ from __future__ import annotations
 import ast
 import gc
 import hashlib
-import inspect
 import os
 import re
 import sysconfig
@@ -97,22 +96,22 @@ def _documented(root: Path, files: list[str], with_source: bool) -> Iterator[Doc
         text = _read(root / name)
         tree = _parse(text)
         if tree is not None:
-            yield from _prose("\n\n".join(docstrings(tree)), f"python/docs/{name}", seen)
-            text = without_docstrings(text, tree)
-        if with_source and text.strip():
-            yield Document(text, f"python/{name}")
+            docstrings = (ast.get_docstring(node) for node in documented(tree))
+            yield from _prose("\n\n".join(docstrings), f"python/docs/{name}", seen)
+        if with_source:
+            text = without_docstrings(text, tree) if tree is not None else text
+            if text.strip():
+                yield Document(text, f"python/{name}")
 
 
-def docstrings(tree: ast.AST) -> Iterator[str]:
-    """Docstrings in the order in which they stand, without their indentation."""
-    if isinstance(tree, _Documented):
-        text = ast.get_docstring(tree, clean=False)
-        if text and text.strip():
-            yield inspect.cleandoc(text)
-    for block in ("body", "orelse", "handlers", "finalbody"):  # statements only: expressions hold no docstrings
+def documented(tree: ast.AST) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    """The nodes that have a docstring, in the order in which they stand."""
+    if isinstance(tree, _Documented) and ast.get_docstring(tree, clean=False) is not None:
+        yield tree
+    for block in ("body", "orelse", "handlers", "finalbody", "cases"):  # statements only: expressions hold no docstrings
         for child in getattr(tree, block, ()):
             if not isinstance(child, (ast.Expr, ast.Assign, ast.Return)):
-                yield from docstrings(child)
+                yield from documented(child)
 
 
 def without_docstrings(text: str, tree: ast.Module) -> str:
@@ -121,9 +120,7 @@ def without_docstrings(text: str, tree: ast.Module) -> str:
     A docstring that shares a line with code stays.
     """
     lines = [line + "\n" for line in text.split("\n")]  # not splitlines: form feeds end no line in Python's grammar
-    for node in ast.walk(tree):
-        if not isinstance(node, _Documented) or ast.get_docstring(node, clean=False) is None:
-            continue
+    for node in documented(tree):
         string = node.body[0]
         first, last = string.lineno - 1, string.end_lineno
         before = lines[first].encode()[: string.col_offset]

@@ -13,9 +13,8 @@ behind its last trained token: under causal attention such a tail cannot change 
 
 from __future__ import annotations
 
-import itertools
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,23 +70,22 @@ class Packed:
         return Packed(*moved, report=self.report)
 
 
-def pack_stream(encoded: Iterable[Sequence[int]], T: int, remainder: str = "drop", pad_id: int = 0) -> Packed:
+def pack_stream(encoded: Iterable[Sequence[int]], T: int, remainder: str = "drop", pad_id: int = 0,
+                max_tokens: int | None = None) -> Packed:
     """Rows for language modelling, without padding: (N, T), every position trained.
 
     encoded: one sequence of ids a document, with its end-of-document id (and, where the first token shall be predicted
     too, a start id). A document longer than the rest of the row continues in the next row as a piece of its own: new
     id, positions from 0, and the last position of the row before still predicts its first token. Nothing is predicted
-    across documents. remainder: what happens to the last tokens that do not fill a row: "drop" (counted in
+    across documents. max_tokens: `encoded` is read no further once it has given so many (all is held in memory, 32
+    bytes a token). remainder: what happens to the last tokens that do not fill a row: "drop" (counted in
     `report.dropped`) or "pad" (one padded row, so that a measurement sees every token).
     Errors: BadInput where there are fewer than T tokens and they may not be padded.
     """
-    _check_length(T)
-    if remainder not in ("drop", "pad"):
-        raise BadInput(f"remainder {remainder!r} is unknown", next="one of drop, pad")
-    flat, lengths = _flatten(encoded)
-    short = int((lengths < 2).sum())
-    if short:
-        flat, lengths = flat[np.repeat(lengths >= 2, lengths)], lengths[lengths >= 2]
+    _check(T, "remainder", remainder, ("drop", "pad"))
+    flat, lengths = _flatten(encoded if max_tokens is None else _until(encoded, max_tokens))
+    useful = lengths >= 2  # one token alone has nothing to predict and nothing that predicts it
+    flat, lengths = flat[np.repeat(useful, lengths)], lengths[useful]
     ends = np.cumsum(lengths)
     is_input = np.ones(len(flat), bool)
     is_input[ends - 1] = False  # the last token of a document is only ever a label
@@ -101,60 +99,52 @@ def pack_stream(encoded: Iterable[Sequence[int]], T: int, remainder: str = "drop
     used = min(rows * T, len(inputs))
     starts[0:used:T] = True  # a row never continues the piece of the row before
     packed = _grid(inputs[:used], labels[:used], starts[:used], np.arange(used), rows, T, pad_id)
-    packed.report = Packing(rows, T, len(lengths), used, used, without_target=short, dropped=len(inputs) - used)
+    packed.report = Packing(rows, T, len(lengths), used, used, without_target=int((~useful).sum()),
+                            dropped=len(inputs) - used)
     events.emit(packed.report)
     return packed
 
 
 def pack_samples(samples: Iterable[Sample], T: int, overlong: str = "refuse", pad_id: int = 0) -> Packed:
-    """Rows of whole samples, for fine-tuning: (N, T), best fit decreasing (Johnson et al. 1974).
+    """Rows of whole samples, for fine-tuning: (N, T), by best fit decreasing.
 
     samples: (ids, mask) with mask True for each token that the model shall learn to write. Samples are never cut over
-    two rows; the free end of a row is padding (documents -1, labels -100). A sample of more than T positions is left
-    out (overlong="refuse") or loses its end ("truncate"); one that trains no token is skipped; both are counted.
-    Errors: BadInput for a mask of another length, or if no sample is left.
+    two rows; the free end of a row is padding (documents -1, labels -100). A sample that needs more than T positions
+    is left out (overlong="refuse") or loses its end ("truncate"); one that trains no token is skipped; both are
+    counted. Errors: BadInput for a mask of another length than its ids, or if no sample is left.
     """
-    _check_length(T)
-    if overlong not in ("refuse", "truncate"):
-        raise BadInput(f"overlong {overlong!r} is unknown", next="one of refuse, truncate")
+    _check(T, "overlong", overlong, ("refuse", "truncate"))
     samples = list(samples)
-    flat, lengths = _flatten([ids for ids, _ in samples])
-    masks, mask_lengths = _flatten([mask for _, mask in samples])
+    ids, lengths = _flatten([ids for ids, _ in samples])
+    masks, mask_lengths = _flatten([mask for _, mask in samples], bool)
     for number in np.flatnonzero(lengths != mask_lengths)[:1]:
         raise BadInput(f"sample {number} has {lengths[number]} ids and a mask of {mask_lengths[number]}",
                        next="give one mask value for each id")
-    starts = np.cumsum(lengths) - lengths
-    sizes = _useful_lengths(masks.astype(bool), starts, lengths)
-    empty, long = sizes == 0, sizes > T
+    begins = np.cumsum(lengths) - lengths
+    sizes = _positions_needed(masks, begins, lengths)
+    long = sizes > T
     if overlong == "truncate":
-        sizes = _useful_lengths(masks.astype(bool), starts, np.minimum(lengths, T + 1))
-        empty = sizes == 0
-    kept = np.flatnonzero(~empty & (sizes <= T))
-    _tell(len(samples), int(long.sum()), int(empty.sum()), T, overlong)
-    if not len(kept):
-        raise BadInput(f"none of the {len(samples)} samples can be trained on",
-                       f"{long.sum()} are longer than the context of {T}, {empty.sum()} have no token to learn",
-                       "use a longer context, or check that the data has assistant messages")
-    return _place(flat, masks.astype(bool), starts, sizes, kept, T, pad_id, int(long.sum()), int(empty.sum()))
+        sizes = _positions_needed(masks, begins, np.minimum(lengths, T + 1))
+    empty = sizes == 0
+    kept = ~empty & (sizes <= T)
+    report = Packing(0, T, int(kept.sum()), int(sizes[kept].sum()), 0, int(long.sum()), int(empty.sum()))
+    _tell(report, len(samples), overlong)
 
-
-def _place(flat: np.ndarray, masks: np.ndarray, starts: np.ndarray, sizes: np.ndarray, kept: np.ndarray, T: int,
-           pad_id: int, too_long: int, empty: int) -> Packed:
-    row_of, offset_of, rows = best_fit(sizes[kept], T)
-    order = np.lexsort((offset_of, row_of))  # samples in reading order of the grid
-    kept, row_of, offset_of = kept[order], row_of[order], offset_of[order]
-    within = _within(sizes[kept])
-    source = np.repeat(starts[kept], sizes[kept]) + within
-    labels = np.where(masks[source + 1], flat[source + 1], IGNORE)
-    target = np.repeat(row_of * T + offset_of, sizes[kept]) + within
-    packed = _grid(flat[source], labels, within == 0, target, rows, T, pad_id)
-    packed.report = Packing(rows, T, len(kept), len(source), int((labels != IGNORE).sum()), too_long, empty)
-    events.emit(packed.report)
+    row, offset, report.rows = best_fit(sizes[kept], T)
+    order = np.lexsort((offset, row))  # samples as they stand in the grid, row by row
+    begins, sizes, row, offset = begins[kept][order], sizes[kept][order], row[order], offset[order]
+    within = _within(sizes)
+    source = np.repeat(begins, sizes) + within
+    labels = np.where(masks[source + 1], ids[source + 1], IGNORE)
+    packed = _grid(ids[source], labels, within == 0, np.repeat(row * T + offset, sizes) + within, report.rows, T, pad_id)
+    report.targets = int((labels != IGNORE).sum())
+    packed.report = report
+    events.emit(report)
     return packed
 
 
 def best_fit(sizes: np.ndarray, T: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Best fit decreasing: longest first, each into the fullest row that still has room.
+    """Best fit decreasing (Johnson et al. 1974): longest first, each into the fullest row that still has room.
 
     sizes (S,), each 1..T -> row (S,), offset in the row (S,), number of rows. The free spaces that exist are the bits
     of one integer, so the fullest row with room for `size` is the lowest bit at or above `size`.
@@ -184,14 +174,13 @@ def _grid(inputs: np.ndarray, labels: np.ndarray, starts: np.ndarray, place: np.
     index = np.arange(len(inputs))
     first = np.maximum.accumulate(np.where(starts, index, 0))
     piece = np.cumsum(starts)
-    row = place // T
-    row_begins = np.flatnonzero(np.diff(row, prepend=-1))
-    piece -= np.repeat(piece[row_begins], np.diff(np.append(row_begins, len(inputs))))
-    full = np.arange(rows * T).shape == place.shape  # no padding: the grid is the flat array itself
+    row_begins = np.flatnonzero(np.diff(place // T, prepend=-1))
+    piece -= np.repeat(piece[row_begins], np.diff(row_begins, append=len(inputs)))
+    full = len(place) == rows * T  # no padding: the grid is the flat array itself
 
     def laid(values: np.ndarray, blank: int) -> torch.Tensor:
         if full:
-            return torch.from_numpy(np.ascontiguousarray(values, np.int64).reshape(rows, T))
+            return torch.from_numpy(values.reshape(rows, T))
         grid = np.full(rows * T, blank, np.int64)
         grid[place] = values
         return torch.from_numpy(grid.reshape(rows, T))
@@ -199,11 +188,19 @@ def _grid(inputs: np.ndarray, labels: np.ndarray, starts: np.ndarray, place: np.
     return Packed(laid(inputs, pad_id), laid(labels, IGNORE), laid(index - first, 0), laid(piece, PADDING))
 
 
-def _flatten(sequences: Iterable[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """All values in one int64 array, and the length of each sequence."""
-    arrays = [np.asarray(s, np.int64) for s in sequences]
+def _flatten(sequences: Iterable[Sequence[int]], dtype: type = np.int64) -> tuple[np.ndarray, np.ndarray]:
+    """All values in one array, and the length of each sequence."""
+    arrays = [np.asarray(sequence, dtype) for sequence in sequences]
     lengths = np.fromiter(map(len, arrays), np.int64, len(arrays))
-    return (np.concatenate(arrays) if arrays else np.zeros(0, np.int64)), lengths
+    return (np.concatenate(arrays) if arrays else np.zeros(0, dtype)), lengths
+
+
+def _until(encoded: Iterable[Sequence[int]], tokens: int) -> Iterator[Sequence[int]]:
+    for ids in encoded:
+        yield ids
+        tokens -= len(ids)
+        if tokens <= 0:
+            return
 
 
 def _within(sizes: np.ndarray) -> np.ndarray:
@@ -211,32 +208,34 @@ def _within(sizes: np.ndarray) -> np.ndarray:
     return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
 
-def _useful_lengths(masks: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Positions that each sample needs: up to the one that predicts its last trained token. (S,)
+def _positions_needed(masks: np.ndarray, begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Positions of each sample up to the one that predicts its last trained token; 0 where none is trained. (S,)
 
-    The first token of a sample is predicted by nothing, so a mask that is True only there trains nothing: 0.
+    Nothing predicts the first token, so a mask that is True only there trains nothing.
     """
     within = _within(lengths)
-    trained = np.where(masks[np.repeat(starts, lengths) + within], within, 0)
+    trained = np.where(masks[np.repeat(begins, lengths) + within], within, 0)
     sizes = np.zeros(len(lengths), np.int64)
-    filled = lengths > 0
+    filled = lengths > 0  # reduceat has no empty segments
     if filled.any():
-        begins = (np.cumsum(lengths) - lengths)[filled]
-        sizes[filled] = np.maximum.reduceat(trained, begins)
+        sizes[filled] = np.maximum.reduceat(trained, (np.cumsum(lengths) - lengths)[filled])
     return sizes
 
 
-def _check_length(T: int) -> None:
+def _check(T: int, name: str, value: str, choices: tuple[str, ...]) -> None:
     if T < 1:
         raise BadInput(f"rows of {T} tokens are not possible", next="give a context of 1 token or more")
+    if value not in choices:
+        raise BadInput(f"{name} {value!r} is unknown", next=f"one of {', '.join(choices)}")
 
 
-def _tell(samples: int, long: int, empty: int, T: int, overlong: str) -> None:
-    if long:
-        done = "left out" if overlong == "refuse" else "cut"
-        events.note(f"{long} of {samples} samples are longer than the context of {T} tokens: {done}", "warning")
-    if empty:
-        events.note(f"{empty} of {samples} samples have no token to learn: skipped", "warning")
+def _tell(report: Packing, samples: int, overlong: str) -> None:
+    why = (f"{report.too_long} of {samples} samples are longer than the context of {report.length} tokens, "
+           f"{report.without_target} have no token to learn")
+    if not report.documents:
+        raise BadInput("there is no sample to train on", why, "use a longer context, or check the data's assistant messages")
+    if report.too_long or report.without_target:
+        events.note(f"{why}: the first are {'left out' if overlong == 'refuse' else 'cut'}, the others skipped", "warning")
 
 
 class Batches:
@@ -255,6 +254,9 @@ class Batches:
         self.packed, self.batch_size, self.seed = packed, batch_size, seed
         self.rows_taken = 0
         self._epoch, self._order = -1, np.zeros(0, np.int64)
+        self._check = 0  # of the data, so that a resumed run cannot go on with other data
+        for part in (packed.tokens, packed.labels):
+            self._check = zlib.crc32(part.cpu().contiguous().numpy(), self._check)
 
     @property
     def epoch(self) -> float:
@@ -275,7 +277,7 @@ class Batches:
 
     def state(self) -> dict[str, int]:
         """Plain integers, for a checkpoint."""
-        return {"rows_taken": self.rows_taken, "seed": self.seed, "rows": len(self.packed), "check": self._check()}
+        return {"rows_taken": self.rows_taken, "seed": self.seed, "rows": len(self.packed), "check": self._check}
 
     def load_state(self, state: dict[str, int]) -> None:
         """Go on where `state` was taken. Errors: BadInput if the data or the seed is another one."""
@@ -289,9 +291,6 @@ class Batches:
 
     def _order_of(self, epoch: int) -> np.ndarray:
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.packed))
+            rng = np.random.default_rng([self.seed % 2**64, epoch])
+            self._epoch, self._order = epoch, rng.permutation(len(self.packed))
         return self._order
-
-    def _check(self) -> int:
-        parts = (self.packed.tokens, self.packed.labels)
-        return zlib.crc32(b"".join(itertools.chain(zlib.crc32(t.numpy()).to_bytes(4, "big") for t in parts)))

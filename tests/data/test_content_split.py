@@ -1,0 +1,82 @@
+"""The split: by content only, disjoint, stable for ever."""
+
+import hashlib
+import random
+
+import pytest
+
+from pellucid import events
+from pellucid.data.reading import Document
+from pellucid.data.split import divide, fraction, is_heldout
+from pellucid.errors import BadInput
+
+
+def test_the_rule_is_the_documented_one_and_never_changes():
+    for text in ("hello world", "x", "a b c"):
+        digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"pellucid.split").digest()
+        assert fraction(text) == pytest.approx(int.from_bytes(digest, "big") / 2**64, abs=1e-15)
+    assert fraction("hello world") == pytest.approx(HELLO, abs=1e-9)  # a change here moves held-out text into training
+
+
+HELLO = 0.70086800921388
+
+
+def test_the_same_text_in_other_clothes_is_on_the_same_side():
+    same = ["caf\u00e9 au lait\nsecond line\n", "\ufeffcaf\u00e9 au lait\r\nsecond line\r\n", "cafe\u0301 au lait\n\n  second line"]
+    assert len({fraction(text) for text in same}) == 1
+    assert fraction("caf\u00e9 au lait second lime") != fraction(same[0])
+
+
+def test_the_share_is_kept_and_the_sides_are_nested():
+    texts = [f"document number {n}" for n in range(20_000)]
+    small, large = ({t for t in texts if is_heldout(t, share)} for share in (0.05, 0.2))
+    assert small < large and abs(len(small) / 20_000 - 0.05) < 0.006 and abs(len(large) / 20_000 - 0.2) < 0.012
+    assert not is_heldout("x", 0.0) and is_heldout("x", 1.0)
+    assert is_heldout("\ud800 lone surrogate", 1.0)
+    for share in (-0.1, 1.5):
+        with pytest.raises(BadInput):
+            is_heldout("x", share)
+
+
+def documents(count, seed=0):
+    draw = random.Random(seed)
+    return [Document(" ".join(str(draw.randrange(10**6)) for _ in range(30)), f"{n}.txt") for n in range(count)]
+
+
+def test_divide_is_disjoint_complete_and_independent_of_order_and_names():
+    corpus = documents(2000) + documents(2000)  # every document stands in two places
+    train, heldout = divide(corpus)
+    assert len(train) + len(heldout) == 4000 and len(heldout) % 2 == 0
+    assert not {d.text for d in train} & {d.text for d in heldout}
+    shuffled = [Document(d.text, "other") for d in random.Random(1).sample(corpus, 4000)]
+    assert {d.text for d in divide(shuffled)[1]} == {d.text for d in heldout}
+    grown = divide(corpus + documents(500, seed=7))
+    assert {d.text for d in heldout} <= {d.text for d in grown[1]}
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5])
+@pytest.mark.parametrize("separator", ["\n\n", "\n"])
+def test_one_long_document_is_split_by_paragraphs(separator, share):
+    text = separator.join(f"paragraph {n} says {n * n}" for n in range(1000))
+    seen = []
+    with events.subscribed(seen.append):
+        train, heldout = divide([Document(text, "book.txt")], share)
+    assert "split by paragraphs" in seen[0].text
+    held = sum(len(d.text) for d in heldout) / len(text)
+    assert share * 0.8 < held < share * 1.4
+    lines = lambda side: {line for d in side for line in d.text.splitlines() if line}
+    assert not lines(train) & lines(heldout) and len(lines(train) | lines(heldout)) == 1000
+
+
+def test_a_huge_document_on_the_held_out_side_does_not_eat_the_corpus():
+    small = [d for d in documents(400) if not is_heldout(d.text)]
+    n = next(n for n in range(10**4) if is_heldout("\n\n".join(f"{n} {i} huge" for i in range(20_000))))
+    huge = Document("\n\n".join(f"{n} {i} huge" for i in range(20_000)), "huge.txt")
+    train, heldout = divide([*small, huge])
+    assert sum(len(d.text) for d in heldout) < 0.1 * sum(len(d.text) for d in train)
+
+
+@pytest.mark.parametrize("corpus", [[], [Document("one line", "a")], [Document("same", "a"), Document("same", "b")]])
+def test_a_corpus_that_cannot_be_split_is_refused(corpus):
+    with pytest.raises(BadInput, match="too small"):
+        divide(corpus)
