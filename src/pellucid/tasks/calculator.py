@@ -59,7 +59,7 @@ STORY = {
 }
 NAMES = ("Ann", "Ben", "Eva", "Tom", "Mia", "Leo")
 THINGS = ("apples", "plums", "pens", "books", "coins", "cards")
-MAX_CALL_CHARS = 500
+MAX_CALL_CHARS = 300
 _CALL = re.compile(r"<tool_call>\n?([^<>]+?)\n?</tool_call>")
 
 Answer = tuple[int, str, int]  # left number, operation, right number

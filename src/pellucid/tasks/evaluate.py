@@ -14,21 +14,21 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from pellucid.errors import BadInput
 from pellucid.tasks.task import Problem, Split, Task
 
 
-class Completion(Protocol):
+@dataclass(frozen=True)
+class Completion:
     """What a generator gives back for one draw."""
 
-    @property
-    def text(self) -> str: ...
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def finished(self) -> bool: ...  # False: cut off at the token limit
+    text: str
+    tokens: int
+    """Its length in tokens."""
+    finished: bool
+    """False when it was cut off at the token limit."""
 
 
 Generate = Callable[[list[Problem], int, float], Sequence[Sequence[Completion]]]
@@ -58,6 +58,9 @@ class TaskScores:
     """Share of completions in the right form."""
     progress: float
     """Mean partial credit."""
+    reasoning: float | None
+    """Share of correct completions among those in the right form; None if there are none.  Apart from `format`, so
+    that a repaired form is not mistaken for better reasoning."""
     mean_length: float
     """Tokens per completion."""
     truncated: float
@@ -71,7 +74,7 @@ class TaskScores:
     temperature: float
     standard_error: float
     """Of pass_at_1, over problems."""
-    by_task: dict[str, dict[str, float]]
+    by_task: dict[str, dict[str, Any]]
     """The same means for each task."""
     samples: list[Sample]
     """The first few problems."""
@@ -142,9 +145,10 @@ def _row(scores: list[dict[str, float]], group: Sequence[Completion], k: int) ->
             "truncated": sum(not c.finished for c in group) / draws}
 
 
-def _means(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Means over problems, their number, and the standard error of pass@1."""
+def _means(rows: list[dict[str, float]]) -> dict[str, Any]:
+    """Means over problems, the share right among the well-formed, the number of problems, and the standard error of pass@1."""
     n = len(rows)
-    means = {name: sum(row[name] for row in rows) / n for name in rows[0]}
+    means: dict[str, Any] = {name: sum(row[name] for row in rows) / n for name in rows[0]}
+    means["reasoning"] = means["pass_at_1"] / means["format"] if means["format"] else None
     spread = sum((row["pass_at_1"] - means["pass_at_1"]) ** 2 for row in rows)
     return {**means, "n": n, "standard_error": math.sqrt(spread / (n - 1) / n) if n > 1 else 0.0}

@@ -1,15 +1,16 @@
 """Short texts of single operations, for pretraining: what the thoughts of the tasks are made of.
 
-A text is a few lines, each one step as the demonstrations write it (`18-12=6`, `7+6+1=14`, `7<52,31,88`), and never
+A text is a few lines, each one step as the demonstrations write it (`18-12=6`, `7+6+1=14`, `7<52,31,88`,
+`50 minus 12: 50-12`), and never
 a whole problem of a task: three numbers with their target, a long sum, a sorted list or a tool call.  Lists whose
-sorting is held out do not occur either.
+sorting is held out, and requests whose tool call is, do not occur either.
 """
 
 from __future__ import annotations
 
 import random
 
-from pellucid.tasks.sorting import Sorting, key_of
+from pellucid.tasks import calculator, sorting
 from pellucid.tasks.task import is_heldout
 
 LINES = 12
@@ -17,7 +18,7 @@ LINES = 12
 
 def facts(rng: random.Random, lines: int = LINES) -> str:
     """`lines` lines of single operations, each of a random kind."""
-    kinds = (combine, combine, column_sum, column_difference, smallest, in_words)
+    kinds = (combine, combine, column_sum, column_difference, smallest, request)
     return "\n".join(rng.choice(kinds)(rng) for _ in range(lines)) + "\n"
 
 
@@ -50,13 +51,16 @@ def smallest(rng: random.Random) -> str:
     """A line of a selection sort: the smallest, then the others in any order."""
     while True:
         numbers = rng.sample(range(100), rng.randint(2, 5))
-        if not is_heldout(Sorting.name, key_of(numbers)):
+        if not is_heldout(sorting.Sorting.name, sorting.key_of(numbers)):
             break
     first, others = min(numbers), [n for n in numbers if n != min(numbers)]
     return f"{first}<{','.join(map(str, others))}"
 
 
-def in_words(rng: random.Random) -> str:
-    """An operation in words and in symbols, with numbers the calculator task never uses together: equal ones."""
-    operator, word = rng.choice((("+", "plus"), ("-", "minus"), ("*", "times")))
-    return f"{(n := rng.randint(2, 99))} {word} {n}: {n}{operator}{n}"
+def request(rng: random.Random) -> str:
+    """An operation in words and in symbols, as the calculator task puts it."""
+    while True:
+        a, operator, b = rng.randint(2, 99), rng.choice("+-*"), rng.randint(2, 99)
+        answer = (max(a, b), operator, min(a, b)) if operator == "-" else (a, operator, b)
+        if not is_heldout(calculator.Calculator.name, calculator.key_of(answer)):
+            return f"{calculator.in_words(answer)}: {calculator.in_symbols(answer)}"

@@ -1,0 +1,294 @@
+"""What holds for every task: demonstrations, split, seeds, dials, graders that never raise and never take long."""
+
+import dataclasses
+import random
+import subprocess
+import sys
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pellucid.errors import BadInput
+from pellucid.tasks import DIALS, TASKS, Mixture, facts, is_heldout, make, parse_completion
+from pellucid.tasks.task import MARKERS
+
+PERFECT = {"format": 1.0, "correct": 1.0, "progress": 1.0}
+OTHER_DIALS = {
+    "countdown": [{"count": 2}, {"count": 4, "max_tries": 8}, {"max_number": 9, "operations": "+-"}, {"max_tries": 1},
+                  {"max_value": 999, "max_number": 50}, {"explain": True}],
+    "arithmetic": [{"min_digits": 1, "max_digits": 12}, {"operations": "+"}, {"min_digits": 30, "max_digits": 30},
+                   {"explain": True}],
+    "sorting": [{"min_count": 3, "max_count": 3}, {"min_count": 20, "max_count": 50, "max_number": 999},
+                {"explain": True}],
+    "calculator": [{"operations": "/"}, {"operations": "+-*/", "min_number": 1, "max_number": 9999},
+                   {"stories": False}, {"explain": True}],
+}
+
+
+def problems(task, n, seed=0, split="train"):
+    rng = random.Random(seed)
+    return [task.sample(rng, split) for _ in range(n)]
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+@pytest.mark.parametrize("name", TASKS)
+def test_demonstrations_are_always_graded_correct(name, split):
+    task, rng = make(name), random.Random(1)
+    for problem in problems(task, 2000, split=split):
+        text = task.demonstrate(problem, rng)
+        assert task.grade(problem, text) == PERFECT, (problem, text)
+        assert text.startswith("<think>\n") and "\n</think>\n\n" in text and text == text.strip()
+        assert is_heldout(name, problem.key) == (split == "heldout")
+        assert problem.prompt.isascii() and problem.task == name
+
+
+@pytest.mark.parametrize("name, dials", [(n, d) for n, many in OTHER_DIALS.items() for d in many])
+def test_every_dial_is_reachable_and_its_demonstrations_correct(name, dials):
+    task, rng = make(name, **dials), random.Random(2)
+    assert {**dataclasses.asdict(task.dials), **dials} == dataclasses.asdict(task.dials)
+    for problem in problems(task, 60):
+        assert task.grade(problem, task.demonstrate(problem, rng)) == PERFECT
+
+
+def test_dials_change_what_they_say():
+    assert {len(p.answer[0]) for p in problems(make("countdown", count=4), 20)} == {4}
+    assert max(max(p.answer[0]) for p in problems(make("countdown", max_number=5, max_value=99), 200)) == 5
+    assert all("*" not in make("countdown", operations="+-").demonstrate(p, random.Random(0))
+               for p in problems(make("countdown", operations="+-"), 200))
+    one = make("countdown", max_tries=1)
+    assert all(one.demonstrate(p, random.Random(0)).count("\n") == 4 for p in problems(one, 100))
+    most = make("countdown", max_tries=6)
+    assert {most.demonstrate(p, random.Random(i)).count("\n") - 3 for i, p in enumerate(problems(most, 300))} == set(range(1, 7))
+    lengths = {len(str(p.answer[2])) for p in problems(make("arithmetic", min_digits=2, max_digits=5, operations="+"), 200)}
+    assert lengths == {2, 3, 4, 5}
+    assert {p.answer[1] for p in problems(make("calculator", operations="/"), 50)} == {"/"}
+    assert {len(p.answer) for p in problems(make("sorting"), 200)} == {4, 5, 6}
+    for name in TASKS:
+        assert all(len(e.prompt) > 20 + len(p.prompt) and e.answer == p.answer
+                   for e, p in zip(problems(make(name, explain=True), 20), problems(make(name), 20)))
+
+
+@pytest.mark.parametrize("name, dials", [
+    ("countdown", {"count": 1}), ("countdown", {"count": 5}), ("countdown", {"count": True}), ("countdown", {"count": 2.0}),
+    ("countdown", {"max_number": 0}), ("countdown", {"max_value": 10}), ("countdown", {"operations": "+/"}),
+    ("countdown", {"operations": ""}), ("countdown", {"operations": "++"}), ("countdown", {"max_tries": 0}),
+    ("countdown", {"operations": None}), ("countdown", {"number": 3}),
+    ("arithmetic", {"min_digits": 0}), ("arithmetic", {"min_digits": 4}), ("arithmetic", {"max_digits": 31}),
+    ("arithmetic", {"operations": "*"}), ("sorting", {"min_count": 2}), ("sorting", {"max_count": 3}),
+    ("sorting", {"max_number": 5}), ("calculator", {"min_number": 0}), ("calculator", {"max_number": 2}),
+    ("calculator", {"operations": "^"}), ("nothing", {}), ("countdwn", {}),
+])
+def test_impossible_dials_are_refused(name, dials):
+    with pytest.raises(BadInput) as error:
+        make(name, **dials)
+    assert error.value.what and error.value.next
+
+
+def test_a_typo_is_answered_with_the_nearest_name():
+    with pytest.raises(BadInput, match="did you mean 'countdown'"):
+        make("countdwn")
+    with pytest.raises(BadInput, match="did you mean 'max_tries'"):
+        make("countdown", max_trie=3)
+
+
+def test_an_empty_side_of_the_split_is_said_and_not_waited_for():
+    with pytest.raises(BadInput, match="no heldout problem"):
+        make("countdown", count=2, max_number=2).sample(random.Random(0), "heldout")
+    with pytest.raises(BadInput, match="unknown split"):
+        make("sorting").sample(random.Random(0), "test")
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_equal_seeds_give_equal_problems(name):
+    task = make(name)
+    assert problems(task, 50, seed=7) == problems(make(name), 50, seed=7)
+    assert problems(task, 50, seed=7) != problems(task, 50, seed=8)
+    problem = problems(task, 1)[0]
+    assert task.demonstrate(problem, random.Random(3)) == task.demonstrate(problem, random.Random(3))
+
+
+def test_problems_and_split_do_not_depend_on_the_process():
+    """Neither string hashing nor set order may decide anything."""
+    code = ("import random; from pellucid.tasks import *; r = random.Random(5); "
+            "print([(p := make(n).sample(r, s), make(n).demonstrate(p, r)) for n in TASKS for s in ('train', 'heldout')], "
+            "facts(r))")
+    outputs = {subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, text=True,
+                              check=True).stdout for seed in ("1", "2")}
+    assert len(outputs) == 1 and len(outputs.pop()) > 500
+
+
+def test_tasks_need_no_torch():
+    code = "import sys, pellucid.tasks; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("text", [
+    "", "42", "<think>", "<think></think>", "<think>a</think>", "<think>\n \n</think>\n\n42", "<think>a</think>\n\n ",
+    "<think>a\n\n42", "a</think>\n\n42", "42 <think>a</think>", "x<think>a</think>42", "<think>a</think>42<think>b</think>",
+    "<think>a</think>42</think>", "<think><think>a</think>42", "<think>a<think>b</think></think>42", "<THINK>a</THINK>42",
+    "<think >a</think>42", "</think>a<think>42", "<think>a <tool_call> b</think>42", "<think>a<|im_end|></think>42",
+    "\u3000<think>a</think>42", "\x00<think>a</think>42", "＜think＞a＜/think＞42",
+])
+def test_what_is_not_one_thought_and_an_answer(text):
+    assert parse_completion(text) is None
+    for name in TASKS:
+        assert make(name).grade(problems(make(name), 1)[0], text) == {"format": 0.0, "correct": 0.0, "progress": 0.0}
+
+
+def test_what_is_one_thought_and_an_answer():
+    assert parse_completion("<think>\na\nb\n</think>\n\n42") == ("a\nb", "42")
+    assert parse_completion(" \n<think>a</think>42\n") == ("a", "42")
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("change", [
+    lambda text, answer: f"{answer}\n{text}",                                       # answer first
+    lambda text, answer: text.replace(f"\n\n{answer}", f"\n{answer}\n</think>"),    # only inside the thought
+    lambda text, answer: text.replace("</think>\n\n" + answer, f"{answer}\n</think>"),
+    lambda text, answer: f"{text}\n{answer}",                                       # twice
+    lambda text, answer: f"{text}.",                                                # more after it
+    lambda text, answer: f"{text} is the answer",
+    lambda text, answer: f"{text}\n\n{text}",
+    lambda text, answer: f"{text}<|im_end|>",
+    lambda text, answer: f"{text}\x00",
+    lambda text, answer: f"{text}\u200b",
+    lambda text, answer: text.replace("</think>\n\n", "</think>\n\nThe answer is "),
+    lambda text, answer: text.replace("</think>\n\n", "</think>\n\n="),
+    lambda text, answer: text.replace("</think>\n\n", "</think>\n\n<answer>") + "</answer>",
+    lambda text, answer: answer,                                                    # no thought
+    lambda text, answer: f"<think>\n</think>\n\n{answer}",
+    lambda text, answer: text.replace("</think>", ""),
+    lambda text, answer: text.replace("<think>", "<think>\n<think>"),
+    lambda text, answer: "<think>\nhm\n</think>\n" + text,
+    lambda text, answer: text + "\n<think>\nhm\n</think>",
+    lambda text, answer: text.translate({ord("0") + i: ord("０") + i for i in range(10)}),   # full-width digits
+    lambda text, answer: text.translate({ord("0") + i: 0x660 + i for i in range(10)}),       # Arabic-Indic digits
+    lambda text, answer: "".join(text.rsplit(answer, 1)),                           # no answer
+])
+def test_cheats_with_the_place_of_the_answer(name, change):
+    task, rng = make(name), random.Random(4)
+    for problem in problems(task, 20):
+        text = task.demonstrate(problem, rng)
+        cheat = change(text, text.split("</think>\n\n")[1])
+        assert cheat != text
+        graded = task.grade(problem, cheat)
+        assert graded["format"] == 0 and graded["correct"] == 0 and graded["progress"] < 0.95, cheat
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("between", ["", " ", ", ", ","])
+def test_the_answer_twice_in_a_row_is_never_correct(name, between):
+    """In some grammars two answers run together are one other answer (1 4 0 6 1 4 0 6): well-formed, and wrong."""
+    task, rng = make(name), random.Random(4)
+    for problem in problems(task, 50):
+        text = task.demonstrate(problem, rng)
+        assert task.grade(problem, text + between + text.split("</think>\n\n")[1])["correct"] == 0
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_another_problems_answer_is_not_correct(name):
+    task, rng = make(name), random.Random(5)
+    for problem, other in zip(problems(task, 300), problems(task, 300, seed=1)):
+        graded = task.grade(problem, task.demonstrate(other, rng))
+        assert graded["format"] == 1 and (graded["correct"] == 0 or problem.key == other.key)
+        assert graded["progress"] <= 0.9 or graded["correct"]
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("text", [
+    "x" * 10**6, "<think>" * 10**5, "<think>\n" + "1+1=2\n" * 10**5 + "</think>\n\n1", "<think>a</think>" + "1" * 10**6,
+    "<think>a</think>" + "1," * 10**5 + "1", "<think>a</think>" + "1 " * 10**5 + "1", "<think>" + "1-1=0," * 10**5 + "</think>1",
+    "<think>a</think>" + "(" * 10**6, "<think>a</think>" + "-" * 10**6, "<think>" + " " * 10**6 + "</think>1",
+    "<think>a</think><tool_call>" + "[" * 10**6, "<think>a</think><tool_call>\n" + "[" * 200 + "\n</tool_call>",
+    "<think>a</think><tool_call>" * 10**4, "<think>a</think>9**9**9**9", "\n" * 10**6, "<think>" + "\n" * 10**6 + "a</think>1",
+    "<think>" + "9" * 10**5 + "=9</think>1",
+], ids=lambda text: text[:24].strip())
+def test_a_huge_completion_takes_bounded_time(name, text):
+    task = make(name)
+    problem = problems(task, 1)[0]
+    start = time.perf_counter()
+    assert task.grade(problem, text)["correct"] == 0
+    assert time.perf_counter() - start < 0.25
+
+
+pieces = st.sampled_from([*MARKERS, "\n", "\n\n", " ", ",", "+", "-", "*", "(", ")", "=", "<", "{", "}", '"', ":", "yes", "no",
+                          "0", "1", "7", "12", "99", "calculator", "name", "arguments", "expression", "１", "\ud800", "\x00"])
+fuzz = st.one_of(st.text(max_size=60), st.lists(pieces, max_size=40).map("".join),
+                 st.lists(pieces, max_size=30).map(lambda parts: "<think>\na\n</think>\n\n" + "".join(parts)),
+                 st.lists(pieces, max_size=30).map(lambda parts: "<think>\n" + "".join(parts) + "\n</think>\n\n12"))
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.sampled_from(sorted(TASKS)), st.integers(0, 50), fuzz)
+def test_graders_never_raise_and_keep_their_bounds(name, seed, text):
+    task = make(name)
+    graded = task.grade(problems(task, 1, seed=seed)[0], text)
+    assert set(graded) == {"format", "correct", "progress"}
+    assert all(type(value) is float and 0 <= value <= 1 for value in graded.values())
+    assert graded["correct"] <= graded["format"] and graded["format"] in (0, 1) and graded["correct"] in (0, 1)
+    assert (graded["progress"] == 1) == (graded["correct"] == 1)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.sampled_from(sorted(TASKS)), st.integers(0, 50), st.data())
+def test_one_changed_character_is_graded_without_surprise(name, seed, data):
+    """Near the truth: a changed character keeps every bound, and a changed answer is hardly ever still right."""
+    task = make(name)
+    problem = problems(task, 1, seed=seed)[0]
+    text = task.demonstrate(problem, random.Random(seed))
+    at = data.draw(st.integers(0, len(text) - 1))
+    changed = text[:at] + data.draw(st.sampled_from(list("0123456789+-*()<>, \n{}\"a"))) + text[at + 1:]
+    graded = task.grade(problem, changed)
+    assert graded["correct"] <= graded["format"] and (graded["progress"] == 1) == (graded["correct"] == 1)
+
+
+def test_the_mixture_dispatches():
+    mixture = Mixture([(make("countdown"), 3), (make("sorting"), 1), (make("calculator"), 0)])
+    rng = random.Random(0)
+    drawn = [mixture.sample(rng, "heldout") for _ in range(2000)]
+    share = sum(p.task == "countdown" for p in drawn) / len(drawn)
+    assert abs(share - 0.75) < 0.04 and {p.task for p in drawn} == {"countdown", "sorting"}
+    assert all(mixture.grade(p, mixture.demonstrate(p, rng)) == PERFECT for p in drawn)
+    assert all(is_heldout(p.task, p.key) for p in drawn)
+    assert mixture.dials.weights == (("countdown", 0.75), ("sorting", 0.25), ("calculator", 0.0))
+    with pytest.raises(BadInput, match="no task 'arithmetic'"):
+        mixture.grade(problems(make("arithmetic"), 1)[0], "")
+
+
+@pytest.mark.parametrize("parts", [[], [("sorting", 0)], [("sorting", -1)], [("sorting", float("nan"))],
+                                   [("sorting", 1), ("sorting", 1)], [("sorting", float("inf"))]])
+def test_impossible_mixtures_are_refused(parts):
+    with pytest.raises(BadInput):
+        Mixture([(make(name), weight) for name, weight in parts])
+
+
+def test_every_task_has_its_dials_documented():
+    assert set(DIALS) == set(TASKS)
+    for name, kind in DIALS.items():
+        assert dataclasses.fields(kind) and kind.__dataclass_params__.frozen and isinstance(make(name).dials, kind)
+
+
+def test_facts_are_true_short_and_keep_out_of_the_held_out_problems():
+    rng, seen = random.Random(0), set()
+    for _ in range(800):
+        text = facts(rng)
+        assert text.isascii() and text.endswith("\n") and len(text) < 300
+        seen.update(text.splitlines())
+    for line in seen:
+        if "=" in line:
+            left, right = line.split("=")
+            assert eval(left, {"__builtins__": {}}) == int(right), line    # our own text, in a test
+        elif "<" in line:
+            numbers = [int(n) for n in line.replace("<", ",").split(",")]
+            assert min(numbers) == numbers[0] and len(set(numbers)) == len(numbers)
+            assert len(numbers) < 3 or not is_heldout("sorting", ",".join(map(str, sorted(numbers)[-3:])))
+        else:
+            words, symbols = line.split(": ")
+            left, word, right = words.split(" ")
+            assert symbols == left + {"plus": "+", "minus": "-", "times": "*"}[word] + right
+    kinds = {"=": 0, "<": 0, ":": 0}
+    for line in seen:
+        kinds[next(k for k in kinds if k in line)] += 1
+    assert min(kinds.values()) > 500
