@@ -1,5 +1,7 @@
 """Packing: against a token-by-token twin, against transformers, and the ways in which packing goes wrong silently."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -30,7 +32,7 @@ def pieces(packed):
 @settings(max_examples=150, deadline=None)
 @given(documents=DOCUMENTS, T=st.integers(1, 17), remainder=st.sampled_from(["drop", "pad"]))
 def test_stream_predicts_every_pair_once_and_nothing_across_documents(documents, T, remainder):
-    pairs = [pair for ids in documents for pair in zip(ids, ids[1:])]
+    pairs = [pair for ids in documents for pair in itertools.pairwise(ids)]
     rows = -(-len(pairs) // T) if remainder == "pad" else len(pairs) // T
     if not rows:
         with pytest.raises(BadInput):

@@ -10,7 +10,8 @@ models there), over bytes, with h the k-1 bytes before c and h' the same without
 
 N_k(h c) is the count of h c in the training text for the longest k, and the number of different bytes seen before h c
 for the shorter ones. n_i(h) is how many c have N_k(h c) = i (n_3: three or more). The discounts come from the counts of
-counts t_i: Y = t_1 / (t_1 + 2 t_2), D(i) = i - (i + 1) Y t_{i+1} / t_i. Nothing is tuned on the held-out text.
+counts t_i: Y = t_1 / (t_1 + 2 t_2), D(i) = i - (i + 1) Y t_{i+1} / t_i. Nothing is tuned on the held-out text. Deviation: D(i) is
+kept 0.05 away from 0 and i, and is Y where a small text has no t_i or t_{i+1}.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Baselines(events.Event):
         return min(self.gzip, self.xz, self.ngram)
 
 
-def measure(train: bytes, heldout: bytes, order: int = 6, max_train: int = 8_000_000) -> Baselines:
+def measure(train: bytes, heldout: bytes, order: int = 5, max_train: int = 8_000_000) -> Baselines:
     """All baselines for `heldout`. train: the first `max_train` bytes are used (about one second for each 2 MB)."""
     if not heldout:
         raise BadInput("there is no held-out text to measure on", next="give more text, or a larger held-out share")
@@ -68,7 +69,7 @@ def xz_bits(text: bytes) -> float:
 class ByteNGram:
     """The model above: n-grams of up to `order` bytes, that is contexts of up to `order` - 1 bytes."""
 
-    def __init__(self, train: bytes, order: int = 6):
+    def __init__(self, train: bytes, order: int = 5):
         if not 1 <= order <= MAX_ORDER:
             raise BadInput(f"an n-gram order of {order} is not possible", next=f"give 1 to {MAX_ORDER}")
         if len(train) < 2:
@@ -114,13 +115,11 @@ class _Level:
 
 
 def _discounts(counts: np.ndarray) -> np.ndarray:
-    """D(0), D(1), D(2), D(3 and more), from the counts of counts; 0.5 for each where a tiny text has none of them."""
+    """D(0) = 0, D(1), D(2), D(3 and more) from the counts of counts; Y itself where a count of counts is zero."""
     t = np.bincount(np.minimum(counts, 5), minlength=6).astype(float)
-    if not t[1:5].all():
-        return np.array([0, 0.5, 0.5, 0.5])
-    y = t[1] / (t[1] + 2 * t[2])
-    found = [i - (i + 1) * y * t[i + 1] / t[i] for i in (1, 2, 3)]
-    return np.array([0, *(min(max(d, 0.05), i - 0.05) for i, d in enumerate(found, 1))])
+    y = t[1] / (t[1] + 2 * t[2]) if t[1] else 0.5
+    found = [i - (i + 1) * y * t[i + 1] / t[i] if t[i] and t[i + 1] else y for i in (1, 2, 3)]
+    return np.array([0, *(min(max(d, 0.05), i - 0.05) for i, d in enumerate(found, 1))])  # no P of zero, none of one
 
 
 def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray, otherwise: float) -> np.ndarray:

@@ -106,5 +106,7 @@ def _rows(file: Path) -> Iterator[tuple[str, Any]]:
                     number += 1
                     yield f"row {number}", {k: v for k, v in record.items() if v is not None}
     except (ArrowException, OSError) as error:
+        if getattr(error, "errno", None):  # the disk's or the rights' fault, not the file's content
+            raise
         raise BadInput(f"{file} is not a whole Parquet file", str(error).split("\n")[0],
                        "download or write it again") from error
