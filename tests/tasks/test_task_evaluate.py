@@ -24,11 +24,14 @@ def test_pass_at_k_refuses_the_impossible(n, c, k):
         pass_at_k(n, c, k)
 
 
+WRONG = "<think>\nhm\n</think>\n\n0"
+
+
 def demonstrating(task, correct_of, tokens=10, finished=True):
     """A generator that is right on the first correct_of(i) draws of problem i and well-formed but wrong on the rest."""
     def generate(problems, draws, temperature):
         rng = random.Random(0)
-        return [[Completion(task.demonstrate(p, rng) if j < correct_of(i) else "<think>\nhm\n</think>\n\n0", tokens, finished)
+        return [[Completion(task.demonstrate(p, rng) if j < correct_of(i) else WRONG, tokens, finished)
                  for j in range(draws)] for i, p in enumerate(problems)]
     return generate
 
@@ -48,7 +51,8 @@ def test_broken_form_is_told_apart_from_wrong_reasoning():
     task = make("arithmetic")
     def generate(problems, draws, temperature):
         rng = random.Random(0)
-        return [[Completion(task.demonstrate(p, rng) if i % 4 == 0 else "<think>\n1+1", 64, i % 4 == 0)] for i, p in enumerate(problems)]
+        return [[Completion(task.demonstrate(p, rng) if i % 4 == 0 else "<think>\n1+1", 64, i % 4 == 0)]
+                for i, p in enumerate(problems)]
     scores = evaluate(task, generate, n=40)
     assert (scores.pass_at_1, scores.format, scores.reasoning, scores.truncated) == (0.25, 0.25, 1.0, 0.75)
     silent = evaluate(task, lambda p, d, t: [[Completion("", 0, True)] for _ in p], n=5)
@@ -90,7 +94,8 @@ def test_a_mixture_is_scored_by_task_and_as_a_whole():
     assert set(scores.by_task) == {"sorting", "calculator"}
     assert scores.by_task["sorting"]["pass_at_1"] == 1 and scores.by_task["calculator"]["pass_at_1"] == 0
     assert scores.by_task["calculator"]["format"] == 0 and scores.by_task["calculator"]["reasoning"] is None
-    assert sum(t["n"] for t in scores.by_task.values()) == 60 and scores.pass_at_1 == scores.by_task["sorting"]["n"] / 60
+    assert sum(t["n"] for t in scores.by_task.values()) == 60
+    assert scores.pass_at_1 == scores.by_task["sorting"]["n"] / 60
     assert len(scores.samples) == 3 and json.loads(json.dumps(scores.record()))["n"] == 60
 
 

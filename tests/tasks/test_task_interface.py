@@ -60,8 +60,10 @@ def test_dials_change_what_they_say():
     one = make("countdown", max_tries=1)
     assert all(one.demonstrate(p, random.Random(0)).count("\n") == 4 for p in problems(one, 100))
     most = make("countdown", max_tries=6)
-    assert {most.demonstrate(p, random.Random(i)).count("\n") - 3 for i, p in enumerate(problems(most, 300))} == set(range(1, 7))
-    lengths = {len(str(p.answer[2])) for p in problems(make("arithmetic", min_digits=2, max_digits=5, operations="+"), 200)}
+    shown = {most.demonstrate(p, random.Random(i)).count("\n") - 3 for i, p in enumerate(problems(most, 300))}
+    assert shown == set(range(1, 7))
+    long = make("arithmetic", min_digits=2, max_digits=5, operations="+")
+    lengths = {len(str(p.answer[2])) for p in problems(long, 200)}
     assert lengths == {2, 3, 4, 5}
     assert {p.answer[1] for p in problems(make("calculator", operations="/"), 50)} == {"/"}
     assert {len(p.answer) for p in problems(make("sorting"), 200)} == {4, 5, 6}
@@ -71,7 +73,8 @@ def test_dials_change_what_they_say():
 
 
 @pytest.mark.parametrize("name, dials", [
-    ("countdown", {"count": 1}), ("countdown", {"count": 5}), ("countdown", {"count": True}), ("countdown", {"count": 2.0}),
+    ("countdown", {"count": 1}), ("countdown", {"count": 5}), ("countdown", {"count": True}),
+    ("countdown", {"count": 2.0}),
     ("countdown", {"max_number": 0}), ("countdown", {"max_value": 10}), ("countdown", {"operations": "+/"}),
     ("countdown", {"operations": ""}), ("countdown", {"operations": "++"}), ("countdown", {"max_tries": 0}),
     ("countdown", {"operations": None}), ("countdown", {"number": 3}),
@@ -112,10 +115,11 @@ def test_equal_seeds_give_equal_problems(name):
 def test_problems_and_split_do_not_depend_on_the_process():
     """Neither string hashing nor set order may decide anything."""
     code = ("import random; from pellucid.tasks import *; r = random.Random(5); "
-            "print([(p := make(n).sample(r, s), make(n).demonstrate(p, r)) for n in TASKS for s in ('train', 'heldout')], "
+            "both = ('train', 'heldout'); "
+            "print([(p := make(n).sample(r, s), make(n).demonstrate(p, r)) for n in TASKS for s in both], "
             "facts(r))")
-    outputs = {subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, text=True,
-                              check=True).stdout for seed in ("1", "2")}
+    outputs = {subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True,
+                              text=True, check=True).stdout for seed in ("1", "2")}
     assert len(outputs) == 1 and len(outputs.pop()) > 500
 
 
@@ -126,8 +130,10 @@ def test_tasks_need_no_torch():
 
 @pytest.mark.parametrize("text", [
     "", "42", "<think>", "<think></think>", "<think>a</think>", "<think>\n \n</think>\n\n42", "<think>a</think>\n\n ",
-    "<think>a\n\n42", "a</think>\n\n42", "42 <think>a</think>", "x<think>a</think>42", "<think>a</think>42<think>b</think>",
-    "<think>a</think>42</think>", "<think><think>a</think>42", "<think>a<think>b</think></think>42", "<THINK>a</THINK>42",
+    "<think>a\n\n42", "a</think>\n\n42", "42 <think>a</think>", "x<think>a</think>42",
+    "<think>a</think>42<think>b</think>",
+    "<think>a</think>42</think>", "<think><think>a</think>42", "<think>a<think>b</think></think>42",
+    "<THINK>a</THINK>42",
     "<think >a</think>42", "</think>a<think>42", "<think>a <tool_call> b</think>42", "<think>a<|im_end|></think>42",
     "\u3000<think>a</think>42", "\x00<think>a</think>42", "＜think＞a＜/think＞42",
 ])
@@ -199,11 +205,12 @@ def test_another_problems_answer_is_not_correct(name):
 @pytest.mark.parametrize("name", TASKS)
 @pytest.mark.parametrize("text", [
     "x" * 10**6, "<think>" * 10**5, "<think>\n" + "1+1=2\n" * 10**5 + "</think>\n\n1", "<think>a</think>" + "1" * 10**6,
-    "<think>a</think>" + "1," * 10**5 + "1", "<think>a</think>" + "1 " * 10**5 + "1", "<think>" + "1-1=0," * 10**5 + "</think>1",
+    "<think>a</think>" + "1," * 10**5 + "1", "<think>a</think>" + "1 " * 10**5 + "1",
+    "<think>" + "1-1=0," * 10**5 + "</think>1",
     "<think>a</think>" + "(" * 10**6, "<think>a</think>" + "-" * 10**6, "<think>" + " " * 10**6 + "</think>1",
     "<think>a</think><tool_call>" + "[" * 10**6, "<think>a</think><tool_call>\n" + "[" * 200 + "\n</tool_call>",
-    "<think>a</think><tool_call>" * 10**4, "<think>a</think>9**9**9**9", "\n" * 10**6, "<think>" + "\n" * 10**6 + "a</think>1",
-    "<think>" + "9" * 10**5 + "=9</think>1",
+    "<think>a</think><tool_call>" * 10**4, "<think>a</think>9**9**9**9", "\n" * 10**6,
+    "<think>" + "\n" * 10**6 + "a</think>1", "<think>" + "9" * 10**5 + "=9</think>1",
 ], ids=lambda text: text[:24].strip())
 def test_a_huge_completion_takes_bounded_time(name, text):
     task = make(name)
@@ -213,8 +220,10 @@ def test_a_huge_completion_takes_bounded_time(name, text):
     assert time.perf_counter() - start < 0.25
 
 
-pieces = st.sampled_from([*MARKERS, "\n", "\n\n", " ", ",", "+", "-", "*", "(", ")", "=", "<", "{", "}", '"', ":", "yes", "no",
-                          "0", "1", "7", "12", "99", "calculator", "name", "arguments", "expression", "１", "\ud800", "\x00"])
+pieces = st.sampled_from([*MARKERS, "\n", "\n\n", " ", ",", "+", "-", "*", "(", ")", "=", "<", "{", "}", '"', ":",
+                          "yes", "no",
+                          "0", "1", "7", "12", "99", "calculator", "name", "arguments", "expression", "１", "\ud800",
+                          "\x00"])
 fuzz = st.one_of(st.text(max_size=60), st.lists(pieces, max_size=40).map("".join),
                  st.lists(pieces, max_size=30).map(lambda parts: "<think>\na\n</think>\n\n" + "".join(parts)),
                  st.lists(pieces, max_size=30).map(lambda parts: "<think>\n" + "".join(parts) + "\n</think>\n\n12"))

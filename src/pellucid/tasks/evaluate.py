@@ -146,7 +146,7 @@ def _row(scores: list[dict[str, float]], group: Sequence[Completion], k: int) ->
 
 
 def _means(rows: list[dict[str, float]]) -> dict[str, Any]:
-    """Means over problems, the share right among the well-formed, the number of problems, and the standard error of pass@1."""
+    """Means over problems, with their number, `reasoning` and the standard error of pass@1."""
     n = len(rows)
     means: dict[str, Any] = {name: sum(row[name] for row in rows) / n for name in rows[0]}
     means["reasoning"] = means["pass_at_1"] / means["format"] if means["format"] else None
