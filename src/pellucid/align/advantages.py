@@ -147,8 +147,10 @@ def assign_credit(
     truncated: (N, G) bool, cut at the length limit; what happens to them is `cfg.truncated` (a masked completion
     keeps its reward in the baseline, so its siblings are judged against it).
     """
-    if truncated is None and cfg.truncated != "keep":
-        raise BadInput(f"truncated={cfg.truncated!r} needs to know which completions were cut", next="pass truncated=")
+    if truncated is None:
+        if cfg.truncated != "keep":
+            raise BadInput(f"truncated={cfg.truncated!r} needs to know which completions were cut", next="pass truncated")
+        truncated = torch.zeros_like(lengths, dtype=torch.bool)
     if cfg.truncated == "zero-reward":
         components = {name: r.masked_fill(truncated, 0.0) for name, r in components.items()}
     valid = lengths > 0
@@ -207,6 +209,9 @@ def _stack(components: Components, weights: Mapping[str, float] | None) -> tuple
     """Components (K, N, G) in float64 and weights (K,), both in the order of the names, whatever order was given."""
     if not components:
         raise BadInput("no reward component was given", next="give at least one, as name -> (prompts, completions)")
+    for name in ("any", "total"):
+        if name in components:
+            raise BadInput(f"a reward component is called {name!r}", "the word means the whole of them", "rename it")
     weights = dict(weights or {})
     for name in weights:
         if name not in components:

@@ -67,12 +67,13 @@ def sequence_means(values: Tensor, sequence: Tensor) -> Tensor:
 def token_weights(sequence: Tensor, mode: Aggregation, counts: Counts, max_tokens: int | None = None) -> Tensor:
     """The weight of every token in the step's loss, (M,) float32.
 
-    With N_tok, N_seq the step's counts and |o| the length of the token's completion:
+    With N_tok, N_seq the step's counts, S of the N_seq completions in this micro-batch, and |o| the length of the
+    token's completion:
 
     mode              weight              also known as
     sequence-mean     1 / (N_seq |o|)     trl `grpo`; verl `seq-mean-token-mean`; DeepSeekMath eq. 3
     token-mean        1 / N_tok           trl `dapo`; DAPO eq. 12 (over the batch, as implementations do, not per group)
-    token-mean-local  1 / M               trl `bnpo`: this micro-batch's own count, so the cut of the step changes it
+    token-mean-local  S / (N_seq M)       trl `bnpo`: mean over this micro-batch, so the cut of the step changes it
     constant          1 / (N_seq max)     trl `dr_grpo`; Dr. GRPO (arXiv 2503.20783), max = longest completion allowed
     sequence-sum      1 / N_seq           trl `luspo`; verl `seq-mean-token-sum`
     token-sum         1                   verl `token-sum`
@@ -86,7 +87,7 @@ def token_weights(sequence: Tensor, mode: Aggregation, counts: Counts, max_token
     if mode == "token-mean":
         return ones / tokens
     if mode == "token-mean-local":
-        return ones / max(sequence.numel(), 1)
+        return ones * (sequence_lengths(sequence) > 0).sum() / (sequences * max(sequence.numel(), 1))
     if mode == "constant":
         if not max_tokens:
             raise BadInput("the constant normaliser needs its constant", "max_tokens is not set",

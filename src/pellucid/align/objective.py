@@ -21,7 +21,7 @@ from pellucid.align.metrics import shift_shares
 from pellucid.align.policy_losses import RatioLevel, clipped_surrogate, log_ratio
 from pellucid.errors import BadInput, nearest
 
-_COUNTS_SEQUENCES = ("sequence-mean", "constant", "sequence-sum")
+_COUNTS_SEQUENCES = ("sequence-mean", "token-mean-local", "constant", "sequence-sum")
 DeadGroups = Literal["keep", "drop"]
 Truncated = Literal["keep", "mask", "zero-reward"]
 
@@ -95,7 +95,7 @@ def objective(
     bounded = log_r if cfg.log_ratio_bound is None else log_r.clamp(-cfg.log_ratio_bound, cfg.log_ratio_bound)
     ratio = bounded.exp()
     token_loss = clipped_surrogate(ratio, advantages, low=cfg.clip_low, high=cfg.clip_high, delta=cfg.delta)
-    if cfg.beta:
+    if cfg.beta and ref is not None:
         token_loss = token_loss + cfg.beta * kl_penalty(logp, ref, cfg.kl, ratio=ratio, bound=cfg.kl_bound)
     loss = (token_loss * token_weights(sequence, cfg.aggregation, counts, cfg.max_tokens)).sum()
     metrics = shift_shares(
@@ -120,8 +120,8 @@ def objective_padded(
     if advantages.ndim == 1:
         advantages = advantages[:, None].expand(keep.shape)
     row = torch.arange(keep.shape[0], device=keep.device)[:, None].expand(keep.shape)
-    flat = [None if x is None else x[keep] for x in (logp, old, ref, advantages, row)]
-    return objective(*flat, cfg, counts)  # type: ignore[arg-type]
+    old, ref = (None if x is None else x[keep] for x in (old, ref))
+    return objective(logp[keep], old, ref, advantages[keep], row[keep], cfg, counts)
 
 
 def formula(cfg: ObjectiveConfig) -> str:
@@ -167,7 +167,7 @@ def notes(cfg: ObjectiveConfig) -> list[str]:
 
 def _outer(cfg: ObjectiveConfig) -> str:
     return {"sequence-mean": "1/N_seq Σ_i 1/|o_i| Σ_t", "token-mean": "1/N_tok Σ_i Σ_t",
-            "token-mean-local": "1/n_tok(micro-batch) Σ_i Σ_t", "constant": f"1/(N_seq * {cfg.max_tokens}) Σ_i Σ_t",
+            "token-mean-local": "Σ_micro-batches n_seq/N_seq 1/n_tok Σ_i Σ_t", "constant": f"1/(N_seq * {cfg.max_tokens}) Σ_i Σ_t",
             "sequence-sum": "1/N_seq Σ_i Σ_t", "token-sum": "Σ_i Σ_t"}[cfg.aggregation]
 
 
