@@ -135,9 +135,11 @@ def _unknown(what: str, word: str, choices: list[str], see: str) -> Exception:
 
 def _asked_language(argv: list[str]) -> str | None:
     """`--lang zh` read before anything else, so that help and refusals speak it too; nonsense is refused later."""
+    from itertools import zip_longest
+
     from pellucid.messages import LANGUAGES
 
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in zip_longest(argv, argv[1:], fillvalue=""):
         value = following if word == "--lang" else word.removeprefix("--lang=")
         if word.startswith("--lang") and value in LANGUAGES:
             return value

@@ -30,7 +30,7 @@ _language: list[str] = []  # empty until somebody chose one
 
 def default_language() -> str:
     """`zh` where the environment's locale is Chinese, else `en`."""
-    for name in ("LC_ALL", "LC_MESSAGES", "LANGUAGE", "LANG"):  # the order in which gettext asks, LC_ALL first
+    for name in ("LC_ALL", "LC_MESSAGES", "LANG"):  # the order of POSIX
         if value := os.environ.get(name):
             return "zh" if value.lower().startswith("zh") else "en"
     import locale
@@ -107,6 +107,7 @@ add({
     "error.see": ("see `pellucid {verb} --help`", "请看 `pellucid {verb} --help`"),
     "error.see_all": ("see `pellucid --help`", "请看 `pellucid --help`"),
     "error.argument": ("`pellucid {verb}` cannot use these arguments", "`pellucid {verb}` 无法使用这些参数"),
+    "error.required": ("it needs {names}", "缺少 {names}"),
     "error.interrupted": ("interrupted", "已中断"),
     "error.unexpected": ("this should not have happened: {name}: {text}", "意料之外的错误：{name}: {text}"),
     "error.debug": ("set PELLUCID_DEBUG=1 and run the same command to see where; please report it",

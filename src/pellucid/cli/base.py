@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import io
 import json
-import re
 import sys
 import typing
 from collections.abc import Callable, Iterator
@@ -91,16 +90,18 @@ def parse(config_class: type[T], argv: list[str], verb: str) -> T:
         with contextlib.redirect_stderr(heard), contextlib.redirect_stdout(heard):
             return tyro.cli(config_class, prog=f"pellucid {verb}", args=argv, config=(FlagCreatePairsOff,))
     except SystemExit as refused:
-        raise BadInput(messages.say("error.argument", verb=verb), _refusal(heard.getvalue()),
-                       messages.say("error.see", verb=verb)) from refused
+        why = _refusal(heard.getvalue())
+        if why.startswith("Missing from"):  # tyro names the type of what is missing; people know it by its name
+            needed = [o.name for o in usage.options(config_class) if o.default is dataclasses.MISSING]
+            why = messages.say("error.required", names=" ".join(needed))
+        raise BadInput(messages.say("error.argument", verb=verb), why, messages.say("error.see", verb=verb)) from refused
 
 
-def _refusal(boxed: str) -> str:
-    """The sentence inside tyro's frame: what stands between the frame's top and its first rule."""
-    lines = re.sub(r"\x1b\[[0-9;]*m", "", boxed).splitlines()
-    inside = [line.strip("│ ") for line in lines if line.startswith("│")]
-    rule = next((i for i, line in enumerate(inside) if line.startswith("─")), len(inside))
-    return " ".join(inside[:rule])
+def _refusal(page: str) -> str:
+    """The sentence in tyro's answer: what stands between its first two rules (all of it, should the page change)."""
+    lines = [line.strip() for line in page.splitlines()]
+    rules = [i for i, line in enumerate(lines) if len(line) > 3 and not line.strip("-")]
+    return " ".join(lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines).strip()
 
 
 @contextlib.contextmanager

@@ -101,7 +101,7 @@ def number(value: float | int | None) -> str:
 
 def duration(seconds: float | None) -> str:
     """45s, 2m05s, 1h03m; a dash where unknown."""
-    if seconds is None or seconds != seconds or seconds < 0:
+    if seconds is None or not 0 <= seconds < float("inf"):
         return "-"
     whole = round(seconds)
     if whole < 60:

@@ -135,7 +135,8 @@ def _wrapped(text: str, indent: int) -> list[str]:
     from rich.cells import cell_len
 
     room = max(40, min(shutil.get_terminal_size().columns, 110) - indent)
-    lines, line = [], ""
+    lines: list[str] = []
+    line = ""
     for piece in re.findall(r"[\u3000-\u9fff\uff00-\uffef]|[^\s\u3000-\u9fff\uff00-\uffef]+|\s+", text):
         if cell_len(line + piece) > room and piece.strip() and not piece.startswith(tuple("，。；：、）")):
             lines, line = [*lines, line], ""

@@ -1,0 +1,96 @@
+"""One catalogue: both languages have every key and the same fields; every `say` in the source is in it."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+from pathlib import Path
+
+import pytest
+
+import pellucid
+from pellucid import messages
+from pellucid.cli.usage import CHINESE
+
+PACKAGE = Path(pellucid.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def english(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(messages, "_language", ["en"])
+
+
+@pytest.fixture
+def scratch(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(messages, "CATALOGUE", dict(messages.CATALOGUE))
+
+
+def calls_of_say() -> list[tuple[str, str, set[str] | None]]:
+    """(file, key, fields) of every `say("key", field=...)` in the package; fields None where `**` hides them."""
+    found = []
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == "say":
+                if node.args and isinstance(node.args[0], ast.Constant):
+                    names = {k.arg for k in node.keywords}
+                    found.append((path.name, node.args[0].value, None if None in names else names))
+    return found
+
+
+def test_every_said_key_is_in_the_catalogue_with_its_fields():
+    for info in pkgutil.walk_packages([str(PACKAGE)], "pellucid."):  # rooms add their own sentences when imported
+        if not info.name.endswith("__main__"):
+            importlib.import_module(info.name)
+    calls = calls_of_say()
+    assert len(calls) > 20
+    for file, key, names in calls:
+        assert key in messages.CATALOGUE, f"{file} says {key!r}"
+        assert names is None or names == messages.fields(messages.CATALOGUE[key].en), f"{file}: fields of {key!r}"
+
+
+def test_both_languages_have_the_same_fields_and_are_what_they_say():
+    for key, text in messages.CATALOGUE.items():
+        assert messages.fields(text.en) == messages.fields(text.zh), key
+        assert text.en and text.zh and not CHINESE.search(text.en), key
+
+
+def test_say_in_both_languages():
+    assert messages.say("display.left", time="5s") == "left 5s"
+    messages.set_language("zh")
+    assert messages.say("display.left", time="5s") == "剩余 5s"
+
+
+@pytest.mark.parametrize(("key", "values"), [
+    ("no.such.key", {}), ("display.left", {}), ("display.left", {"time": 1, "colour": 2}), ("display.left", {"tme": 1}),
+])
+def test_a_missing_key_or_field_is_an_error(key: str, values: dict):
+    with pytest.raises(KeyError):
+        messages.say(key, **values)
+
+
+def test_add_refuses_other_words_and_unlike_fields(scratch: None):
+    messages.add({"t.a": ("one {x}", "一 {x}")})
+    messages.add({"t.a": ("one {x}", "一 {x}")})
+    with pytest.raises(ValueError, match="other words"):
+        messages.add({"t.a": ("two {x}", "一 {x}")})
+    with pytest.raises(ValueError, match="fields"):
+        messages.add({"t.b": ("one {x}", "一 {y}")})
+    assert "t.b" not in messages.CATALOGUE
+
+
+@pytest.mark.parametrize(("environment", "language"), [
+    ({"LANG": "zh_CN.UTF-8"}, "zh"), ({"LANG": "en_US.UTF-8"}, "en"), ({"LC_ALL": "C.UTF-8", "LANG": "zh_CN"}, "en"),
+    ({"LC_MESSAGES": "zh_TW.UTF-8", "LANG": "en_US"}, "zh"), ({"LC_ALL": "", "LANG": "zh_CN"}, "zh"),
+])
+def test_default_language_follows_the_locale(monkeypatch, environment: dict[str, str], language: str):
+    for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert messages.default_language() == language
+
+
+def test_an_unknown_language_is_refused():
+    with pytest.raises(ValueError, match="zh, en"):
+        messages.set_language("fr")
