@@ -1,0 +1,101 @@
+"""The fast encoders behind `Tokenizer`: tiktoken where it provably gives the file's ids, else `tokenizers`."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from typing import Any
+
+from pellucid.tokenizers.layout import ByteLevelBPE, NotByteLevel, read, unspell
+from pellucid.tokenizers.proof import merged_by_rank
+
+# Characters whose composition newer Unicode tables may know and Python's may not: they go to the library's NFC.
+_NEW_TO_NFC = re.compile("[\u0897\u1abf-\u1aff\U00010000-\U0010ffff]")
+
+
+class TiktokenEngine:
+    """tiktoken over the ranks of a byte-level BPE."""
+
+    def __init__(self, bpe: ByteLevelBPE, ranks: dict[bytes, int]):
+        import tiktoken
+
+        self.nfc = bpe.nfc
+        self._encoding = tiktoken.Encoding("pellucid", pat_str=bpe.pattern, mergeable_ranks=ranks, special_tokens={})
+        self.encode_ordinary = self._encoding.encode_ordinary
+        if bpe.nfc:
+            from tokenizers import normalizers
+
+            self._library_nfc = normalizers.NFC().normalize_str
+
+    def plain(self, text: str, first: bool = True) -> list[int]:
+        """The ids of a text without added tokens."""
+        return self.encode_ordinary(self.normal(text) if self.nfc else text)
+
+    def normal(self, text: str) -> str:
+        """NFC, equal to the library's, which is slow: so only where there is something to do."""
+        if text.isascii() or (unicodedata.is_normalized("NFC", text) and not _NEW_TO_NFC.search(text)):
+            return text
+        return self._library_nfc(text)
+
+
+class LibraryEngine:
+    """Hugging Face `tokenizers`, for everything that is not a byte-level BPE of a known pattern."""
+
+    def __init__(self, data: dict[str, Any]):
+        from tokenizers import Tokenizer
+
+        self.full = Tokenizer.from_str(json.dumps(data))
+        self._bare = Tokenizer.from_str(json.dumps(data | {"added_tokens": [], "post_processor": None}))
+        for library in (self.full, self._bare):
+            # Some files carry the padding and truncation of the day they were made.
+            library.no_truncation()
+            library.no_padding()
+        cutting = json.dumps([data.get("normalizer"), data.get("pre_tokenizer")])
+        self._prepends = any(sign in cutting for sign in ('"Metaspace"', '"Prepend"', '"add_prefix_space": true'))
+
+    def plain(self, text: str, first: bool = True) -> list[int]:
+        """The ids of a text without added tokens; not `first`: no space is put before it."""
+        if first or not self._prepends:
+            return self._bare.encode(text, add_special_tokens=False).ids
+        # What stands after a newline gets no space in front; then the newline goes.
+        newline = self._bare.encode("\n", add_special_tokens=False).ids
+        ids = self._bare.encode("\n" + text, add_special_tokens=False).ids
+        return ids[len(newline):] if ids[:len(newline)] == newline else self.plain(text)
+
+    def encode(self, text: str, allow_special: bool) -> list[int]:
+        self.full.encode_special_tokens = not allow_special
+        return self.full.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str], allow_special: bool) -> list[list[int]]:
+        self.full.encode_special_tokens = not allow_special
+        return [found.ids for found in self.full.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def choose_engine(data: dict[str, Any]) -> tuple[TiktokenEngine | LibraryEngine, str]:
+    """The engine for the content of a tokenizer.json, and why.  ValueError when the content is broken."""
+    try:
+        bpe = read(data)
+        odd = [t.content for t in bpe.added if not t.plain or (t.normalized and bpe.nfc)]
+        if odd:
+            raise NotByteLevel(f"its added token {odd[0]!r} matches by whitespace, word or normalised text")
+        ranks = merged_by_rank(bpe)
+    except NotByteLevel as why:
+        return LibraryEngine(data), f"tokenizers (the file is no byte-level BPE that tiktoken can run: {why})"
+    return TiktokenEngine(bpe, ranks), "tiktoken (a byte-level BPE of a known pattern, merges in the order of ids)"
+
+
+def token_table(data: dict[str, Any]) -> list[bytes | None] | None:
+    """id -> bytes where each token stands for bytes of its own (a ByteLevel decoder), else None."""
+    if (data.get("decoder") or {}).get("type") != "ByteLevel" or not isinstance(data["model"].get("vocab"), dict):
+        return None
+    vocab, added = data["model"]["vocab"], data.get("added_tokens") or []
+    table: list[bytes | None] = [None] * (1 + max([*vocab.values(), *(t["id"] for t in added)]))
+    for word, number in vocab.items():
+        try:
+            table[number] = unspell(word)
+        except KeyError:  # a token that is text, not bytes (an added token listed in the vocabulary)
+            table[number] = word.encode()
+    for token in added:
+        table[token["id"]] = token["content"].encode()
+    return table

@@ -1,0 +1,62 @@
+"""Text out of a stream of tokens, one token at a time, without ever showing half a character."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable
+
+
+class StreamDecoder:
+    """Bytes of tokens in, whole characters out.
+
+    A Chinese character or an emoji is three or four bytes, which a token boundary may cut. `add` returns what has
+    become certain and keeps the rest; `finish` gives up on unfinished bytes (U+FFFD). The pieces joined are what
+    decoding all ids at once gives.
+    """
+
+    def __init__(self, token_bytes: Callable[[int], bytes]):
+        self._token_bytes = token_bytes
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, token: int) -> str:
+        """The characters completed by `token`; often one word, sometimes nothing."""
+        return self._utf8.decode(self._token_bytes(token))
+
+    def finish(self) -> str:
+        """What is left: nothing, or U+FFFD for bytes that never became a character. The decoder is fresh again."""
+        rest = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        return rest
+
+
+class WindowDecoder:
+    """The same for tokenizers whose tokens mean text only beside their neighbours (WordPiece, SentencePiece).
+
+    Decodes a short window of the latest ids again at every token, and returns what it added.
+    """
+
+    KEPT = 6
+    """Ids decoded again as context for the next one."""
+
+    def __init__(self, decode: Callable[[list[int]], str]):
+        self._decode = decode
+        self._ids: list[int] = []
+        self._shown = ""
+
+    def add(self, token: int) -> str:
+        self._ids.append(token)
+        text = self._decode(self._ids)
+        if text.endswith("\ufffd"):  # maybe an unfinished character
+            return ""
+        return self._show(text)
+
+    def finish(self) -> str:
+        new = self._show(self._decode(self._ids))
+        self._ids, self._shown = [], ""
+        return new
+
+    def _show(self, text: str) -> str:
+        new = text[len(self._shown):]
+        self._ids = self._ids[-self.KEPT:]
+        self._shown = self._decode(self._ids)
+        return new

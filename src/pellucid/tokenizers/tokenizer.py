@@ -1,0 +1,318 @@
+"""`Tokenizer`: text <-> ids, conversations -> ids with the assistant's mask."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pellucid.errors import BadInput
+from pellucid.files import write_atomic
+from pellucid.tokenizers import chat, layout
+from pellucid.tokenizers.engines import LibraryEngine, choose_engine, token_table
+from pellucid.tokenizers.layout import AddedToken, ByteLevelBPE
+from pellucid.tokenizers.show import show_tokens
+from pellucid.tokenizers.sources import END_OF_TEXT, Source, open_source
+from pellucid.tokenizers.spans import PROBE, Guard, Rendered, either, spans_by_comparison, unmark
+from pellucid.tokenizers.stream import StreamDecoder, WindowDecoder
+
+UNKNOWN = "\ufffd".encode()
+"""What an id without a token decodes to: models have more embedding rows than there are tokens."""
+
+PARALLEL_CHARACTERS = 200_000
+"""Batches of at least so much text are worth the threads."""
+
+
+class Tokenizer:
+    """A tokenizer as saved beside a model.
+
+    special: control tokens, text -> id.  added: these and the other added tokens (`<think>` ...).
+    eos_ids: tokens that end an answer.  end_of_turn_id: the one that the chat template writes.
+    pad_id: fills rows; what is trained is told by the mask, never by comparing with it.
+    prefix_ids: what the file puts before a plain text (Llama 3: the begin token); `encode` leaves it out.
+    backend: which engine encodes, and why.
+    """
+
+    def __init__(self, source: Source):
+        self.source = source
+        try:
+            self._engine, self.backend = choose_engine(source.data)
+            self._table = token_table(source.data)
+            self.added = [AddedToken.read(entry) for entry in source.data.get("added_tokens") or []]
+        except Exception as error:  # `tokenizers` raises bare `Exception` for whatever is wrong in the file
+            raise BadInput("tokenizer.json is broken", f"{type(error).__name__}: {error}"[:300],
+                           "copy or download the model's folder again") from error
+        self.special = {token.content: token.id for token in self.added if token.special}
+        self._ids = {token.content: token.id for token in self.added}
+        self._any = either(self._ids)
+        self._words = either(name for name in self._ids if name not in self.special)
+
+    @classmethod
+    def load(cls, path_or_id: str | Path) -> Tokenizer:
+        """From a folder, a tokenizer.json or a Hub id (the Hub's cache and offline mode are respected).
+
+        Raises `BadInput` when there is none, or it is broken.
+        """
+        return cls(open_source(path_or_id))
+
+    @classmethod
+    def from_bpe(cls, bpe: ByteLevelBPE, template: str = chat.OUR_TEMPLATE, **config: Any) -> Tokenizer:
+        """Of parts; config: fields of tokenizer_config.json (`eos_token`, `pad_token` ...)."""
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **config}
+        return cls(Source(layout.write(bpe), config, {"default": template}))
+
+    def save(self, folder: str | Path) -> None:
+        """tokenizer.json, tokenizer_config.json and chat_template.jinja: what `tokenizers` and transformers open."""
+        folder = Path(folder)
+        write_atomic(folder / "tokenizer.json", json.dumps(self.source.data, ensure_ascii=False))
+        config = {key: value for key, value in self.source.config.items() if key != "chat_template"}
+        write_atomic(folder / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
+        for name, template in self.source.templates.items():
+            place = "chat_template.jinja" if name == "default" else f"additional_chat_templates/{name}.jinja"
+            write_atomic(folder / place, template)
+
+    # ---- text <-> ids
+
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        """The ids of `text`, nothing put before or behind.
+
+        The text of a special token is plain text unless `allow_special`; other added tokens are always found.
+        Equal to `tokenizers` with `encode_special_tokens = not allow_special`.
+        """
+        try:
+            if isinstance(self._engine, LibraryEngine):
+                return self._engine.encode(text, allow_special)
+            return self._encode_segments(text, self._any if allow_special else self._words)
+        except UnicodeEncodeError:
+            return self.encode(mended(text), allow_special)
+
+    def _encode_segments(self, text: str, names: Any) -> list[int]:
+        ids: list[int] = []
+        at = 0
+        for match in names.finditer(text):
+            if match.start() > at:
+                ids += self._engine.plain(text[at:match.start()])
+            ids.append(self._ids[match.group()])
+            at = match.end()
+        if at == 0:
+            return self._engine.plain(text)
+        return ids + self._engine.plain(text[at:])
+
+    def encode_batch(self, texts: Sequence[str], allow_special: bool = False) -> list[list[int]]:
+        """`encode` of each; in threads when there is much to do (the engines leave Python's lock)."""
+        threads = min(os.cpu_count() or 1, len(texts))
+        if threads < 2 or sum(map(len, texts)) < PARALLEL_CHARACTERS:
+            return [self.encode(text, allow_special) for text in texts]
+        if isinstance(self._engine, LibraryEngine):
+            return self._engine.encode_batch([mended(text) for text in texts], allow_special)
+        size = max(1, len(texts) // (threads * 8))
+        slices = [texts[i:i + size] for i in range(0, len(texts), size)]
+        with ThreadPoolExecutor(threads) as pool:
+            parts = pool.map(lambda part: [self.encode(text, allow_special) for text in part], slices)
+            return [ids for part in parts for ids in part]
+
+    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
+        """The text; bytes that are no UTF-8, and ids without a token, become U+FFFD."""
+        ids = [int(i) for i in ids]
+        if ids and min(ids) < 0:
+            raise BadInput(f"{min(ids)} is no token id", next="leave out labels such as -100 before decoding")
+        if skip_special:
+            skipped = set(self.special.values())
+            ids = [i for i in ids if i not in skipped]
+        if self._table is None:
+            return self._engine.full.decode(ids, skip_special_tokens=False)
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for (for WordPiece and the like: its text, as it stands alone)."""
+        if self._table is None:
+            return (self._engine.full.id_to_token(token) or "\ufffd").encode()
+        found = self._table[token] if token < len(self._table) else None
+        return UNKNOWN if found is None else found
+
+    def stream(self) -> StreamDecoder | WindowDecoder:
+        """A decoder of one token at a time: `.add(id) -> str`, `.finish() -> str`."""
+        if self._table is None:
+            return WindowDecoder(self.decode)
+        return StreamDecoder(self.token_bytes)
+
+    def show(self, text: str, colour: bool = True) -> str:
+        """How `text` is cut: each token on its own colour with its id behind it."""
+        return show_tokens(((self.token_bytes(i), i) for i in self.encode(text)), colour)
+
+    # ---- numbers
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """The largest id + 1."""
+        if self._table is not None:
+            return len(self._table)
+        return 1 + max(self._engine.full.get_vocab(with_added_tokens=True).values())
+
+    @cached_property
+    def named(self) -> dict[str, int]:
+        """bos_token, eos_token, pad_token ... -> id, as far as the files name them."""
+        found = {name: self.id_of(text) for name, text in self.source.named().items()}
+        return {name: number for name, number in found.items() if number is not None}
+
+    def id_of(self, token: str) -> int | None:
+        """The id of an added token or a word of the vocabulary, by its text."""
+        if token in self._ids:
+            return self._ids[token]
+        vocab = self.source.data["model"].get("vocab")
+        return vocab.get(token) if isinstance(vocab, dict) else None
+
+    @cached_property
+    def prefix_ids(self) -> list[int]:
+        return _prefix(self.source.data.get("post_processor"))
+
+    @cached_property
+    def bos_id(self) -> int | None:
+        return self.named.get("bos_token")
+
+    @cached_property
+    def end_of_turn_id(self) -> int | None:
+        """What ends the assistant's turn in the chat template; without a template, the end of text."""
+        if self.source.templates:
+            try:
+                text = self.render([{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}],
+                                   add_generation_prompt=False)
+            except BadInput:
+                text = ""  # a template for other conversations than these
+            found = either(self.special).search(text, text.rfind(PROBE) + 1) if PROBE in text else None
+            if found:
+                return self.special[found.group()]
+        return self.named.get("eos_token")
+
+    @cached_property
+    def eos_ids(self) -> list[int]:
+        # A model that has only read documents ends with the token between documents, whatever its template writes.
+        ends = [self.end_of_turn_id, self.named.get("eos_token"), self.special.get(END_OF_TEXT), *self.source.eos_ids]
+        return list(dict.fromkeys(i for i in ends if i is not None))
+
+    @cached_property
+    def pad_id(self) -> int:
+        """The padding token, else the end of text, else 0."""
+        return self.named.get("pad_token", self.named.get("eos_token", 0))
+
+    # ---- conversations
+
+    def render(self, messages: list[chat.Message], tools: list[dict] | None = None, thinking: bool | None = None,
+               add_generation_prompt: bool = True) -> str:
+        """The text of a conversation by the chat template, equal to transformers' `apply_chat_template`.
+
+        thinking: True or False where the template knows the switch; None leaves the template's default.
+        """
+        return self._render(messages, tools, thinking, add_generation_prompt, tracking=False)
+
+    def _render(self, messages: list[dict], tools: list[dict] | None, thinking: bool | None, prompt: bool,
+                tracking: bool) -> str:
+        switch = {} if thinking is None else {"enable_thinking": thinking, "thinking": thinking}
+        return chat.render(self.template(tools), messages, tools, tracking, add_generation_prompt=prompt,
+                           **(self.source.named() | switch))
+
+    def template(self, tools: list[dict] | None = None) -> str:
+        templates = self.source.templates
+        if not templates:
+            raise BadInput("this tokenizer has no chat template", "its model was not made for conversations",
+                           "give it plain text, or put a chat_template.jinja beside tokenizer.json")
+        if tools and "tool_use" in templates:
+            return templates["tool_use"]
+        return templates.get("default") or next(iter(templates.values()))
+
+    def encode_chat(self, messages: list[chat.Message], tools: list[dict] | None = None,
+                    thinking: bool | None = None,
+                    add_generation_prompt: bool = False) -> tuple[list[int], list[bool]]:
+        """(ids, mask), of equal length; mask True: the assistant's own tokens, its end of turn included.
+
+        The newline that a template writes behind the end of turn is not the assistant's. Text inside messages and
+        tools never becomes a control token (see `spans.py`). The assistant's text is encoded apart from what
+        stands before it, as it is when the model writes it: so the ids of a conversation begin with the ids of
+        its prompt.
+        """
+        guard = self._guard(self.template(tools))
+        messages = [guard.message(message) for message in chat.checked(messages)]
+        tools = guard.foreign(chat.checked_tools(tools))
+
+        def render(messages: list[dict], prompt: bool) -> Rendered:
+            return unmark(self._render(messages, tools, thinking, prompt, tracking=True))
+
+        rendered = render(messages, add_generation_prompt)
+        spans = rendered.spans
+        if not chat.has_generation(self.template(tools)):
+            ends = [token.content for token in self.added if token.id in self.eos_ids]
+            spans = spans_by_comparison(lambda *args: render(*args).text, messages, list(self.special), ends)
+        return self._encode_rendered(rendered, spans)
+
+    def _guard(self, template: str) -> Guard:
+        if template not in self._guards:
+            literals = chat.literals(template)
+            words = [t.content for t in self.added if not t.special and t.content in literals and t.content.strip()]
+            self._guards[template] = Guard(self.special, words)
+        return self._guards[template]
+
+    @cached_property
+    def _guards(self) -> dict[str, Guard]:
+        return {}
+
+    def _encode_rendered(self, rendered: Rendered, spans: list[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+        ids: list[int] = []
+        mask: list[bool] = []
+        for start, end, token in self._segments(rendered, spans):
+            new = [token] if token is not None else self._plain(rendered.text[start:end], first=not ids)
+            ids += new
+            mask += [any(a <= start < b for a, b in spans)] * len(new)
+        return ids, mask
+
+    def _plain(self, text: str, first: bool) -> list[int]:
+        try:
+            return self._engine.plain(text, first)
+        except UnicodeEncodeError:
+            return self._engine.plain(mended(text), first)
+
+    def _segments(self, rendered: Rendered, spans: list[tuple[int, int]]) -> Iterator[tuple[int, int, int | None]]:
+        """(start, end, id of an added token or None): the text cut at added tokens and at the spans' edges."""
+        cuts = sorted({edge for span in spans for edge in span} | {len(rendered.text)})
+        at = 0
+        for start, end, token in [*self._found(rendered), (len(rendered.text),) * 2 + (None,)]:
+            for cut in [*(cut for cut in cuts if at < cut < start), start]:
+                if cut > at:
+                    yield at, cut, None
+                    at = cut
+            if token is not None:
+                yield start, end, token
+            at = end
+
+    def _found(self, rendered: Rendered) -> Iterator[tuple[int, int, int]]:
+        """The added tokens in the text that no foreign character is part of."""
+        match = self._any.search(rendered.text)
+        while match:
+            start, end = match.span()
+            if rendered.broken.isdisjoint(range(start, end)):
+                yield start, end, self._ids[match.group()]
+                match = self._any.search(rendered.text, end)
+            else:
+                match = self._any.search(rendered.text, start + 1)
+
+
+def mended(text: str) -> str:
+    """Half a surrogate pair, which is no Unicode text, becomes U+FFFD."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _prefix(post: dict[str, Any] | None) -> list[int]:
+    """The ids that a post-processor puts before a single text."""
+    if not post:
+        return []
+    if post["type"] == "Sequence":
+        return [i for part in post["processors"] for i in _prefix(part)]
+    ids: list[int] = []
+    for item in post.get("single", []) if post["type"] == "TemplateProcessing" else []:
+        if "Sequence" in item:
+            break
+        ids += post["special_tokens"][item["SpecialToken"]["id"]]["ids"]
+    return ids
