@@ -30,7 +30,7 @@ class Demo(Common):
     tasks: tuple[str, ...] = ("countdown",)
     """Tasks to do.
     任务。"""
-    end: Literal["well", "bad", "fail", "bug", "saved", "wait"] = "well"
+    end: Literal["well", "bad", "fail", "bug", "saved", "wait", "five"] = "well"
     """How it ends.
     结局。"""
     packing: bool = True
@@ -106,6 +106,8 @@ def demo(config: Demo) -> int | None:
             raise ZeroDivisionError("division by zero\nsecond line")
         case "saved":
             raise Interrupted("interrupted; step 3 is saved", next="pellucid demo --resume")
+        case "five":
+            return 5
         case "wait":
             print("waiting", file=sys.stderr, flush=True)
             time.sleep(60)

@@ -140,6 +140,7 @@ def test_refusals_speak_chinese(capsys):
 
 @pytest.mark.parametrize(("end", "code", "words"), [
     ("well", 0, []),
+    ("five", 5, []),
     ("bad", 2, ["error: the model folder is empty", "why: it holds no config.json", "next: pellucid inspect OTHER"]),
     ("fail", 1, ["error: could not write", "why: the disk is full"]),
     ("bug", 1, ["ZeroDivisionError: division by zero\n", "PELLUCID_DEBUG=1"]),
@@ -202,7 +203,7 @@ def test_ctrl_c_ends_with_130_and_one_line():
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")
 def test_a_closed_pipe_is_no_error_page():
-    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(START)} demo m --json | head -n 1"
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(START)} demo m --json --max-steps 20000 | head -n 1"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
     assert json.loads(done.stdout)["kind"] == "note" and "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr

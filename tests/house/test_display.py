@@ -144,6 +144,7 @@ def test_a_stage_that_ends_leaves_a_line_for_good():
     view.close()
     written = paper.file.getvalue()
     assert "✓ sft 2m05s  pass@1 0 → 0.41" in written
+    assert written.endswith("\x1b[1A\x1b[2K"), "the view itself is wiped"
     assert written.count("\x1b[?25l") == written.count("\x1b[?25h") == 1, "the cursor is shown again"
 
 
