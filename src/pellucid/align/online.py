@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from pellucid import events
 from pellucid.align import metrics as tables
 from pellucid.align.advantages import Credit, assign_credit
+from pellucid.align.aggregation import Empty, count
 from pellucid.align.objective import ObjectiveConfig, objective
 from pellucid.align.rollout import Group, Rollouts, components
 from pellucid.align.rows import pack_completions
@@ -103,6 +104,7 @@ class OnlineLoop:
         self.budget = Budget(config.steps, config.seconds)
         self.checkpoint, self.resume_hint = Path(checkpoint) if checkpoint else None, resume_hint
         self.history = OnlineHistory()
+        self.shown_groups: list[dict[str, Any]] = []  # the latest groups with rewards and advantages, for the report
         self.rng = random.Random(config.seed)
         # The reference is a copy of the GIVEN weights, never re-read from a file that may differ.
         self.reference = copy.deepcopy(model).requires_grad_(False).eval() if config.objective.beta else None
@@ -144,7 +146,7 @@ class OnlineLoop:
         self._show(groups, credit)
 
     def _collect(self) -> tuple[list[Group], Credit]:
-        """Rollouts until `prompts` groups teach something, or `rounds` are spent."""
+        """Rollouts until at least half of `prompts` groups teach something, or `rounds` are spent."""
         c = self.config
         groups: list[Group] = []
         for _ in range(max(1, c.rounds)):
@@ -168,7 +170,7 @@ class OnlineLoop:
         live = [i for i, keep in enumerate(credit.live.tolist()) if keep]
         order = self.rng.sample(live, len(live))
         shares = [order[k :: c.updates] for k in range(c.updates)]
-        batches = [Update(groups, credit, part, self.model.embed.weight.device) for part in shares if part]
+        batches = [Update(groups, credit, part, c.objective.empty, self.model.embed.weight.device) for part in shares if part]
         for batch in batches:
             batch.ref = self._logprobs(self.reference, batch) if self.reference else None
             batch.old = self._logprobs(self.model, batch) if c.updates > 1 else None
@@ -227,8 +229,10 @@ class OnlineLoop:
             return
         i = int(credit.live.int().argmax())
         order = credit.total[i].argsort(descending=True).tolist()
+        g = groups[i]
+        self.shown_groups = [*self.shown_groups[-3:], {"prompt": g.problem.prompt, "step": self.history.steps, "samples": [
+            {"completion": g.texts[j], "rewards": g.rewards[j], "advantage": float(credit.advantages[i, j])} for j in order]}]
         for j in [order[0], order[-1]][: self.config.samples_shown]:
-            g = groups[i]
             events.emit(events.SampleShown(self.config.stage, g.problem.prompt, g.texts[j], g.rewards[j]))
 
     def _evaluate(self) -> None:
@@ -274,7 +278,7 @@ class Update:
     sequence, advantages, sampler: (M,); place (N, T): where each trained position stands among the M.
     """
 
-    def __init__(self, groups: list[Group], credit: Credit, chosen: list[int], device: torch.device):
+    def __init__(self, groups: list[Group], credit: Credit, chosen: list[int], empty: Empty, device: torch.device):
         picked = [(i, j) for i in chosen for j in range(len(groups[i].samples)) if credit.lengths[i, j] > 0]
         samples = [groups[i].samples[j] for i, j in picked]
         self.rows: Packed = pack_completions(samples).to(device)
@@ -288,8 +292,7 @@ class Update:
         starts = torch.tensor([0] + [len(s.tokens) for s in samples], device=device).cumsum(0)
         offset = self.rows.positions[trained] - torch.tensor([len(s.prompt) - 1 for s in samples], device=device)[self.sequence]
         self.sampler = logprobs[starts[self.sequence] + offset]
-        lengths = torch.tensor([len(s.tokens) for s in samples])
-        self.counts = replace(credit.counts, tokens=int(lengths.sum()), sequences=len(samples))
+        self.counts = count(credit.lengths[chosen].flatten(), empty)
         self.old: Tensor | None = None
         self.ref: Tensor | None = None
 

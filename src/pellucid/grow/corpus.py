@@ -1,0 +1,33 @@
+"""The text of the language-modelling stage: one's own folder, or what every machine has, split by content hash."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from pellucid.data import corpora
+from pellucid.data.split import divide
+from pellucid.errors import BadInput
+from pellucid.grow.config import GrowConfig
+
+LONG_RUN = 20.0  # minutes from which on the sources are read too: the docstrings alone would be seen many times
+MOST_BYTES = 200_000_000
+
+
+@lru_cache(maxsize=2)
+def split_corpus(config: GrowConfig) -> tuple[list[str], list[str]]:
+    """Training texts and held-out texts; a text is held out by its content, never by its place."""
+    if config.corpus is not None:
+        source = corpora.read(config.corpus)
+    else:
+        source = corpora.standard_library("both" if config.minutes >= LONG_RUN else "docs")
+    documents, size = [], 0
+    for document in source:
+        documents.append(document)
+        size += len(document.text)
+        if size > MOST_BYTES:
+            break
+    if size < 100_000:
+        raise BadInput(f"the corpus has only {size:,} characters", "a language model needs at least 100,000",
+                       "give more text with --corpus, or leave it out to use Python's own documentation")
+    train, heldout = divide(documents)
+    return [d.text for d in train], [d.text for d in heldout]

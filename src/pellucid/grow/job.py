@@ -1,0 +1,254 @@
+"""The main job: stages in order, each with a held-out number before and after; one folder; exact bookkeeping of time.
+
+Every stage is one file of this package with a function `run(job) -> Result`. What a stage leaves in the folder is all
+that the next one needs, so an interrupted job goes on with `--resume`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pellucid import events, tasks
+from pellucid.align.rollout import Rollouts
+from pellucid.errors import BadInput, Interrupted, PellucidError
+from pellucid.files import write_atomic
+from pellucid.grow import recipe, report
+from pellucid.grow.config import GrowConfig
+from pellucid.grow.plan import Plan, PlanCard, make_plan
+from pellucid.messages import say
+from pellucid.models import load
+from pellucid.nn import Decoder
+from pellucid.runtime import machine_card, peak_memory_bytes
+from pellucid.tokenizers import Tokenizer
+
+
+@dataclass
+class Result:
+    """What a stage has to say; see the report."""
+
+    metric: str
+    unit: str
+    higher_is_better: bool
+    before: float | None
+    after: float | None
+    details: dict[str, Any] = field(default_factory=dict)
+    curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+
+
+@dataclass
+class Report(events.Event):
+    """The whole report of a finished job: the last line of stdout with --json."""
+
+    kind = "report"
+    report: dict[str, Any]
+
+
+FILES = {"tokenizer": "tokenizer", "pretrain": "pretrain", "sft": "sft", "grpo": "reinforce", "quantize": "quantize",
+         "evaluate": "evaluate", "tools": "tools"}
+
+
+class Job:
+    """The state of a run: settings, plan, clock, the model as it stands, and the report so far."""
+
+    def __init__(self, config: GrowConfig, began: float | None = None):
+        self.config = config
+        self.folder = config.out
+        self.spent_before = 0.0
+        self._began = time.monotonic() if began is None else began
+        self.mix = recipe.task_mix()
+        self.tokenizer: Tokenizer
+        self.model: Decoder
+        self.plan: Plan
+        self.report: dict[str, Any] = {}
+        self.done: list[str] = []
+
+    # --- the clock ----------------------------------------------------------------------------------------------------
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of work so far, those before an interruption included."""
+        return self.spent_before + time.monotonic() - self._began
+
+    @property
+    def total(self) -> float:
+        return self.config.minutes * 60
+
+    def seconds_for(self, stage: str) -> float:
+        """The stage's share of the time that is left now."""
+        left = self.total - self.elapsed - recipe.TAIL_SECONDS * self.problems / 400
+        return max(2.0, recipe.SHARES[stage] * left)
+
+    @property
+    def problems(self) -> int:
+        """Held-out problems in the final evaluations: 400 from the default dial on."""
+        return int(min(400, max(80, 400 * self.config.minutes / 8)))
+
+    # --- the run ------------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        self._open()
+        log = events.RunLog(self.folder / "events.jsonl")
+        try:
+            with events.subscribed(log):
+                names = [s["stage"] for s in self.plan.stages]
+                for index, stage in enumerate(names, 1):
+                    if stage not in self.done:
+                        self._stage(stage, index, len(names))
+                self._finish()
+        except KeyboardInterrupt as stop:
+            self._save_state()
+            if isinstance(stop, Interrupted):
+                raise
+            raise Interrupted(say("grow.interrupted"), next=self.resume_command) from None
+        finally:
+            log.close()
+        return self.report
+
+    @property
+    def resume_command(self) -> str:
+        return f"{self.config.command} --resume"
+
+    def _open(self) -> None:
+        state_file = self.folder / "state.json"
+        if self.config.resume and state_file.exists():
+            return self._reopen(state_file)
+        if state_file.exists():
+            events.note(say("grow.fresh", folder=str(self.folder)))
+        given = self._given_model()
+        self.plan = make_plan(self.config.minutes, self.config.device, self.config.threads, given)
+        for old in ("events.jsonl", "state.json", "report.json", "report.html"):
+            (self.folder / old).unlink(missing_ok=True)
+        self.report = {
+            "schema": 1, "name": self.folder.name, "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": self.config.command, "seed": self.config.seed, "minutes_asked": self.config.minutes,
+            "machine": machine_card(), "plan": asdict(self.plan), "stages": [], "prompts": [], "model": "model",
+        }
+        events.emit(PlanCard(asdict(self.plan)))
+        self._remember_prompts()
+        self._save_state()
+
+    def _given_model(self) -> Any:
+        if not self.config.model:
+            return None
+        self.tokenizer = Tokenizer.load(self.config.model)
+        self.model = load(self.config.model)
+        if self.tokenizer.end_of_turn_id is None:
+            raise BadInput(f"{self.config.model} has no chat template with an end of turn",
+                           "fine-tuning on conversations needs one", "use an instruct checkpoint")
+        return self.model.spec
+
+    def _reopen(self, state_file: Path) -> None:
+        try:
+            state = json.loads(state_file.read_text(encoding="utf-8"))
+            if state["command"] != self.config.command:
+                raise BadInput("--resume with other settings than the interrupted job's",
+                               f"it was: {state['command']}", f"run: {state['command']} --resume")
+            self.plan, self.report, self.done = Plan(**state["plan"]), state["report"], state["done"]
+            self.spent_before = state["elapsed"]
+            if "tokenizer" in self.done:
+                self.tokenizer = Tokenizer.load(self.stage_folder("tokenizer"))
+            if self.config.model:
+                self._given_model()
+            trained = [s for s in ("pretrain", "sft", "grpo") if s in self.done]
+            if trained:
+                self.model = load(self.stage_folder(trained[-1]), device=self.plan.device)
+        except (json.JSONDecodeError, KeyError, TypeError, OSError) as error:
+            raise BadInput(f"{state_file} cannot be read", f"{type(error).__name__}: {error}",
+                           f"start again: {self.config.command}") from error
+        torch.set_num_threads(self.config.threads or torch.get_num_threads())
+        events.note(say("grow.resumed", done=", ".join(self.done) or "-"))
+
+    def _stage(self, stage: str, index: int, count: int) -> None:
+        planned = self.seconds_for(stage) if stage in recipe.SHARES else self._predicted(stage)["seconds"]
+        events.emit(events.StageBegin(stage, index, count, say(f"grow.stage.{stage}"), planned))
+        began = self.elapsed
+        module = importlib.import_module(f"pellucid.grow.{FILES[stage]}")
+        result: Result = module.run(self)
+        seconds = self.elapsed - began
+        self.report["stages"].append({
+            "stage": stage, "title": say(f"grow.stage.{stage}"), "file": f"src/pellucid/grow/{FILES[stage]}.py",
+            "seconds_planned": round(planned, 1), "seconds": round(seconds, 1),
+            "memory_predicted_bytes": self._predicted(stage)["memory_bytes"], "memory_peak_bytes": peak_memory_bytes(),
+            **asdict(result),
+        })
+        self.done.append(stage)
+        self._save_state()
+        events.emit(events.StageEnd(stage, seconds, result.before, result.after, result.metric, result.unit,
+                                    result.higher_is_better))
+
+    def _predicted(self, stage: str) -> dict[str, Any]:
+        return next(s for s in self.plan.stages if s["stage"] == stage)
+
+    def _finish(self) -> None:
+        self.report["minutes_spent"] = round(self.elapsed / 60, 2)
+        report.write(self.report, self.folder, self.config.lang)
+        self._save_state()
+        events.emit(Report(self.report))
+
+    def _save_state(self) -> None:
+        if not hasattr(self, "plan"):
+            return
+        state = {"command": self.config.command, "elapsed": self.elapsed, "done": self.done, "plan": asdict(self.plan),
+                 "report": self.report}
+        write_atomic(self.folder / "state.json", json.dumps(events.plain(state), ensure_ascii=False) + "\n")
+
+    # --- what stages share --------------------------------------------------------------------------------------------
+
+    def stage_folder(self, stage: str) -> Path:
+        return self.folder / "stages" / stage
+
+    def rollouts(self, model: Decoder | None = None) -> Rollouts:
+        return Rollouts(model or self.model, self.tokenizer, self.mix, max_tokens=recipe.MAX_TOKENS)
+
+    def measure(self, model: Decoder | None = None, n: int | None = None, k: int = 1, seed: int = 1) -> tasks.TaskScores:
+        """Held-out problems; greedy for k = 1, else k samples of each at temperature 1. `seed` chooses the problems:
+        those of the final evaluation (seed 1) are looked at by no earlier decision."""
+        return tasks.evaluate(self.mix, self.rollouts(model).for_evaluation(0), n or self.problems, k, seed)
+
+    def _remember_prompts(self) -> None:
+        """One held-out problem of each task, answered after every stage."""
+        scores: dict[str, tasks.Problem] = {}
+        from pellucid.tasks.evaluate import distinct_problems
+        import random
+
+        for problem in distinct_problems(self.mix, 60, random.Random(self.config.seed + 77)):
+            scores.setdefault(problem.task, problem)
+        self.prompts = list(scores.values())
+        if not self.report["prompts"]:
+            self.report["prompts"] = [{"task": p.task, "prompt": p.prompt, "answers": []} for p in self.prompts]
+
+    def show_samples(self, stage: str, model: Decoder | None = None) -> None:
+        """The same prompts, greedily, as the model answers them now."""
+        if not hasattr(self, "prompts"):
+            self._remember_prompts()
+        groups = self.rollouts(model).groups(self.prompts, 1, 0.0, 0)
+        for row, g in zip(self.report["prompts"], groups):
+            row["answers"] = [a for a in row["answers"] if a["stage"] != stage]
+            row["answers"].append({"stage": stage, "completion": g.texts[0], "rewards": g.rewards[0]})
+            events.emit(events.SampleShown(stage, g.problem.prompt, g.texts[0], g.rewards[0]))
+
+    def record_scores(self, name: str, greedy: tasks.TaskScores, sampled: tasks.TaskScores | None = None) -> None:
+        row: dict[str, Any] = {
+            "pass@1": greedy.pass_at_1, "standard_error": greedy.standard_error, "format": greedy.format,
+            "reasoning": greedy.reasoning, "mean_length": greedy.mean_length, "truncated": greedy.truncated,
+            "problems": greedy.n, "by_task": {t: {"pass@1": d["pass_at_1"], "format": d["format"]} for t, d in greedy.by_task.items()}}
+        if sampled is not None:
+            row[f"pass@{sampled.k}"] = sampled.pass_at_k
+            row["sampled pass@1"] = sampled.pass_at_1
+        self.report.setdefault("evaluation", {})[name] = row
+
+
+def grow(config: GrowConfig, began: float | None = None) -> dict[str, Any]:
+    """Runs (or goes on with) the job; returns the report."""
+    try:
+        return Job(config, began).run()
+    except MemoryError as error:
+        raise PellucidError("out of memory", str(error), "use a smaller --minutes, or close other programs") from error

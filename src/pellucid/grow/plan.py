@@ -1,0 +1,139 @@
+"""The plan card: what this machine can do, what is chosen from it, what it should cost. Made before the run, from
+short measurements; the report prints what was spent beside it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from pellucid.events import Event
+from pellucid.grow import recipe
+from pellucid.nn import Decoder, DecoderSpec, count_parameters, init_weights
+from pellucid.ops import chunked_cross_entropy
+from pellucid.optim import build_optimizer
+from pellucid.runtime import Choice, choose_device, choose_dtype, choose_threads, matmul_gflops, peak_memory_bytes, read_bandwidth_gbs
+
+
+@dataclass
+class Plan:
+    """Choices with reasons, measured speeds, and predicted cost of each stage."""
+
+    choices: list[dict[str, str]]
+    gflops: dict[str, float]
+    bandwidth_gbs: float
+    model: dict[str, Any]
+    stages: list[dict[str, Any]]
+    device: str = "cpu"
+    dtype: str = "float32"
+    shape: list[int] = field(default_factory=list)
+    tokens_per_second: float = 0.0
+
+
+@dataclass
+class PlanCard(Event):
+    """The plan of a job, before it runs."""
+
+    kind = "plan"
+    plan: dict[str, Any]
+
+
+def make_plan(minutes: float, device: str, threads: int | None, given: DecoderSpec | None = None) -> Plan:
+    """Measures for about three seconds, then chooses. `given`: the spec of a checkpoint that is used as it is."""
+    where, cores = choose_device(device), choose_threads(threads)
+    spec_128 = recipe.model_spec(*recipe.LADDER[2])
+    dtype = choose_dtype(given.dim if given else 128, where.value)
+    gflops = {n: matmul_gflops(2048, 512, 512, d) for n, d in (("float32", torch.float32), ("bfloat16", torch.bfloat16))}
+    speed = training_speed(spec_128, where.value, dtype.value)
+    flops = 6 * count_parameters(spec_128) * speed
+    shape, why = choose_size(flops, minutes * 60)
+    spec = given or recipe.model_spec(*shape)
+    named = [("device", where), ("threads", cores), ("dtype", Choice(str(dtype.value).removeprefix("torch."), dtype.reason)),
+             ("size", Choice(f"{count_parameters(spec):,} parameters", "the given checkpoint" if given else why))]
+    own = speed * count_parameters(spec_128) / count_parameters(spec)
+    return Plan([{"name": n, "value": str(c.value), "reason": c.reason} for n, c in named], gflops, read_bandwidth_gbs(),
+                describe(spec), predict_stages(spec, minutes * 60, bool(given)), str(where.value), named[2][1].value,
+                list(shape), own)
+
+
+@torch.enable_grad()
+def training_speed(spec: DecoderSpec, device: torch.device, dtype: torch.dtype, seconds: float = 1.2) -> float:
+    """Tokens/s of real training steps of the default shape: the best of a few."""
+    model = init_weights(Decoder(spec)).to(device)
+    model.compute_dtype = dtype
+    optimizer = build_optimizer(model, recipe.PRETRAIN)
+    tokens = torch.randint(0, spec.vocab, (recipe.ROWS, recipe.ROW), device=device)
+    documents = (torch.arange(recipe.ROW, device=device) // 80).expand_as(tokens)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end or best == float("inf"):
+        start = time.perf_counter()
+        hidden = model.hidden(tokens, documents=documents).flatten(0, 1)
+        (chunked_cross_entropy(hidden, model.head_weight.to(hidden.dtype), tokens.flatten()) / tokens.numel()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return tokens.numel() / best
+
+
+def choose_size(flops_per_second: float, seconds: float) -> tuple[tuple[int, ...], str]:
+    """The rung of the ladder that sees about 1.7 training tokens per parameter in the pretraining and SFT time.
+
+    Few tokens per parameter beside compute-optimal training (20): here the clock is the limit, the tasks are narrow,
+    and a smaller model learns its search too slowly.
+    """
+    training = seconds * 0.45
+    wanted = math.sqrt(flops_per_second * training / (6 * 1.7))
+    sizes = [count_parameters(recipe.model_spec(*rung)) for rung in recipe.LADDER]
+    i = min(range(len(sizes)), key=lambda k: abs(math.log(sizes[k] / wanted)))
+    return recipe.LADDER[i], (f"measured {flops_per_second / 1e9:.0f} GFLOP/s in training steps; "
+                              f"{training:.0f} s of them fit {wanted / 1e6:.1f} M parameters")
+
+
+def describe(spec: DecoderSpec) -> dict[str, Any]:
+    a, m = spec.layers[0].mixer, spec.layers[0].ffn
+    return {"parameters": count_parameters(spec), "family": spec.family, "dim": spec.dim, "layers": len(spec.layers),
+            "heads": a.heads, "kv_heads": a.kv_heads, "head_dim": a.head_dim, "ffn": m.hidden, "vocab": spec.vocab,
+            "context": spec.context}
+
+
+def predict_stages(spec: DecoderSpec, seconds: float, given: bool) -> list[dict[str, Any]]:
+    """Seconds and memory of each stage. The clock is re-read when a stage begins: what one saves, the next ones get."""
+    base = peak_memory_bytes() or 0  # Python, torch and this probe
+    left = seconds - recipe.TAIL_SECONDS - (6 if given else 18)
+    rows = []
+    for stage in recipe.STAGES:
+        if given and stage in ("tokenizer", "pretrain"):
+            continue
+        share = recipe.SHARES.get(stage)
+        planned = {"tokenizer": 10.0, "quantize": 4.0, "evaluate": 12.0, "tools": 6.0}.get(stage) if share is None else share * left
+        left -= planned if share else 0.0  # type: ignore[operator]
+        rows.append({"stage": stage, "seconds": round(max(float(planned or 0), 1.0), 1), "memory_bytes": base + memory_of(spec, stage)})
+    return rows
+
+
+def memory_of(spec: DecoderSpec, stage: str) -> int:
+    """Bytes that a stage adds: weights, gradients, optimizer state, activations kept for the backward pass, caches."""
+    weights = 4 * count_parameters(spec)
+    if stage in ("pretrain", "sft"):
+        return 4 * weights + activation_bytes(spec, recipe.ROWS * recipe.ROW, recipe.ROW) + 200 * 2**20  # + the corpus
+    if stage == "grpo":
+        samples = recipe.PROMPTS * recipe.GROUP
+        cache = samples * (recipe.MAX_TOKENS + 40) * spec.kv_bytes_per_token
+        return 5 * weights + cache + activation_bytes(spec, samples * 70, 140) + 200 * 2**20
+    return 2 * weights + 100 * 2**20
+
+
+def activation_bytes(spec: DecoderSpec, tokens: int, row: int) -> int:
+    """What the backward pass of `tokens` tokens needs: in bfloat16 per layer about 6 widths, 3 times q, k and v, the
+    attention probabilities of the row and 4 feed-forward widths; and float32 logits of one chunk."""
+    per_token = 0
+    for layer in spec.layers:
+        a, m = layer.mixer, layer.ffn
+        per_token += 2 * (6 * spec.dim + 3 * (a.heads + 2 * a.kv_heads) * a.head_dim + a.heads * row + 4 * m.hidden)
+    return tokens * per_token + 3 * 4 * 2048 * spec.vocab

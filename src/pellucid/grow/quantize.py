@@ -1,0 +1,33 @@
+"""Stage 5: INT8 weights, and what they cost in bits per byte, accuracy, size and speed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pellucid import quant
+from pellucid.grow.corpus import split_corpus
+from pellucid.grow.pretrain import heldout_rows, token_bytes
+from pellucid.models import save
+from pellucid.train import bits_per_byte, held_out_loss
+
+if TYPE_CHECKING:
+    from pellucid.grow.job import Job, Result
+
+
+def run(job: Job) -> Result:
+    from pellucid.grow.job import Result
+
+    job.model.compute_dtype = None  # float32 activations: what is served, and what INT8 is compared with
+    job.model.to("cpu")
+    generation = {"eos_token_id": job.tokenizer.end_of_turn_id, "pad_token_id": job.tokenizer.pad_id}
+    save(job.model, job.folder / "model", tokenizer=job.tokenizer, generation=generation)
+    small = quant.quantize(job.model)
+    quant.save_int8(small, job.folder / "model-int8", job.tokenizer)
+    rows, sizes = heldout_rows(job.tokenizer, split_corpus(job.config)[1]), token_bytes(job.tokenizer)
+    bpb = {name: bits_per_byte(held_out_loss(m, rows)[0], rows.labels, sizes) for name, m in (("float32", job.model), ("int8", small))}
+    scores = job.measure(small)
+    job.record_scores("int8", scores)
+    job.show_samples("int8", small)
+    details = {"bits_per_byte": bpb, **quant.measure(job.model, small)}
+    before = job.report["evaluation"]["grpo"]["pass@1"]
+    return Result("accuracy on held-out problems, INT8 weights", "", True, before, scores.pass_at_1, details)

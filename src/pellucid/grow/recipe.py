@@ -1,0 +1,57 @@
+"""The choices of the main job that no measurement makes: tasks, optimizers, how the time is shared out.
+
+Learning rates are functions of progress, never of steps, so that they hold on a machine of another speed.
+"""
+
+from __future__ import annotations
+
+from pellucid import tasks
+from pellucid.align import ObjectiveConfig
+from pellucid.nn import MLP, Attn, DecoderSpec, Layer, Rope
+from pellucid.optim import OptimConfig, Schedule
+
+STAGES = ("tokenizer", "pretrain", "sft", "grpo", "quantize", "evaluate", "tools")
+
+# Of the time that is left when a stage begins (less what the short stages at the end need).
+SHARES = {"pretrain": 0.27, "sft": 0.34, "grpo": 1.0}
+TAIL_SECONDS = 22.0  # quantize, evaluate, tools, report: at the default dial; scaled with the number of problems
+VOCAB = 2048
+CONTEXT = 512
+ROW = 256  # tokens in a packed row
+ROWS = 8  # rows in a step
+FACTS_SHARE = 0.3  # of the pretraining tokens: single operations, on which the later stages build
+DEMONSTRATIONS = 8000
+MAX_TOKENS = 100  # of a completion; demonstrations have 25 to 60
+
+# width, layers, heads, key/value heads, feed-forward: a ladder from 0.2 M to 90 M parameters
+LADDER = (
+    (64, 3, 2, 1, 192), (96, 4, 3, 1, 256), (128, 4, 4, 2, 384), (192, 5, 6, 2, 512), (256, 6, 8, 2, 704),
+    (384, 8, 6, 2, 1024), (512, 10, 8, 4, 1408), (768, 12, 12, 4, 2048),
+)
+
+
+def task_mix() -> tasks.Mixture:
+    """Countdown with visible search, addition and subtraction with carried digits, sorting, calculator calls."""
+    return tasks.Mixture([(tasks.make(name), 1.0) for name in ("countdown", "arithmetic", "sorting", "calculator")])
+
+
+def model_spec(width: int, layers: int, heads: int, kv_heads: int, ffn: int, vocab: int = VOCAB) -> DecoderSpec:
+    """A Qwen3: RMS-normed queries and keys, SwiGLU, grouped key/value heads, tied embedding."""
+    d = width // heads
+    layer = Layer(Attn(heads, kv_heads, d, Rope(d, 10_000.0), qk_norm=True), MLP(ffn))
+    return DecoderSpec(vocab, width, (layer,) * layers, tied=True, context=CONTEXT, family="qwen3")
+
+
+PRETRAIN = OptimConfig("muon", lr=0.02, adam_lr=0.003)
+PRETRAIN_SCHEDULE = Schedule("wsd", warmup=0.02, decay=0.4)
+SFT = OptimConfig("muon", lr=0.02, adam_lr=0.003)
+SFT_SCHEDULE = Schedule("wsd", warmup=0.02, decay=0.5)
+GRPO = OptimConfig("adamw", lr=4e-4)
+GRPO_SCHEDULE = Schedule("linear", warmup=0.03, floor=0.1)
+OBJECTIVE = ObjectiveConfig(clip_high=0.28, dead_groups="drop", log_ratio_bound=20.0)
+REWARDS = {"correct": 1.0, "format": 0.2, "progress": 0.3}
+PROMPTS, GROUP = 32, 8
+
+# A checkpoint that somebody trained for real is moved with care.
+REAL_SFT = OptimConfig("adamw", lr=2e-5)
+REAL_GRPO = OptimConfig("adamw", lr=2e-6)

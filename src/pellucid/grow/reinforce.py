@@ -1,0 +1,52 @@
+"""Stage 4: GRPO on problems that can be checked. No demonstrations any more: the model's own answers are compared."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pellucid import events
+from pellucid.align import formula
+from pellucid.align.online import OnlineConfig, OnlineLoop
+from pellucid.grow import recipe
+from pellucid.grow.pretrain import thinned
+from pellucid.models import save
+from pellucid.runtime import dtype_of
+
+if TYPE_CHECKING:
+    from pellucid.grow.job import Job, Result
+
+
+def run(job: Job) -> Result:
+    from pellucid.grow.job import Result
+
+    began = job.elapsed
+    job.model.to(job.plan.device).compute_dtype = dtype_of(job.plan.dtype)
+    before = job.report["evaluation"]["sft"]["pass@1"]
+
+    def evaluate() -> tuple[str, float, dict[str, Any]]:
+        scores = job.measure(n=120, seed=2)
+        return "accuracy", scores.pass_at_1, {"format": scores.format, "length": scores.mean_length}
+
+    events.note(formula(recipe.OBJECTIVE))
+    config = OnlineConfig(
+        seconds=max(2.0, job.seconds_for("grpo") - (job.elapsed - began) - 3.0), prompts=recipe.PROMPTS, group=recipe.GROUP,
+        max_tokens=recipe.MAX_TOKENS, objective=recipe.OBJECTIVE, weights=recipe.REWARDS,
+        optim=recipe.REAL_GRPO if job.config.model else recipe.GRPO, schedule=recipe.GRPO_SCHEDULE, seed=job.config.seed)
+    loop = OnlineLoop(job.model, job.tokenizer, job.mix, config, evaluate=evaluate,
+                      checkpoint=job.stage_folder("grpo-checkpoint"), resume_hint=job.resume_command)
+    if job.config.resume:
+        loop.resume()
+    history = loop.run()
+    save(job.model, job.stage_folder("grpo"), tokenizer=job.tokenizer)
+    job.show_samples("grpo")
+    scores = job.measure()
+    job.record_scores("grpo", scores)
+    job.report["groups"] = loop.shown_groups
+    details = {"steps": history.steps, "sampled_tokens": history.sampled,
+               "sampling_tokens_per_second": history.sampled / max(history.sampling_seconds, 1e-9),
+               "sampling_share": history.sampling_seconds / max(history.seconds, 1e-9), "format": scores.format,
+               "objective": formula(recipe.OBJECTIVE)}
+    curves = {"held-out accuracy": [(0.0, before), *history.evaluations]}
+    for name in ("accuracy", "format", "length/mean", "entropy/mean", "groups/live"):
+        curves[name] = thinned([(p, m[name]) for p, m in history.metrics if m.get(name) == m.get(name) and name in m])
+    return Result("accuracy on held-out problems", "", True, before, scores.pass_at_1, details, curves)

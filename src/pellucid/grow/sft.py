@@ -1,0 +1,62 @@
+"""Stage 3: fine-tuning on demonstrations that think before they answer. Loss on the assistant's tokens only."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+from pellucid.data import chats, packing
+from pellucid.grow import recipe
+from pellucid.grow.pretrain import thinned
+from pellucid.models import save
+from pellucid.runtime import dtype_of
+from pellucid.train import Loop, LoopConfig
+
+if TYPE_CHECKING:
+    from pellucid.grow.job import Job, Result
+
+
+def run(job: Job) -> Result:
+    from pellucid.grow.job import Result
+
+    began = job.elapsed
+    rows = packing.pack_samples(demonstrations(job), recipe.ROW, overlong="truncate", pad_id=job.tokenizer.pad_id)
+    job.model.to(job.plan.device).compute_dtype = dtype_of(job.plan.dtype)
+
+    def evaluate() -> tuple[str, float, dict[str, Any]]:
+        scores = job.measure(n=120, seed=2)
+        return "accuracy", scores.pass_at_1, {"format": scores.format, "by_task": scores.by_task}
+
+    before = evaluate()[1]
+    if job.config.model:
+        job.show_samples("given")
+    seconds = max(2.0, job.seconds_for("sft") - (job.elapsed - began) - 2.0)
+    config = LoopConfig("sft", seconds=seconds, rows=recipe.ROWS, optim=recipe.REAL_SFT if job.config.model else recipe.SFT,
+                        schedule=recipe.SFT_SCHEDULE, evaluations=3, seed=job.config.seed)
+    loop = Loop(job.model, rows, config, evaluate=evaluate, checkpoint=job.stage_folder("sft-checkpoint"),
+                resume_hint=job.resume_command)
+    if job.config.resume:
+        loop.resume()
+    history = loop.run()
+    save(job.model, job.stage_folder("sft"), tokenizer=job.tokenizer)
+    job.show_samples("sft")
+    scores = job.measure()
+    job.record_scores("sft", scores)
+    details = {"demonstrations": recipe.DEMONSTRATIONS, "tokens": history.tokens, "epochs": history.tokens / rows.tokens.numel(),
+               "tokens_per_second": history.tokens / history.seconds, "steps": history.steps, "format": scores.format}
+    return Result("accuracy on held-out problems", "", True, before, scores.pass_at_1, details,
+                  {"loss": thinned(history.losses), "held-out accuracy": [(0.0, before), *history.evaluations]})
+
+
+def demonstrations(job: Job) -> list[tuple[list[int], list[bool]]]:
+    """(ids, mask) of the task demonstrations, and of one's own conversations where given."""
+    rng = random.Random(job.config.seed + 1)
+    samples = []
+    for _ in range(recipe.DEMONSTRATIONS):
+        problem = job.mix.sample(rng, "train")
+        messages = [{"role": "user", "content": problem.prompt},
+                    {"role": "assistant", "content": job.mix.demonstrate(problem, rng)}]
+        samples.append(job.tokenizer.encode_chat(messages))
+    if job.config.data is not None:
+        samples += [job.tokenizer.encode_chat(chat.messages, tools=chat.tools) for chat in chats.read_chats(job.config.data)]
+    return samples
