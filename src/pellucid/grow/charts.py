@@ -44,10 +44,13 @@ def finite(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart: points (progress in 0..1, value). `dots`: few measurements, each marked."""
+    """One line of a chart: points (progress in 0..1, value). `dots`: few measurements, each marked.
 
-    name: Label
+    colour: number of the page's class, `s0` (the accent) or `s1`.
+    """
+
     points: Sequence[tuple[float, float]]
+    colour: int = 0
     dots: bool = False
 
     def clean(self) -> list[tuple[float, float]]:
@@ -95,8 +98,8 @@ def curves(series: Sequence[Series], *, percent: bool = False, from_zero: bool =
 
     The empty string where there is nothing to draw.
     """
-    lines = [(i, s, points) for i, s in enumerate(series) if (points := s.clean())]
-    values = [y for _, _, points in lines for _, y in points]
+    lines = [(s, points) for s in series if (points := s.clean())]
+    values = [y for _, points in lines for _, y in points]
     if not values:
         return ""
     references = [(name, v) for name, v in references if finite(v)]
@@ -112,10 +115,10 @@ def curves(series: Sequence[Series], *, percent: bool = False, from_zero: bool =
         y = at(value)
         parts.append(f'<line class="reference" x1="0" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>'
                      f'<text class="small" x="100%" y="{y - 5:.1f}" text-anchor="end">{escaped(name)} {number(value, percent)}</text>')
-    for i, s, points in reversed(lines):  # the accent is drawn last, on top
-        parts.append(_line(points, i, at))
+    for s, points in reversed(lines):  # the first series is drawn last, on top
+        parts.append(_line(points, s.colour, at))
         if s.dots:
-            parts += [f'<circle class="dot s{i}" cx="{100 * x:.2f}%" cy="{at(y):.1f}" r="3.2"/>' for x, y in points]
+            parts += [f'<circle class="dot s{s.colour}" cx="{100 * x:.2f}%" cy="{at(y):.1f}" r="3.2"/>' for x, y in points]
     parts.append(_bands(lines, at, percent))
     return f'<svg class="chart" height="{HEIGHT + 28}" role="img">{"".join(parts)}</svg>'
 
@@ -135,23 +138,23 @@ def _progress_axis() -> str:
                    for x, anchor in ends)
 
 
-def _line(points: list[tuple[float, float]], index: int, at: Any) -> str:
+def _line(points: list[tuple[float, float]], colour: int, at: Any) -> str:
     """The line itself, in a nested drawing that is stretched to the width of the chart."""
     path = "L".join(f"{1000 * x:.1f} {at(y):.1f}" for x, y in points)
     return (f'<svg x="0" y="0" width="100%" height="{HEIGHT}" viewBox="0 0 1000 {HEIGHT}" preserveAspectRatio="none" '
-            f'overflow="visible"><path class="line s{index}" d="M{path}"/></svg>')
+            f'overflow="visible"><path class="line s{colour}" d="M{path}"/></svg>')
 
 
-def _bands(lines: list[tuple[int, Series, list[tuple[float, float]]]], at: Any, percent: bool) -> str:
+def _bands(lines: list[tuple[Series, list[tuple[float, float]]]], at: Any, percent: bool) -> str:
     """Invisible upright bands, each with the values of all lines at its place."""
-    densest = max((points for _, _, points in lines), key=len)
+    densest = max((points for _, points in lines), key=len)
     places = densest[:: -(-len(densest) // BANDS)]
     edges = [0.0, *((a[0] + b[0]) / 2 for a, b in zip(places, places[1:])), 1.0]
     out = []
     for (x, _), left, right in zip(places, edges, edges[1:]):
-        near = [(i, min(points, key=lambda p: abs(p[0] - x))) for i, _, points in lines]
+        near = [(s.colour, min(points, key=lambda p: abs(p[0] - x))) for s, points in lines]
         told = " · ".join(number(y, percent) for _, (_, y) in near)
-        dots = "".join(f'<circle class="s{i}" cx="{100 * px:.2f}%" cy="{at(y):.1f}" r="4"/>' for i, (px, y) in near)
+        dots = "".join(f'<circle class="s{c}" cx="{100 * px:.2f}%" cy="{at(y):.1f}" r="4"/>' for c, (px, y) in near)
         out.append(f'<g class="band"><rect x="{100 * left:.2f}%" width="{100 * (right - left):.2f}%" height="{HEIGHT}"/>'
                    f"{dots}<title>{x:.0%}: {told}</title></g>")
     return "".join(out)

@@ -20,7 +20,8 @@ CONTEXT = 512
 ROW = 256  # tokens in a packed row
 ROWS = 8  # rows in a step
 FACTS_SHARE = 0.3  # of the pretraining tokens: single operations, on which the later stages build
-DEMONSTRATIONS = 8000
+DEMONSTRATIONS = 10_000
+AT_A_GLANCE = 0.65  # of them: the right answer without its steps (see sft.py)
 MAX_TOKENS = 100  # of a completion; demonstrations have 25 to 60
 
 # width, layers, heads, key/value heads, feed-forward: a ladder from 0.2 M to 90 M parameters

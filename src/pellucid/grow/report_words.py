@@ -124,6 +124,6 @@ def detail_value(name: str, value: Any) -> str:
         return str(value)
     if name in SHARES:
         return number(value, percent=True)
-    if "bytes" in name and "per_byte" not in name:
+    if "bytes" in name:
         return memory(value)
     return count(value) if abs(value) >= 100 or isinstance(value, int) else number(value)

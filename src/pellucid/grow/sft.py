@@ -1,10 +1,16 @@
-"""Stage 3: fine-tuning on demonstrations that think before they answer. Loss on the assistant's tokens only."""
+"""Stage 3: fine-tuning on demonstrations that think before they answer. Loss on the assistant's tokens only.
+
+Like what people write, the demonstrations are all right but not all careful: most give the answer "at a glance", some
+show every step. Imitation learns both habits in proportion, and a glance is rarely enough for a model of this size.
+Which habit pays is not in the data; that is what the next stage finds out.
+"""
 
 from __future__ import annotations
 
 import random
 from typing import TYPE_CHECKING, Any
 
+from pellucid import tasks
 from pellucid.data import chats, packing
 from pellucid.grow import recipe
 from pellucid.grow.pretrain import thinned
@@ -54,9 +60,27 @@ def demonstrations(job: Job) -> list[tuple[list[int], list[bool]]]:
     samples = []
     for _ in range(recipe.DEMONSTRATIONS):
         problem = job.mix.sample(rng, "train")
-        messages = [{"role": "user", "content": problem.prompt},
-                    {"role": "assistant", "content": job.mix.demonstrate(problem, rng)}]
-        samples.append(job.tokenizer.encode_chat(messages))
+        shown = job.mix.demonstrate(problem, rng)
+        if not problem.tools and rng.random() < recipe.AT_A_GLANCE:
+            shown = at_a_glance(shown)
+        ask = {"role": "user", "content": problem.prompt}
+        samples.append(job.tokenizer.encode_chat([ask, {"role": "assistant", "content": shown}]))
+        if problem.tools and rng.random() < 0.5:
+            samples.append(last_turn_only(job, *tasks.Calculator().follow_up(problem)))
     if job.config.data is not None:
         samples += [job.tokenizer.encode_chat(chat.messages, tools=chat.tools) for chat in chats.read_chats(job.config.data)]
     return samples
+
+
+def at_a_glance(shown: str) -> str:
+    """The same right answer without its steps, as people often write it down."""
+    parsed = tasks.parse_completion(shown)
+    assert parsed is not None
+    return f"<think>\nAt a glance.\n</think>\n\n{parsed.answer}"
+
+
+def last_turn_only(job: Job, messages: list[dict[str, Any]], shown: str) -> tuple[list[int], list[bool]]:
+    """A conversation of several turns of which only the last one is learned."""
+    before = len(job.tokenizer.encode_chat(messages, add_generation_prompt=True)[0])
+    ids, mask = job.tokenizer.encode_chat([*messages, {"role": "assistant", "content": shown}])
+    return ids, [trained and i >= before for i, trained in enumerate(mask)]

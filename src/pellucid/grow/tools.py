@@ -1,7 +1,7 @@
 """Stage 7: the grown model behind the real server, asked through HTTP in OpenAI's protocol, calling a real calculator.
 
 No grader stands in between: the server parses the call from the model's text, the calculator computes, its result goes
-back as a tool message. A problem counts as solved when the calculator's result is the right one.
+back as a tool message, and the model answers. Solved: the calculator's result and the final answer are both right.
 """
 
 from __future__ import annotations
@@ -34,22 +34,31 @@ def run(job: Job) -> Result:
     shown = next((c for c in cases if c["solved"]), cases[0])
     job.report["tools"] = {"transcript": shown["messages"], "solved": solved, "asked": len(cases), "cases": cases[:8]}
     events.emit(events.SampleShown("tools", shown["messages"][0]["content"], str(shown["call"]), {"solved": float(shown["solved"])}))
-    return Result("tool calls solved through the server", "", True, None, solved / len(cases), {"asked": len(cases)})
+    return Result("problems solved through the server", "", True, None, solved / len(cases), {"asked": len(cases)})
 
 
 def ask(url: str, problem: tasks.Problem) -> dict[str, Any]:
-    """One problem over HTTP: question, tool call, the calculator's result."""
+    """One problem over HTTP: question, tool call, the calculator's result, final answer."""
     messages: list[dict[str, Any]] = [{"role": "user", "content": problem.prompt}]
-    answer = post(f"{url}/v1/chat/completions", {"model": "grown", "messages": messages, "temperature": 0, "max_tokens": 100})
-    message = answer["choices"][0]["message"]
-    messages.append({k: v for k, v in message.items() if v})
+    message = reply(url, messages)
+    messages.append(message)
     calls = message.get("tool_calls") or []
     if len(calls) != 1:
         return {"messages": messages, "call": None, "result": None, "solved": False}
     function = calls[0]["function"]
     result = call_tool(function["name"], function["arguments"])
     messages.append({"role": "tool", "tool_call_id": calls[0]["id"], "content": result})
-    return {"messages": messages, "call": function["arguments"], "result": result, "solved": result == expected(problem)}
+    messages.append(reply(url, [messages[0], {k: v for k, v in message.items() if k != "reasoning_content"}, messages[-1]]))
+    final = (messages[-1].get("content") or "").strip()
+    return {"messages": messages, "call": function["arguments"], "result": result, "answer": final,
+            "solved": result == expected(problem) == final}
+
+
+def reply(url: str, messages: list[dict[str, Any]]) -> dict[str, Any]:
+    """The assistant's next message."""
+    body = {"model": "grown", "messages": messages, "temperature": 0, "max_tokens": 100}
+    answer = post(f"{url}/v1/chat/completions", body)["choices"][0]["message"]
+    return {k: v for k, v in answer.items() if v or k == "content"}
 
 
 def call_tool(name: str, arguments: str) -> str:
@@ -57,7 +66,7 @@ def call_tool(name: str, arguments: str) -> str:
     if name not in tasks.TOOLS:
         return f"error: no tool {name!r}"
     try:
-        return tasks.TOOLS[name].call(json.loads(arguments))
+        return tasks.TOOLS[name].run(**json.loads(arguments))
     except (ValueError, TypeError) as error:
         return f"error: {error}"
 
