@@ -51,6 +51,9 @@ def test_position_is_in_rows_so_the_batch_size_may_change():
     halves.load_state(whole.state())
     halves.batch_size = 2
     assert torch.equal(whole.next().tokens, torch.cat([halves.next().tokens, halves.next().tokens]))
+    threes = Batches(rows(10), 3, seed=1)
+    threes.load_state(whole.state())  # 8 rows, no multiple of 3
+    assert torch.equal(threes.next().tokens, whole.next().tokens[:3])
 
 
 def test_a_batch_larger_than_the_data():

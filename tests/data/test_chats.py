@@ -33,8 +33,9 @@ def test_parquet_and_its_nulls(tmp_path):
     from pyarrow import parquet
 
     rows = [[{**TURN[0], "name": "x"}, TURN[1]]]
-    parquet.write_table(pyarrow.table({"messages": rows, "tools": pyarrow.nulls(1)}), tmp_path / "a.parquet")
-    assert list(read_chats(tmp_path / "a.parquet")) == [Chat([{**TURN[0], "name": "x"}, TURN[1]])]
+    columns = {"messages": [*rows, None], "prompt": [None, "2+2?"], "completion": [None, "4"], "tools": pyarrow.nulls(2)}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    assert list(read_chats(tmp_path / "a.parquet")) == [Chat([{**TURN[0], "name": "x"}, TURN[1]]), Chat(TURN)]
 
 
 def test_the_key_is_the_question_not_the_answer():

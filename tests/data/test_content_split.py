@@ -31,7 +31,7 @@ def test_the_share_is_kept_and_the_sides_are_nested():
     texts = [f"document number {n}" for n in range(20_000)]
     small, large = ({t for t in texts if is_heldout(t, share)} for share in (0.05, 0.2))
     assert small < large and abs(len(small) / 20_000 - 0.05) < 0.006 and abs(len(large) / 20_000 - 0.2) < 0.012
-    assert not is_heldout("x", 0.0) and is_heldout("x", 1.0)
+    assert not is_heldout("x", 0.0) and is_heldout("x", 1.0) and not is_heldout("x", fraction("x"))
     assert is_heldout("\ud800 lone surrogate", 1.0)
     for share in (-0.1, 1.5):
         with pytest.raises(BadInput):
@@ -74,6 +74,19 @@ def test_a_huge_document_on_the_held_out_side_does_not_eat_the_corpus():
     huge = Document("\n\n".join(f"{n} {i} huge" for i in range(20_000)), "huge.txt")
     train, heldout = divide([*small, huge])
     assert sum(len(d.text) for d in heldout) < 0.1 * sum(len(d.text) for d in train)
+
+
+def test_one_large_document_for_training_and_crumbs_held_out():
+    crumbs = [d for d in documents(400) if is_heldout(d.text)][:3]
+    n = next(n for n in range(100) if not is_heldout("\n\n".join(f"{n} {i} huge" for i in range(20_000))))
+    train, heldout = divide([*crumbs, Document("\n\n".join(f"{n} {i} huge" for i in range(20_000)), "huge.txt")])
+    assert sum(len(d.text) for d in heldout) > 0.03 * sum(len(d.text) for d in train)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.99, 1.0])
+def test_two_paragraphs_are_enough_for_two_sides(share):
+    train, heldout = divide([Document("first\n\nsecond", "a")], share)
+    assert len(train) == len(heldout) == 1
 
 
 @pytest.mark.parametrize("corpus", [[], [Document("one line", "a")], [Document("same", "a"), Document("same", "b")]])

@@ -174,10 +174,10 @@ def test_nothing_to_read_is_an_error_at_the_end(tmp_path):
     ('{"n": ' + "9" * 5000 + "}", "is not JSON")])
 def test_broken_lines_name_file_line_and_form(tmp_path, line, message):
     file = tmp_path / "data.jsonl"
-    file.write_text('{"text": "fine"}\n' + line + "\n")
+    file.write_text('{"text": "fine"}\n\n' + line + "\n")
     with pytest.raises(BadInput, match=message) as error:
         texts(file)
-    assert f"{file}, line 2" in error.value.what and '{"text": "..."}' in error.value.next
+    assert f"{file}, line 3" in error.value.what and '{"text": "..."}' in error.value.next
 
 
 def test_a_line_without_end_is_refused_and_not_read_whole(tmp_path, monkeypatch):

@@ -45,7 +45,7 @@ class Baselines(events.Event):
         return min(self.gzip, self.xz, self.ngram)
 
 
-def measure(train: bytes, heldout: bytes, order: int = 5, max_train: int = 8_000_000) -> Baselines:
+def measure(train: bytes, heldout: bytes, order: int = 5, max_train: int = 10_000_000) -> Baselines:
     """All baselines for `heldout`. train: the first `max_train` bytes are used (about one second for each 2 MB)."""
     if not heldout:
         raise BadInput("there is no held-out text to measure on", next="give more text, or a larger held-out share")
