@@ -204,7 +204,7 @@ def test_ctrl_c_ends_with_130_and_one_line():
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")
 def test_a_closed_pipe_is_no_error_page():
     command = f"{shlex.quote(sys.executable)} -c {shlex.quote(START)} demo m --json --max-steps 20000 | head -n 1"
-    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120)
     assert json.loads(done.stdout)["kind"] == "note" and "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
 

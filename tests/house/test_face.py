@@ -13,7 +13,7 @@ HEAVY = ["torch", "numpy", "transformers", "tokenizers", "tyro", "rich", "pelluc
 
 
 def fresh(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -32,9 +32,9 @@ def test_help_brings_nothing_heavy():
 
 
 def test_times_are_within_the_promise():
-    """Printed with `-s`; the bound is asserted on the best of several, which load on the machine hardly moves."""
+    """In processor time, best of several: other load on the machine hardly moves it. `-s` shows the figures."""
     def best(code: str) -> float:
-        timed = f"import time\nt = time.perf_counter()\n{code}\nprint(time.perf_counter() - t)"
+        timed = f"import time\nt = time.process_time()\n{code}\nprint(time.process_time() - t)"
         return min(float(fresh(timed).split()[-1]) for _ in range(5))
 
     face, page = best("import pellucid"), best("from pellucid.__main__ import main\nmain(['--help'])")
