@@ -18,7 +18,7 @@ conversation again with each assistant message replaced by a probe, and comparin
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,3 +153,31 @@ def _end_of_turn(text: str, end: int, special: tuple[str, ...], follows: tuple[s
         inside = next((m for m in either(special).finditer(text) if m.start() < end < m.end()), None)
         found = inside or re.compile(rf"\s*(?:{either(special).pattern})").match(text, end)
     return found.end() if found else end
+
+
+def segments(rendered: Rendered, spans: list[Span], tokens: re.Pattern[str]) -> Iterator[tuple[int, int, str]]:
+    """(start, end, token): the text cut at added tokens, and at the edges of the spans; "" for plain text.
+
+    tokens: matches any added token.
+    """
+    text = rendered.text
+    edges = sorted({edge for span in spans for edge in span})
+    at = 0
+    for start, end in [*_unforged(rendered, tokens), (len(text), len(text))]:
+        for cut in [*(edge for edge in edges if at < edge < start), start]:
+            if cut > at:
+                yield at, cut, ""
+            at = cut
+        if end > start:
+            yield start, end, text[start:end]
+        at = end
+
+
+def _unforged(rendered: Rendered, tokens: re.Pattern[str]) -> Iterator[Span]:
+    """The added tokens that no marked character is part of."""
+    match = tokens.search(rendered.text)
+    while match:
+        whole = rendered.broken.isdisjoint(range(*match.span()))
+        if whole:
+            yield match.span()
+        match = tokens.search(rendered.text, match.end() if whole else match.start() + 1)

@@ -32,31 +32,28 @@ class StreamDecoder:
 class WindowDecoder:
     """The same for tokenizers whose tokens mean text only beside their neighbours (WordPiece, SentencePiece).
 
-    Decodes a short window of the latest ids again at every token, and returns what it added.
+    The ids shown last, which end with a whole character, are decoded again before the new ones; what is longer
+    than they are alone is new text.
     """
-
-    KEPT = 6
-    """Ids decoded again as context for the next one."""
 
     def __init__(self, decode: Callable[[list[int]], str]):
         self._decode = decode
-        self._ids: list[int] = []
-        self._shown = ""
+        self._shown: list[int] = []
+        self._new: list[int] = []
 
     def add(self, token: int) -> str:
-        self._ids.append(token)
-        text = self._decode(self._ids)
-        if text.endswith("\ufffd"):  # maybe an unfinished character
+        self._new.append(token)
+        text = self._decode(self._shown + self._new)
+        if text.endswith("\ufffd"):  # perhaps half a character
             return ""
         return self._show(text)
 
     def finish(self) -> str:
-        new = self._show(self._decode(self._ids))
-        self._ids, self._shown = [], ""
-        return new
+        rest = self._show(self._decode(self._shown + self._new)) if self._new else ""
+        self._shown = []
+        return rest
 
     def _show(self, text: str) -> str:
-        new = text[len(self._shown):]
-        self._ids = self._ids[-self.KEPT:]
-        self._shown = self._decode(self._ids)
-        return new
+        before = self._decode(self._shown) if self._shown else ""
+        self._shown, self._new = self._new, []
+        return text[len(before):]

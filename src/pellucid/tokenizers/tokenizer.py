@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -17,14 +17,15 @@ from pellucid.tokenizers.engines import LibraryEngine, choose_engine, token_tabl
 from pellucid.tokenizers.layout import AddedToken, ByteLevelBPE
 from pellucid.tokenizers.show import show_tokens
 from pellucid.tokenizers.sources import END_OF_TEXT, Source, open_source
-from pellucid.tokenizers.spans import PROBE, Guard, Rendered, either, spans_by_comparison, unmark
+from pellucid.tokenizers.spans import PROBE, Guard, Rendered, either, segments, spans_by_comparison, unmark
 from pellucid.tokenizers.stream import StreamDecoder, WindowDecoder
+from pellucid.tokenizers.train import mended
 
 UNKNOWN = "\ufffd".encode()
 """What an id without a token decodes to: models have more embedding rows than there are tokens."""
 
-PARALLEL_CHARACTERS = 200_000
-"""Batches of at least so much text are worth the threads."""
+PARALLEL_LENGTH = 8192
+"""Threads pay for texts of at least this mean length: on short ones they queue for Python's lock."""
 
 
 class Tokenizer:
@@ -103,29 +104,30 @@ class Tokenizer:
         return ids + self._engine.plain(text[at:])
 
     def encode_batch(self, texts: Sequence[str], allow_special: bool = False) -> list[list[int]]:
-        """`encode` of each; in threads when there is much to do (the engines leave Python's lock)."""
-        threads = min(os.cpu_count() or 1, len(texts))
-        if threads < 2 or sum(map(len, texts)) < PARALLEL_CHARACTERS:
-            return [self.encode(text, allow_special) for text in texts]
+        """`encode` of each; long texts in threads (the engines leave Python's lock)."""
         if isinstance(self._engine, LibraryEngine):
             return self._engine.encode_batch([mended(text) for text in texts], allow_special)
-        size = max(1, len(texts) // (threads * 8))
-        slices = [texts[i:i + size] for i in range(0, len(texts), size)]
+        threads = min(os.cpu_count() or 1, len(texts))
+        if threads < 2 or sum(map(len, texts)) < PARALLEL_LENGTH * len(texts):
+            return [self.encode(text, allow_special) for text in texts]
         with ThreadPoolExecutor(threads) as pool:
-            parts = pool.map(lambda part: [self.encode(text, allow_special) for text in part], slices)
-            return [ids for part in parts for ids in part]
+            return list(pool.map(lambda text: self.encode(text, allow_special), texts))
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """The text; bytes that are no UTF-8, and ids without a token, become U+FFFD."""
-        ids = [int(i) for i in ids]
+        ids = list(ids)
         if ids and min(ids) < 0:
-            raise BadInput(f"{min(ids)} is no token id", next="leave out labels such as -100 before decoding")
+            raise BadInput(f"{int(min(ids))} is no token id", next="leave out labels such as -100 before decoding")
         if skip_special:
             skipped = set(self.special.values())
             ids = [i for i in ids if i not in skipped]
         if self._table is None:
-            return self._engine.full.decode(ids, skip_special_tokens=False)
-        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+            return self._engine.full.decode([int(i) for i in ids], skip_special_tokens=False)
+        try:
+            raw = b"".join(map(self._table.__getitem__, ids))
+        except (IndexError, TypeError):  # an id without a token
+            raw = b"".join(map(self.token_bytes, ids))
+        return raw.decode("utf-8", errors="replace")
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for (for WordPiece and the like: its text, as it stands alone)."""
@@ -262,8 +264,8 @@ class Tokenizer:
     def _encode_rendered(self, rendered: Rendered, spans: list[tuple[int, int]]) -> tuple[list[int], list[bool]]:
         ids: list[int] = []
         mask: list[bool] = []
-        for start, end, token in self._segments(rendered, spans):
-            new = [token] if token is not None else self._plain(rendered.text[start:end], first=not ids)
+        for start, end, token in segments(rendered, spans, self._any):
+            new = [self._ids[token]] if token else self._plain(rendered.text[start:end], first=not ids)
             ids += new
             mask += [any(a <= start < b for a, b in spans)] * len(new)
         return ids, mask
@@ -273,35 +275,6 @@ class Tokenizer:
             return self._engine.plain(text, first)
         except UnicodeEncodeError:
             return self._engine.plain(mended(text), first)
-
-    def _segments(self, rendered: Rendered, spans: list[tuple[int, int]]) -> Iterator[tuple[int, int, int | None]]:
-        """(start, end, id of an added token or None): the text cut at added tokens and at the spans' edges."""
-        cuts = sorted({edge for span in spans for edge in span} | {len(rendered.text)})
-        at = 0
-        for start, end, token in [*self._found(rendered), (len(rendered.text),) * 2 + (None,)]:
-            for cut in [*(cut for cut in cuts if at < cut < start), start]:
-                if cut > at:
-                    yield at, cut, None
-                    at = cut
-            if token is not None:
-                yield start, end, token
-            at = end
-
-    def _found(self, rendered: Rendered) -> Iterator[tuple[int, int, int]]:
-        """The added tokens in the text that no foreign character is part of."""
-        match = self._any.search(rendered.text)
-        while match:
-            start, end = match.span()
-            if rendered.broken.isdisjoint(range(start, end)):
-                yield start, end, self._ids[match.group()]
-                match = self._any.search(rendered.text, end)
-            else:
-                match = self._any.search(rendered.text, start + 1)
-
-
-def mended(text: str) -> str:
-    """Half a surrogate pair, which is no Unicode text, becomes U+FFFD."""
-    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _prefix(post: dict[str, Any] | None) -> list[int]:

@@ -67,12 +67,20 @@ def learn(texts: Iterable[str], vocab_size: int, pattern: str) -> list[bytes]:
 
 
 def _checked(texts: Iterable[str]) -> Iterator[str]:
+    wanted = "give a list or a generator of texts"
     if isinstance(texts, str):
-        raise BadInput("train_bpe was given one string", "it would be read as a list of single characters",
-                       "give a list or a generator of texts")
+        raise BadInput("train_bpe was given one string", "it would be read as a list of single characters", wanted)
+    if not isinstance(texts, Iterable):
+        raise BadInput(f"train_bpe was given {type(texts).__name__}, which holds no texts", next=wanted)
     for text in texts:
-        # A lone surrogate (a broken file name, a cut JSON escape) is no Unicode text; Rust refuses it.
-        yield text if text.isascii() else text.encode("utf-8", "replace").decode()
+        if not isinstance(text, str):
+            raise BadInput(f"train_bpe was given {type(text).__name__} among its texts", next="decode it to str first")
+        yield mended(text)
+
+
+def mended(text: str) -> str:
+    """Half a surrogate pair (a broken file name, a cut JSON escape), which is no Unicode text, becomes U+FFFD."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def cuts_digits_in_pairs(pattern: str) -> bool:
