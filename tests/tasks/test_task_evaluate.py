@@ -67,7 +67,8 @@ def test_greedy_and_sampled_are_not_mixed_up():
     evaluate(task, generate, n=3)
     evaluate(task, generate, n=3, k=4)
     evaluate(task, generate, n=3, k=1, draws=2, temperature=0.7)
-    assert seen == [(1, 0.0), (4, 1.0), (2, 0.7)]
+    evaluate(task, generate, n=3, k=1, draws=2)
+    assert seen == [(1, 0.0), (4, 1.0), (2, 0.7), (2, 1.0)]
     with pytest.raises(BadInput, match="all the same"):
         evaluate(task, generate, n=3, k=4, temperature=0.0)
 

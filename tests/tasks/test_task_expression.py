@@ -88,9 +88,9 @@ def test_the_calculator_computes_exactly(text, result):
                                   "__import__('os').system('x')",
                                   "1" * 10**6, "1+" * 10**5, "-" * 10**6 + "1", "a", "1.5.2", "１+１"])
 def test_the_calculator_reports_what_it_cannot_do(text):
-    start = time.perf_counter()
+    start = time.process_time()
     assert calculate(text).startswith("error: ")
-    assert time.perf_counter() - start < 0.1
+    assert time.process_time() - start < 0.1
 
 
 @settings(max_examples=300, deadline=None)

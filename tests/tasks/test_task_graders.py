@@ -50,6 +50,7 @@ def test_arithmetic_wrong_numbers(answer):
 def test_arithmetic_partial_credit_counts_columns_and_digits():
     columns = "2+5+0=7\n7+6+0=13\n4+8+1=13"
     assert grade(ADD, "1 3 3 8", columns)["progress"] == pytest.approx(0.9 * (0.5 + 0.5 * 3 / 4))
+    assert grade(ADD, "3 3 7", columns)["progress"] == pytest.approx(0.9 * (0.5 + 0.5 * 3 / 4))
     assert grade(ADD, "9 9 9 9", columns)["progress"] == pytest.approx(0.45)
     assert grade(ADD, "9 9 9 9", columns.replace("=13", "=3"))["progress"] == pytest.approx(0.15)
     assert grade(ADD, "9 9 9 9", columns + "\n" + columns)["progress"] == pytest.approx(0.225)

@@ -99,6 +99,11 @@ def test_a_typo_is_answered_with_the_nearest_name():
 def test_an_empty_side_of_the_split_is_said_and_not_waited_for():
     with pytest.raises(BadInput, match="no heldout problem"):
         make("countdown", count=2, max_number=2).sample(random.Random(0), "heldout")
+    only_one_set = next(n for n in range(2, 50) if is_heldout("countdown", f"{n},{n}"))
+    equal = random.Random(0)
+    equal.randint = lambda low, high: only_one_set    # two equal numbers have no positive difference
+    with pytest.raises(BadInput, match="has a solution"):
+        make("countdown", count=2, max_number=50, operations="-").sample(equal, "heldout")
     with pytest.raises(BadInput, match="unknown split"):
         make("sorting").sample(random.Random(0), "test")
 
@@ -134,7 +139,7 @@ def test_tasks_need_no_torch():
     "<think>a</think>42<think>b</think>",
     "<think>a</think>42</think>", "<think><think>a</think>42", "<think>a<think>b</think></think>42",
     "<THINK>a</THINK>42",
-    "<think >a</think>42", "</think>a<think>42", "<think>a <tool_call> b</think>42", "<think>a<|im_end|></think>42",
+    "<think >a</think>42", "</think>a<think>42", "<think>a</think>42<think>", "<think>a <tool_call> b</think>42", "<think>a<|im_end|></think>42",
     "\u3000<think>a</think>42", "\x00<think>a</think>42", "＜think＞a＜/think＞42",
 ])
 def test_what_is_not_one_thought_and_an_answer(text):
@@ -215,9 +220,9 @@ def test_another_problems_answer_is_not_correct(name):
 def test_a_huge_completion_takes_bounded_time(name, text):
     task = make(name)
     problem = problems(task, 1)[0]
-    start = time.perf_counter()
+    start = time.process_time()
     assert task.grade(problem, text)["correct"] == 0
-    assert time.perf_counter() - start < 0.25
+    assert time.process_time() - start < 0.25
 
 
 pieces = st.sampled_from([*MARKERS, "\n", "\n\n", " ", ",", "+", "-", "*", "(", ")", "=", "<", "{", "}", '"', ":",
@@ -288,7 +293,7 @@ def test_facts_are_true_short_and_keep_out_of_the_held_out_problems():
     for line in seen:
         if "=" in line:
             left, right = line.split("=")
-            assert eval(left, {"__builtins__": {}}) == int(right), line    # our own text, in a test
+            assert eval(left, {"__builtins__": {}}) == int(right) >= 0, line    # our own text, in a test
         elif "<" in line:
             numbers = [int(n) for n in line.replace("<", ",").split(",")]
             assert min(numbers) == numbers[0] and len(set(numbers)) == len(numbers)

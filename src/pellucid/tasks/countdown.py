@@ -103,23 +103,23 @@ class Countdown:
         d = self.dials
 
         def draw(rng: random.Random) -> tuple[int, ...]:
-            return tuple(sorted(rng.randint(1, d.max_number) for _ in range(d.count)))
+            return tuple(rng.randint(1, d.max_number) for _ in range(d.count))
 
-        while True:
+        for _ in range(1000):
             numbers = draw_in_split(rng, split, self.name, draw, key_of)
-            targets = sorted({t.value for t in tries(numbers, d.operations, d.max_value)})
-            if targets:
+            if targets := sorted({t.value for t in tries(numbers, d.operations, d.max_value)}):
                 break
+        else:
+            raise BadInput(f"no {split} problem of {self.name} has a solution for these dials",
+                           f"only {d.operations} with results in 1..{d.max_value}", "widen the dials")
         target = rng.choice(targets)
-        shown = list(numbers)
-        rng.shuffle(shown)
-        prompt = f"Make {target} from {','.join(map(str, shown))}." + (RULES if d.explain else "")
-        return Problem(self.name, prompt, (tuple(shown), target), key_of(numbers))
+        prompt = f"Make {target} from {','.join(map(str, numbers))}." + (RULES if d.explain else "")
+        return Problem(self.name, prompt, (numbers, target), key_of(numbers))
 
     def demonstrate(self, problem: Problem, rng: random.Random) -> str:
         """Up to max_tries - 1 wrong tries, then the right one."""
         numbers, target = problem.answer
-        every = tries(tuple(sorted(numbers)), self.dials.operations, self.dials.max_value)
+        every = tries(numbers, self.dials.operations, self.dials.max_value)
         right = next((t for t in every if t.value == target), None)
         if right is None:
             raise BadInput(f"these dials do not reach {target} from {key_of(numbers)}",
@@ -161,8 +161,13 @@ def line_of(attempt: Try, target: int) -> str:
     return ",".join(map(str, attempt.steps)) + (" yes" if attempt.value == target else " no")
 
 
-@functools.lru_cache(maxsize=4096)
 def tries(numbers: tuple[int, ...], operations: str, max_value: int) -> tuple[Try, ...]:
+    """`every_try` whatever the order of the numbers."""
+    return every_try(tuple(sorted(numbers)), operations, max_value)
+
+
+@functools.lru_cache(maxsize=2048)  # all 1,540 sets of the default dials
+def every_try(numbers: tuple[int, ...], operations: str, max_value: int) -> tuple[Try, ...]:
     """Every try whose intermediate values lie in 1..max_value, in a fixed order: large numbers combined first."""
     found: list[Try] = []
 

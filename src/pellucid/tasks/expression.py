@@ -16,8 +16,8 @@ from fractions import Fraction
 
 MAX_CHARS = 200
 MAX_DEPTH = 20
-_WHOLE = re.compile(r"(?:0|[1-9][0-9]*)(?![0-9])")
-_DECIMAL = re.compile(r"(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?![0-9])")
+_WHOLE = re.compile(r"(?:0|[1-9][0-9]*)")
+_DECIMAL = re.compile(r"(?:0|[1-9][0-9]*)(?:\.[0-9]+)?")
 
 
 class ExpressionError(ValueError):
