@@ -96,7 +96,7 @@ def _documented(root: Path, files: list[str], with_source: bool) -> Iterator[Doc
         text = _read(root / name)
         tree = _parse(text)
         if tree is not None:
-            docstrings = (ast.get_docstring(node) for node in documented(tree))
+            docstrings = (ast.get_docstring(node) or "" for node in documented(tree))
             yield from _prose("\n\n".join(docstrings), f"python/docs/{name}", seen)
         if with_source:
             text = without_docstrings(text, tree) if tree is not None else text
@@ -122,7 +122,7 @@ def without_docstrings(text: str, tree: ast.Module) -> str:
     lines = [line + "\n" for line in text.split("\n")]  # not splitlines: form feeds end no line in Python's grammar
     for node in documented(tree):
         string = node.body[0]
-        first, last = string.lineno - 1, string.end_lineno
+        first, last = string.lineno - 1, string.end_lineno or string.lineno
         before = lines[first].encode()[: string.col_offset]
         after = lines[last - 1].encode()[string.end_col_offset :].strip()
         if before.strip() or (after and not after.startswith(b"#")):

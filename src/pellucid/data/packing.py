@@ -66,8 +66,9 @@ class Packed:
         return Packed(self.tokens[index], self.labels[index], self.positions[index], self.documents[index])
 
     def to(self, device: torch.device | str) -> Packed:
-        moved = (t.to(device, non_blocking=True) for t in (self.tokens, self.labels, self.positions, self.documents))
-        return Packed(*moved, report=self.report)
+        tokens, labels, positions, documents = (
+            part.to(device, non_blocking=True) for part in (self.tokens, self.labels, self.positions, self.documents))
+        return Packed(tokens, labels, positions, documents, self.report)
 
 
 def pack_stream(encoded: Iterable[Sequence[int]], T: int, remainder: str = "drop", pad_id: int = 0,
@@ -190,7 +191,7 @@ def _grid(inputs: np.ndarray, labels: np.ndarray, starts: np.ndarray, place: np.
 
 def _flatten(sequences: Iterable[Sequence[int]], dtype: type = np.int64) -> tuple[np.ndarray, np.ndarray]:
     """All values in one array, and the length of each sequence."""
-    arrays = [np.asarray(sequence, dtype) for sequence in sequences]
+    arrays: list[np.ndarray] = [np.asarray(sequence, dtype) for sequence in sequences]
     lengths = np.fromiter(map(len, arrays), np.int64, len(arrays))
     return (np.concatenate(arrays) if arrays else np.zeros(0, dtype)), lengths
 
@@ -256,7 +257,7 @@ class Batches:
         self._epoch, self._order = -1, np.zeros(0, np.int64)
         self._check = 0  # of the data, so that a resumed run cannot go on with other data
         for part in (packed.tokens, packed.labels):
-            self._check = zlib.crc32(part.cpu().contiguous().numpy(), self._check)
+            self._check = zlib.crc32(part.cpu().contiguous().numpy().data, self._check)
 
     @property
     def epoch(self) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -124,7 +124,7 @@ def files_in(folder: Path, kinds: Iterable[str] = tuple(KINDS)) -> Iterator[tupl
     yield from walk(Path(folder))
 
 
-def _is(question) -> bool:
+def _is(question: Callable[[], bool]) -> bool:
     try:
         return question()
     except OSError:  # a link that goes in circles
