@@ -1,0 +1,72 @@
+"""`pellucid bench`: the comparisons of `benchmarks/`, run from a checkout of the repository."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from pellucid.cli.base import Common
+from pellucid.errors import PellucidError
+
+
+@dataclass(frozen=True)
+class Bench(Common):
+    """Run a measured comparison and keep its figures as JSON. The last line of stdout is the result.
+    运行一项实测对比，并将数字存为 JSON；标准输出最后一行即结果。
+
+    $ pellucid bench train --out benchmarks/results/train.json
+    """
+
+    out: Path | None = None
+    """Where to keep the JSON.
+    JSON 的存放位置。"""
+
+
+@dataclass(frozen=True)
+class BenchGrow(Bench):
+    """The main job over several seeds.
+    多个随机种子重复主任务。
+
+    $ pellucid bench grow --seeds 5 --minutes 8
+    """
+
+    seeds: int = 5
+    """How many seeds, from 0.
+    随机种子个数（从 0 起）。"""
+    minutes: float = 8.0
+    """Dial of each run.
+    每次运行的分钟数。"""
+
+
+def train(config: Bench) -> int:
+    return _run("train", config, [])
+
+
+def sample(config: Bench) -> int:
+    return _run("sample", config, [])
+
+
+def tokenizer(config: Bench) -> int:
+    return _run("tokenizer", config, [])
+
+
+def grow(config: BenchGrow) -> int:
+    return _run("grow", config, ["--seeds", str(config.seeds), "--minutes", f"{config.minutes:g}"])
+
+
+def _run(name: str, config: Bench, extra: list[str]) -> int:
+    folder = Path(__file__).parents[3] / "benchmarks"
+    file = folder / f"{name}.py"
+    if not file.exists():
+        raise PellucidError(f"the benchmark {name!r} is not installed", "benchmarks live in the repository, not in the package",
+                            "clone the repository, `make venv`, and run the command there")
+    sys.path.insert(0, str(folder))  # they share benchmarks/common.py
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    arguments = extra + (["--json", str(config.out)] if config.out else [])
+    return int(module.main(arguments) or 0)

@@ -1,0 +1,153 @@
+"""`pellucid train pretrain` and `pellucid train sft`: the stages of the main job on any checkpoint and data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pellucid.cli.base import Common, Positional, prepare
+from pellucid.errors import BadInput
+
+if TYPE_CHECKING:
+    from pellucid.data.packing import Packed
+    from pellucid.train import LoopConfig
+
+
+@dataclass(frozen=True)
+class TrainOptions(Common):
+    """What every training run is told."""
+
+    model: Positional[str]
+    """Checkpoint to start from: a folder or a Hub id.
+    起始检查点：目录或 Hub id。"""
+    data: Positional[Path]
+    """Text, a folder of texts, JSONL or Parquet (pretrain); JSONL of conversations (sft).
+    预训练：文本、目录、JSONL 或 Parquet；微调：对话 JSONL。"""
+    out: Path = Path("runs/train")
+    """Folder for the trained model and the resume state.
+    训练结果与续训状态的目录。"""
+    steps: int | None = None
+    """Optimizer steps; or give --minutes.
+    优化步数；或用 --minutes。"""
+    minutes: float | None = None
+    """Length of the run in minutes.
+    训练分钟数。"""
+    rows: int = 8
+    """Packed rows in a step.
+    每步的打包行数。"""
+    micro_rows: int | None = None
+    """Rows in a micro-batch: less memory, same numbers.
+    每个微批的行数：更省内存，结果不变。"""
+    length: int = 256
+    """Tokens in a row.
+    每行词元数。"""
+    optimizer: Literal["muon", "adamw"] = "adamw"
+    """Muon for the matrices with AdamW for the rest, or AdamW for all.
+    Muon（其余参数用 AdamW）或全部用 AdamW。"""
+    lr: float | None = None
+    """Learning rate; by default 0.02 for Muon, 2e-5 for AdamW.
+    学习率；默认 Muon 为 0.02，AdamW 为 2e-5。"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the activations; auto measures which is faster.
+    激活的数据类型；auto 会实测选快的。"""
+    resume: bool = False
+    """Go on with the interrupted run in the same folder.
+    继续同一目录中被中断的训练。"""
+
+
+@dataclass(frozen=True)
+class Pretrain(TrainOptions):
+    """Language modelling on raw text; a share held out by content hash is measured in bits per byte.
+    在原始文本上做语言建模；按内容哈希留出一部分，用每字节比特衡量。
+
+    $ pellucid train pretrain runs/grow/model docs/ --minutes 2 --optimizer muon
+    """
+
+
+@dataclass(frozen=True)
+class Sft(TrainOptions):
+    """Supervised fine-tuning on conversations: loss on the assistant's tokens only, by the chat template's mask.
+    在对话上做监督微调：仅按聊天模板的掩码在助手词元上计损失。
+
+    $ pellucid train sft runs/grow/model chats.jsonl --steps 200
+    """
+
+
+def pretrain(config: Pretrain) -> None:
+    from pellucid.data import corpora, packing
+    from pellucid.data.split import divide
+    from pellucid.tokenizers import Tokenizer
+
+    documents = list(corpora.read(config.data))
+    tokenizer = Tokenizer.load(config.model)
+    train, heldout = divide(documents)
+    end = [tokenizer.pad_id]
+
+    def rows(part: list[Any], remainder: str) -> Packed:
+        ids = [i + end for i in tokenizer.encode_batch([d.text for d in part])]
+        return packing.pack_stream(ids, config.length, remainder=remainder, pad_id=tokenizer.pad_id)
+
+    _train(config, tokenizer, rows(train, "drop"), rows(heldout, "pad"), "pretrain")
+
+
+def sft(config: Sft) -> None:
+    from pellucid.data import chats, packing
+    from pellucid.data.split import is_heldout
+    from pellucid.tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.load(config.model)
+    parts: dict[bool, list[Any]] = {False: [], True: []}
+    for chat in chats.read_chats(config.data):
+        parts[is_heldout(str(chat.messages))].append(tokenizer.encode_chat(chat.messages, tools=chat.tools))
+    if not parts[True] and len(parts[False]) > 1:
+        parts[True].append(parts[False].pop())
+    if not (parts[False] and parts[True]):
+        raise BadInput(f"{config.data} holds too few conversations", "one part is held out to measure what was learned",
+                       "give at least two conversations")
+    train, heldout = (packing.pack_samples(parts[k], config.length, overlong="truncate", pad_id=tokenizer.pad_id)
+                      for k in (False, True))
+    _train(config, tokenizer, train, heldout, "sft")
+
+
+def _train(config: TrainOptions, tokenizer: Any, rows: Packed, heldout: Packed, stage: str) -> None:
+    """Load, train with held-out measurements, save."""
+    from pellucid import events
+    from pellucid.models import load, save
+    from pellucid.runtime import choose_dtype, dtype_of
+    from pellucid.train import Loop, held_out_loss
+
+    device = prepare(config)
+    model = load(config.model, device=str(device))
+    if config.length > model.spec.context:
+        raise BadInput(f"--length {config.length} exceeds the model's context of {model.spec.context}",
+                       next=f"use --length {model.spec.context} or less")
+    choice = choose_dtype(model.spec.dim, device) if config.dtype == "auto" else None
+    model.compute_dtype = choice.value if choice else dtype_of(config.dtype)
+    events.note(f"activations in {str(model.compute_dtype).removeprefix('torch.')}: {choice.reason if choice else 'asked for'}")
+
+    def evaluate() -> tuple[str, float, dict[str, Any]]:
+        nats, count = held_out_loss(model, heldout.to(device))
+        return "held-out loss per token", nats / max(count, 1), {"tokens": count}
+
+    before = evaluate()[1]
+    loop = Loop(model, rows, _loop_config(config, stage), evaluate=evaluate, checkpoint=config.out / "checkpoint",
+                tokenizer=tokenizer, resume_hint="the same command with --resume")
+    if config.resume and not loop.resume():
+        events.note(f"nothing to resume in {config.out}: starting from {config.model}", "warning")
+    history = loop.run()
+    save(model, config.out / "model", tokenizer=tokenizer)
+    after = history.evaluations[-1][1]
+    events.emit(events.StageEnd(stage, history.seconds, before, after, "held-out loss per token", "nats", False))
+    print(f"held-out loss {before:.4f} -> {after:.4f} nats per token; model in {config.out / 'model'}")
+
+
+def _loop_config(config: TrainOptions, stage: str) -> LoopConfig:
+    from pellucid.optim import OptimConfig
+    from pellucid.train import LoopConfig
+
+    lr = config.lr if config.lr is not None else {"muon": 0.02, "adamw": 2e-5}[config.optimizer]
+    seconds = None if config.minutes is None else config.minutes * 60
+    steps = config.steps if config.steps is not None or seconds is not None else 100
+    return LoopConfig(stage, steps=steps, seconds=seconds, rows=config.rows, micro_rows=config.micro_rows,
+                      optim=OptimConfig(config.optimizer, lr=lr), save_seconds=60.0, seed=config.seed or 0)
