@@ -11,6 +11,7 @@ import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 
@@ -114,7 +115,7 @@ def curves(series: Sequence[Series], *, percent: bool = False, from_zero: bool =
     for name, value in references:
         y = at(value)
         parts.append(f'<line class="reference" x1="0" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>'
-                     f'<text class="small" x="100%" y="{y - 5:.1f}" text-anchor="end">{escaped(name)} {number(value, percent)}</text>')
+                     f'<text class="small reference-name" x="100%" y="{y - 6:.1f}" text-anchor="end">{escaped(name)} {number(value, percent)}</text>')
     for s, points in reversed(lines):  # the first series is drawn last, on top
         parts.append(_line(points, s.colour, at))
         if s.dots:
@@ -149,9 +150,9 @@ def _bands(lines: list[tuple[Series, list[tuple[float, float]]]], at: Any, perce
     """Invisible upright bands, each with the values of all lines at its place."""
     densest = max((points for _, points in lines), key=len)
     places = densest[:: -(-len(densest) // BANDS)]
-    edges = [0.0, *((a[0] + b[0]) / 2 for a, b in zip(places, places[1:])), 1.0]
+    edges = [0.0, *((a[0] + b[0]) / 2 for a, b in pairwise(places)), 1.0]
     out = []
-    for (x, _), left, right in zip(places, edges, edges[1:]):
+    for (x, _), (left, right) in zip(places, pairwise(edges)):
         near = [(s.colour, min(points, key=lambda p: abs(p[0] - x))) for s, points in lines]
         told = " · ".join(number(y, percent) for _, (_, y) in near)
         dots = "".join(f'<circle class="s{c}" cx="{100 * px:.2f}%" cy="{at(y):.1f}" r="4"/>' for c, (px, y) in near)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pellucid.grow.charts import Text, finite, number
+from pellucid.grow.charts import Label, Text, finite, number
 
 STAGES = {
     "tokenizer": Text("Tokenizer", "分词器"),
@@ -24,7 +24,7 @@ STATES = {  # the model after a stage, as the samples and the evaluation name it
 }
 COLOURS = {"given": 0, "pretrain": 0, "sft": 1, "grpo": 2, "int8": 3}  # of the bars, `k0` ... in the page
 TASKS = {
-    "countdown": Text("countdown", "凑数（countdown）"),
+    "countdown": Text("countdown", "凑数"),
     "arithmetic": Text("arithmetic", "竖式加减"),
     "sorting": Text("sorting", "排序"),
     "calculator": Text("calculator", "计算器"),
@@ -59,6 +59,7 @@ CURVES = {  # clearer English for some curves
     "entropy/mean": "mean entropy (nats per token)",
     "groups/live": "share of groups with something to learn from",
 }
+UNITS = {"bytes": "字节"}
 PLAN = {"device": "设备", "threads": "线程", "dtype": "数值格式", "size": "大小"}
 MODEL = {
     "family": Text("family", "模型族"), "parameters": Text("parameters", "参数量"), "layers": Text("layers", "层数"),
@@ -85,18 +86,27 @@ def detail(name: str) -> Text:
     return Text(plain, DETAILS.get(name, plain))
 
 
-def quantity(value: Any, unit: str) -> str:
+def share(value: Any) -> str:
+    return number(value, percent=True) if finite(value) else "–"
+
+
+def quantity(value: Any, unit: str) -> Label:
     """A stage's number: a share in percent where it has no unit."""
-    if not finite(value):
-        return "–"
-    return number(value, percent=True) if not unit else f"{number(value)} {unit}"
+    if not unit or not finite(value):
+        return share(value)
+    return Text(f"{number(value)} {unit}", f"{number(value)} {UNITS.get(unit, unit)}")
+
+
+def times(ratio: float) -> str:
+    """How many times as small, as fast."""
+    return f"{ratio:.1f}" if ratio < 100 else f"{ratio:.0f}"
 
 
 def count(value: Any) -> str:
     """1,049,984 as `1.05 M`."""
     if not finite(value):
         return "–"
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e5, "k")):
         if abs(value) >= size:
             return f"{value / (1e3 if letter == 'k' else size):.3g} {letter}"
     return f"{value:,.0f}"
@@ -110,6 +120,10 @@ def memory(value: Any) -> str:
         if value >= size:
             return f"{value / size:.{2 if value < 10 * size else 0}f} {unit}"
     return f"{value:.0f} B"
+
+
+def minutes(value: Any) -> str:
+    return f"{value:.1f}" if finite(value) else "–"
 
 
 def seconds(value: Any) -> str:
