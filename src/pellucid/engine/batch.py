@@ -33,7 +33,7 @@ Stop = Callable[[Sample], bool]
 
 
 class Batch:
-    """Runs sequences together until all are finished. `step()` gives each active sequence one token.
+    """Runs sequences together until all are finished. Each step of `run()` gives every active sequence one token.
 
     eos: ids that end a sequence (the id itself is kept as the last token).  stop: called after each token for
     sequences that ask for stop texts; True ends the sequence.
@@ -59,8 +59,7 @@ class Batch:
             tokens, logprobs = self.sampler(logits, self.step_number)
             self.step_number += 1
             rows = list(self.active)
-            self._record(rows, tokens.tolist(), None if logprobs is None else logprobs.tolist())
-            yield rows
+            yield self._record(rows, tokens.tolist(), None if logprobs is None else logprobs.tolist())
             going = [i for i, s in enumerate(rows) if s.finish_reason is None]
             if not going:
                 return
@@ -90,10 +89,12 @@ class Batch:
     def _cache_dtype(self) -> torch.dtype:
         return self.model.compute_dtype or self.model.embed.weight.dtype
 
-    def _record(self, rows: list[Sample], tokens: list[int], logprobs: list[float] | None) -> None:
+    def _record(self, rows: list[Sample], tokens: list[int], logprobs: list[float] | None) -> list[Sample]:
+        fed = []
         for i, (s, token) in enumerate(zip(rows, tokens)):
-            if s.finish_reason is not None:
+            if s.finish_reason is not None:  # done, but not yet copied out of the batch
                 continue
+            fed.append(s)
             s.tokens.append(token)
             if logprobs is not None:
                 s.logprobs.append(logprobs[i])
@@ -103,6 +104,7 @@ class Batch:
                 s.finish_reason = "stop"
             elif len(s.tokens) >= s.params.max_tokens:
                 s.finish_reason = "length"
+        return fed
 
     def _shrink(self, tokens: torch.Tensor, going: list[int]) -> torch.Tensor:
         if len(going) > self.shrink_at * len(self.active):
@@ -132,10 +134,12 @@ def run_all(
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Finishes all sequences in batches of neighbours in prompt length (little padding). Equal prompts stay together."""
+    for s in sequences:
+        check_length(len(s.prompt), s.params.max_tokens, model.spec.context)
     order = sorted(sequences, key=lambda s: (len(s.prompt), s.prompt))
     for start in range(0, len(order), max_batch):
-        batch = Batch(model, order[start : start + max_batch], eos, stop)
-        for _ in batch.run():
+        part = order[start : start + max_batch]
+        for _ in Batch(model, part, eos, stop).run():
             pass
         if progress:
-            progress(len(batch.active))
+            progress(len(part))

@@ -7,15 +7,19 @@
 from __future__ import annotations
 
 import os
-import time
+import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pellucid.engine.batch import Batch, Sample, check_length, run_all
 from pellucid.engine.params import SamplingParams
+from pellucid.errors import BadInput
 from pellucid.models import load
+from pellucid.models.hub import local_folder, read_config
 from pellucid.nn import Decoder
+from pellucid.quant import is_int8, quantize
+from pellucid.runtime import choose_device
 from pellucid.tokenizers import Tokenizer
 
 Prompt = str | list[int]
@@ -59,7 +63,7 @@ class LLM:
                 raise TypeError("LLM(model, tokenizer): a model object needs its tokenizer")
             self.model, self.tokenizer = model, tokenizer
         else:
-            self.model = load(model, dtype=dtype, device=device)
+            self.model = open_model(model, dtype, device)
             self.tokenizer = tokenizer or Tokenizer.load(model)
         self.max_batch = max_batch
 
@@ -117,11 +121,16 @@ class LLM:
                 shown, held = len(ready), []
 
     def _ids(self, prompt: Prompt) -> list[int]:
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        for i in ids:
+            if not 0 <= i < self.model.spec.vocab:
+                raise BadInput(f"the prompt holds {i}, which is no token of this model",
+                               f"its ids go from 0 to {self.model.spec.vocab - 1}", "use the model's own tokenizer")
+        return ids
 
     def _samples(self, ids: list[int], params: SamplingParams) -> list[Sample]:
         check_length(len(ids), params.max_tokens, self.context)
-        seed = params.seed if params.seed is not None else time.time_ns()
+        seed = params.seed if params.seed is not None else secrets.randbits(62)
         return [Sample(ids, params, seed + j) for j in range(params.n)]
 
     def _stopped(self, sample: Sample) -> bool:
@@ -134,6 +143,17 @@ class LLM:
         ended = bool(s.tokens) and s.tokens[-1] in self.tokenizer.eos_ids and s.finish_reason == "stop"
         text = cut(self.tokenizer.decode(s.tokens[:-1] if ended else s.tokens), s.params.stop)
         return Completion(index, text, s.tokens, s.logprobs if s.params.logprobs else None, s.finish_reason or "cancelled")
+
+
+def open_model(path_or_id: str | os.PathLike[str], dtype: str = "float32", device: str = "cpu") -> Decoder:
+    """The model of a folder or Hub id as it is to run: with INT8 products where the folder holds INT8 weights."""
+    folder = local_folder(path_or_id)
+    if not is_int8(read_config(folder)):
+        return load(folder, dtype=dtype, device=device)
+    if choose_device(device).value.type != "cpu" and device != "auto":
+        raise BadInput(f"INT8 models do not run on {device} yet", "their products are made for the CPU",
+                       "use --device cpu, or the float checkpoint")
+    return quantize(load(folder))
 
 
 def cut(text: str, stops: Sequence[str]) -> str:

@@ -67,6 +67,8 @@ class Sampler:
             tokens = logits.argmax(-1)
             return tokens, self._logprob(logits, tokens) if self.logprobs else None
         if not bool((self.temperature == 1).all()):
+            # The largest logit first becomes 0: divided by a tiny temperature, another would overflow.
+            logits = logits - logits.amax(-1, keepdim=True)
             logits = logits / torch.where(self.temperature == 0, 1.0, self.temperature)[:, None]
         probs = torch.softmax(logits, -1)
         kept = probs
@@ -96,7 +98,7 @@ def draw(weights: Tensor, u: Tensor) -> Tensor:
 
 def truncate(probs: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """Zero outside each row's top-k (0: off) and nucleus of mass top_p (1: off); not renormalised. Ties keep order."""
-    ordered, index = probs.sort(-1, descending=True, stable=True)
+    ordered, index = probs.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(probs.shape[-1], device=probs.device)
     off_k = (top_k[:, None] > 0) & (rank >= top_k[:, None])
     ordered = ordered.masked_fill(off_k, 0.0)
