@@ -106,6 +106,7 @@ class OnlineLoop:
         self.history = OnlineHistory()
         self.shown_groups: list[dict[str, Any]] = []  # the latest groups with rewards and advantages, for the report
         self.rng = random.Random(config.seed)
+        self._next_show = 0.0
         # The reference is a copy of the GIVEN weights, never re-read from a file that may differ.
         self.reference = copy.deepcopy(model).requires_grad_(False).eval() if config.objective.beta else None
 
@@ -225,8 +226,9 @@ class OnlineLoop:
                 | tables.diversity_table([[tuple(s.tokens) for s in g.samples] for g in groups]))
 
     def _show(self, groups: list[Group], credit: Credit) -> None:
-        if not self.config.samples_shown or not bool(credit.live.any()):
+        if not self.config.samples_shown or not bool(credit.live.any()) or self.budget.progress < self._next_show:
             return
+        self._next_show = self.budget.progress + 0.1  # ten times in a run: people read them
         i = int(credit.live.int().argmax())
         order = credit.total[i].argsort(descending=True).tolist()
         g = groups[i]

@@ -16,6 +16,9 @@ from pellucid.cli.failures import is_terminal
 from pellucid.events import Event, Subscriber
 
 
+SHOWN_METRICS = 6  # of a step; the run log has all of them
+
+
 @contextlib.contextmanager
 def for_people() -> Iterator[Subscriber]:
     """The live view where stdout and stderr are a terminal, else plain lines on stderr."""
@@ -68,7 +71,7 @@ def line_fields(event: Any) -> dict[str, Any]:
                     "after": event.after, "unit": event.unit}
         case "step":
             return {"stage": event.stage, "step": event.step, "progress": f"{event.progress:.0%}",
-                    "left": duration(event.eta_seconds), **event.metrics}
+                    "left": duration(event.eta_seconds), **dict(list(event.metrics.items())[:SHOWN_METRICS])}
         case "evaluation":
             return {"stage": event.stage, "name": event.name, "value": event.value}
         case "sample":

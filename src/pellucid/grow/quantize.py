@@ -22,7 +22,7 @@ def run(job: Job) -> Result:
     generation = {"eos_token_id": job.tokenizer.end_of_turn_id, "pad_token_id": job.tokenizer.pad_id}
     save(job.model, job.folder / "model", tokenizer=job.tokenizer, generation=generation)
     small = quant.quantize(job.model)
-    quant.save_int8(small, job.folder / "model-int8", job.tokenizer)
+    quant.compress(job.folder / "model", job.folder / "model-int8")
     rows, sizes = heldout_rows(job.tokenizer, split_corpus(job.config)[1]), token_bytes(job.tokenizer)
     bpb = {name: bits_per_byte(held_out_loss(m, rows)[0], rows.labels, sizes) for name, m in (("float32", job.model), ("int8", small))}
     scores = job.measure(small)

@@ -32,7 +32,7 @@ def run(job: Job) -> Result:
         seconds=max(2.0, job.seconds_for("grpo") - (job.elapsed - began) - 3.0), prompts=recipe.PROMPTS, group=recipe.GROUP,
         max_tokens=recipe.MAX_TOKENS, objective=recipe.OBJECTIVE, weights=recipe.REWARDS,
         optim=recipe.REAL_GRPO if job.config.model else recipe.GRPO, schedule=recipe.GRPO_SCHEDULE, seed=job.config.seed)
-    loop = OnlineLoop(job.model, job.tokenizer, job.mix, config, evaluate=evaluate,
+    loop = OnlineLoop(job.model, job.tokenizer, recipe.training_mix(), config, evaluate=evaluate,
                       checkpoint=job.stage_folder("grpo-checkpoint"), resume_hint=job.resume_command)
     if job.config.resume:
         loop.resume()
