@@ -30,6 +30,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+from pellucid.errors import PellucidError
+
 SCHEMA_VERSION = 1
 Subscriber = Callable[["Event"], None]
 
@@ -117,8 +119,12 @@ class RunLog:
         self._file = self.path.open("a", encoding="utf-8")
 
     def __call__(self, event: Event) -> None:
-        self._file.write(json.dumps(event.as_dict(), ensure_ascii=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(event.as_dict(), ensure_ascii=False) + "\n")
+            self._file.flush()
+        except OSError as error:  # most often a full disk
+            raise PellucidError(f"could not write {self.path}", str(error),
+                                "free some space, then go on with --resume") from error
 
     def close(self) -> None:
         self._file.close()
