@@ -64,7 +64,9 @@ def main(argv: list[str] | None = None) -> int:
         messages.set_language(_asked_language(argv))
         while argv and argv[0].startswith("--lang"):  # `pellucid --lang zh VERB`: before the verb as well as after it
             argv = argv[1:] if "=" in argv[0] else argv[2:]
-        return dispatch(argv)
+        code = dispatch(argv)
+        sys.stdout.flush()  # here and not when the interpreter ends, so that a closed pipe is met in this `try`
+        return code
     except (Exception, KeyboardInterrupt) as error:
         from pellucid.cli.failures import report
 

@@ -13,7 +13,7 @@ HEAVY = ["torch", "numpy", "transformers", "tokenizers", "tyro", "rich", "pelluc
 
 
 def fresh(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -113,7 +113,7 @@ def test_a_kill_in_the_middle_leaves_the_old_state(tmp_path: Path, what: str, at
     else:
         path.mkdir()
         (path / "weights").write_text("old")
-    done = subprocess.run([sys.executable, "-c", KILLED, str(path), what, str(at)], timeout=120)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path), what, str(at)], timeout=240)
     assert done.returncode == -signal.SIGKILL
     kept = [p for p in tmp_path.rglob("*") if p.is_file() and p.read_text() == "old"]
     assert len(kept) == 1  # under its own name, or (killed between the two renames) beside it, whole

@@ -106,7 +106,7 @@ def test_a_sideways_import_is_seen(tmp_path: Path):
 def run_python(code: str) -> str:
     """Standard output of `code` in a fresh interpreter without user site or network."""
     guard = "import socket\ndef _no(*a, **k): raise OSError('network used at import')\nsocket.socket.connect = _no\n"
-    done = subprocess.run([sys.executable, "-c", guard + code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", guard + code], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
