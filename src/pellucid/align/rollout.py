@@ -6,6 +6,7 @@ The completions of a group share their prompt: it is prefilled once and its cach
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -34,6 +35,7 @@ class Rollouts:
     def __init__(self, model: Decoder, tokenizer: Tokenizer, task: Task, *, max_tokens: int, max_batch: int = 512):
         self.model, self.tokenizer, self.task = model, tokenizer, task
         self.max_tokens, self.max_batch = max_tokens, max_batch
+        self._cast: Decoder | None = None
 
     def prompt(self, problem: Problem) -> list[int]:
         """The ids up to where the assistant's turn begins. Tools are described only to models that need telling."""
@@ -45,11 +47,20 @@ class Rollouts:
         params = SamplingParams(max_tokens=self.max_tokens, temperature=temperature, logprobs=temperature > 0)
         groups = [[Sample(ids, params, seed + i * n + j) for j in range(n)]
                   for i, ids in enumerate(map(self.prompt, problems))]
-        was_training = self.model.training
-        self.model.eval()
-        run_all(self.model, [s for g in groups for s in g], [self.tokenizer.end_of_turn_id], max_batch=self.max_batch)
-        self.model.train(was_training)
+        run_all(self._runner(), [s for g in groups for s in g], [self.tokenizer.end_of_turn_id], max_batch=self.max_batch)
         return groups
+
+    @torch.no_grad()
+    def _runner(self) -> Decoder:
+        """The model, or a copy with its weights cast to the dtype it computes in: once here, not in every step."""
+        dtype = self.model.compute_dtype
+        if dtype is None or dtype == self.model.embed.weight.dtype:
+            return self.model
+        if self._cast is None or self._cast.embed.weight.dtype != dtype:
+            self._cast = copy.deepcopy(self.model).to(dtype).requires_grad_(False).eval()
+        for ours, theirs in zip(self._cast.parameters(), self.model.parameters()):
+            ours.copy_(theirs)
+        return self._cast
 
     def text(self, sample: Sample) -> str:
         """The completion without its end-of-turn token."""

@@ -79,7 +79,7 @@ class Sampler:
         tokens = draw(kept, uniform(self.seeds, torch.full_like(self.seeds, step)))
         if self._some_greedy:
             tokens = torch.where(self.temperature == 0, logits.argmax(-1), tokens)
-        return tokens, self._logprob(logits, tokens) if self.logprobs else None
+        return tokens, probs.gather(-1, tokens[:, None]).squeeze(-1).log() if self.logprobs else None
 
     @staticmethod
     def _logprob(logits: Tensor, tokens: Tensor) -> Tensor:
