@@ -15,7 +15,6 @@ from typing import Any, TextIO
 from pellucid.cli.failures import is_terminal
 from pellucid.events import Event, Subscriber
 
-
 SHOWN_METRICS = 6  # of a step; the run log has all of them
 
 

@@ -18,12 +18,12 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from pellucid.cli.display import duration, number, printable
+from pellucid.cli.display import SHOWN_METRICS, duration, number, printable
 from pellucid.events import Event
 from pellucid.messages import say
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-METRICS, LATEST, POINTS = 6, 6, 64
+LATEST, POINTS = 6, 64
 
 
 class Curve:
@@ -129,7 +129,7 @@ class LiveView:
         bars = max(8, min(POINTS, self.console.width // 2 - 32))
         cells = [(Text(f"{name.replace('_', ' '):<18.18}", "dim"), Text(f"{number(curve.last):>8}"),
                   Text(f"{sparkline(curve.points[-bars:]):<{bars}}", "cyan"))
-                 for name, curve in list(self._curves.items())[:METRICS]]
+                 for name, curve in list(self._curves.items())[:SHOWN_METRICS]]
         for i in range(0, len(cells), 2):
             grid.add_row(*[part for cell in cells[i : i + 2] for part in cell])
         return grid
