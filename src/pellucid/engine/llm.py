@@ -75,9 +75,8 @@ class LLM:
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """One RequestOutput a prompt, in order; all of them run in the same batches. Default: greedy, 256 tokens."""
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-            prompts = [prompts]  # type: ignore[list-item]
-        ids = [self._ids(p) for p in prompts]
+        single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
+        ids = [self._ids(p) for p in ([prompts] if single else prompts)]  # type: ignore[arg-type, list-item]
         each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(ids)
         if len(each) != len(ids):
             raise ValueError(f"{len(ids)} prompts but {len(each)} sampling parameters")
@@ -103,8 +102,11 @@ class LLM:
         return self.tokenizer.encode_chat(messages, tools=tools, thinking=thinking, add_generation_prompt=True)[0]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Chunk]:
-        """The answer piece by piece. Closing the iterator stops the work."""
+        """The answer piece by piece. Closing the iterator stops the work. What is wrong with the request raises here."""
         (sample,) = self._samples(self._ids(prompt), replace(params or SamplingParams(), n=1))
+        return self._stream(sample)
+
+    def _stream(self, sample: Sample) -> Iterator[Chunk]:
         decoder, shown, text, held = self.tokenizer.stream(), 0, "", []
         longest_stop = max((len(s) for s in sample.params.stop), default=0)
         for _ in Batch(self.model, [sample], self.tokenizer.eos_ids, self._stopped).run():

@@ -98,6 +98,18 @@ class Weights:
                 raise BadInput(f"{path.name} is not a whole safetensors file", str(error), "fetch the file again") from error
             self.where.update(dict.fromkeys(handle.keys(), handle))
 
+    def get(self, name: str) -> Tensor:
+        """The tensor; INT8 codes that stand beside their row scales (see quant/) are multiplied by them."""
+        tensor: Tensor = self.where[name].get_tensor(name)
+        scale = f"{name}_scale"
+        if tensor.is_floating_point() and scale not in self.where:
+            return tensor
+        found = tuple(self.where[scale].get_slice(scale).get_shape()) if scale in self.where else None
+        if found != (len(tensor), 1):
+            raise BadInput(f"{name} holds {tensor.dtype} codes, and {scale} is {found or 'missing'}",
+                           f"there should be a scale for each row: {(len(tensor), 1)}", "quantize the checkpoint again")
+        return tensor.float() * self.where[scale].get_tensor(scale)
+
     @staticmethod
     def _files(folder: Path) -> list[Path]:
         index = folder / "model.safetensors.index.json"
@@ -138,12 +150,12 @@ def fill(model: Decoder, folder: Path) -> None:
                 if name not in weights.where:
                     missing.append(name)
                     continue
-                used.add(name)
+                used |= {name, f"{name}_scale"}
                 found = tuple(weights.where[name].get_slice(name).get_shape())
                 if found != tuple(piece.shape):
                     wrong.append(f"{name} {found} instead of {tuple(piece.shape)}")
                 else:
-                    piece.copy_(weights.where[name].get_tensor(name))
+                    piece.copy_(weights.get(name))
         unused = [n for n in weights.where if n not in used and not n.endswith(IGNORED)]
     if model.spec.tied:
         unused = [n for n in unused if n != "lm_head.weight"]

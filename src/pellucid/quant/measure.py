@@ -1,0 +1,97 @@
+"""What INT8 saves and how fast it is, beside the same model in float32 and bfloat16 on this machine."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from pellucid.nn import Decoder, KVCache
+from pellucid.quant.int8 import Int8Linear, quantize, stored_bytes
+from pellucid.quant.kernels import choose_kernel
+
+PROMPT = 32
+
+
+@torch.no_grad()
+def measure(model: Decoder, small: Decoder | None = None, seconds: float = 3.0, batches: tuple[int, ...] = (1, 64)) -> dict[str, Any]:
+    """Size and decoding speed of a float32 model and its INT8 form.
+
+    Returns plain values: "bytes" {float32, int8}, "size_ratio", "kernel", "relative_error" (of one product, over all
+    layers), "tokens_per_second" {batch: {float32, bfloat16, int8}}, "speedup" {batch: int8 / float32}. Takes about
+    `seconds`: the variants take turns, and the best round of each counts, so that load on the machine hurts all alike.
+    """
+    small = quantize(model) if small is None else small
+    variants = {"float32": plain(model, torch.float32), "bfloat16": plain(model, torch.bfloat16), "int8": small}
+    speeds = {str(b): decode_speeds(variants, b, seconds / len(batches)) for b in batches}
+    sizes = {"float32": stored_bytes(variants["float32"]), "int8": stored_bytes(small)}
+    return {
+        "bytes": sizes,
+        "size_ratio": sizes["int8"] / sizes["float32"],
+        "kernel": choose_kernel().reason,
+        "relative_error": product_error(model, small),
+        "tokens_per_second": speeds,
+        "speedup": {b: s["int8"] / s["float32"] for b, s in speeds.items()},
+    }
+
+
+def plain(model: Decoder, dtype: torch.dtype) -> Decoder:
+    """A copy in `dtype` on the CPU; the model itself where it is that already."""
+    if model.embed.weight.dtype == dtype and model.embed.weight.device.type == "cpu" and model.compute_dtype in (None, dtype):
+        return model
+    changed = copy.deepcopy(model).to("cpu", dtype)
+    changed.compute_dtype = None
+    return changed
+
+
+def decode_speeds(variants: dict[str, Decoder], batch: int, seconds: float) -> dict[str, float]:
+    """Tokens/s of greedy decoding after a prompt of 32 tokens, `batch` sequences at once."""
+    rounds = {name: decoder_round(model, batch) for name, model in variants.items()}
+    best = dict.fromkeys(rounds, float("inf"))
+    for number in range(1000):
+        if number == 1:  # the first round only warms up
+            best, end = dict.fromkeys(rounds, float("inf")), time.perf_counter() + seconds
+        for name, run in rounds.items():
+            start = time.perf_counter()
+            steps = run()
+            best[name] = min(best[name], (time.perf_counter() - start) / steps)
+        if number and time.perf_counter() >= end:
+            break
+    return {name: batch / step for name, step in best.items()}
+
+
+def decoder_round(model: Decoder, batch: int, steps: int = 8) -> Callable[[], int]:
+    """A function that decodes `steps` tokens for each sequence, always from the same state, and returns their number."""
+    steps = min(steps, model.spec.context - 1)
+    prompt = min(PROMPT, model.spec.context - steps)
+    tokens = torch.randint(0, model.spec.vocab, (batch, prompt), generator=torch.Generator().manual_seed(0))
+    cache = KVCache(model.spec, batch, prompt + steps, dtype=model.embed.weight.dtype)
+    was_training, _ = model.training, model.eval()
+    first = model.logits(model.hidden(tokens, cache=cache)[:, -1]).argmax(-1)
+    model.train(was_training)
+
+    def run() -> int:
+        cache.length, token = prompt, first
+        for _ in range(steps):
+            token = model(token[:, None], cache=cache)[:, -1].argmax(-1)
+        return steps
+
+    return run
+
+
+def product_error(model: Decoder, small: Decoder, rows: int = 16) -> float:
+    """||INT8 product - float32 product|| / ||float32 product|| on normal activations, the mean over all layers."""
+    matrices = dict(model.named_modules())
+    errors = []
+    for name, layer in small.named_modules():
+        if isinstance(layer, Int8Linear):
+            source = matrices[name] if getattr(matrices.get(name), "weight", None) is not None else model.embed
+            weight = source.weight.detach().to("cpu", torch.float32)
+            x = torch.randn(rows, layer.inputs, generator=torch.Generator().manual_seed(0))
+            exact = x @ weight.mT
+            found = layer(x) - (0 if layer.bias is None else layer.bias)
+            errors.append(float((found - exact).norm() / exact.norm()))
+    return sum(errors) / len(errors)
