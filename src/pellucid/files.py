@@ -13,7 +13,7 @@ from pathlib import Path
 from pellucid.errors import PellucidError
 
 
-def write_atomic(path: str | Path, data: str | bytes) -> None:
+def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:
     """Write to a temporary neighbour, then rename over `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,7 +32,7 @@ def write_atomic(path: str | Path, data: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Fill a temporary folder; on success it takes the place of `path`, on failure nothing changes.
 
     The old folder is moved aside before and removed after the swap, so that one of the two always exists.
@@ -57,7 +57,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def told_when_full(path: str | Path) -> Iterator[None]:
+def told_when_full(path: str | os.PathLike[str]) -> Iterator[None]:
     """A full disk or a read-only place as an error that says so."""
     try:
         yield

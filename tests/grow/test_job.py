@@ -114,5 +114,5 @@ def test_size_follows_speed_and_time() -> None:
 
 
 def test_predicted_memory_grows_with_the_model() -> None:
-    sizes = [memory_of(model_spec(*rung), "sft") for rung in LADDER]
+    sizes = [memory_of(model_spec(rung), "sft") for rung in LADDER]
     assert sizes == sorted(sizes)

@@ -47,7 +47,8 @@ class Rollouts:
         params = SamplingParams(max_tokens=self.max_tokens, temperature=temperature, logprobs=temperature > 0)
         groups = [[Sample(ids, params, seed + i * n + j) for j in range(n)]
                   for i, ids in enumerate(map(self.prompt, problems))]
-        run_all(self._runner(), [s for g in groups for s in g], [self.tokenizer.end_of_turn_id], max_batch=self.max_batch)
+        flat = [s for g in groups for s in g]
+        run_all(self._runner(), flat, self.tokenizer.eos_ids, max_batch=self.max_batch)
         return groups
 
     @torch.no_grad()

@@ -33,4 +33,4 @@ def pack_completions(samples: Sequence[Sample], T: int | None = None) -> Packed:
         labels[row, at + len(s.prompt) - 1 : at + size] = s.tokens
         positions[row, here] = np.arange(size)
         documents[row, here] = i
-    return Packed(*(torch.from_numpy(x) for x in (tokens, labels, positions, documents)))
+    return Packed(torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(positions), torch.from_numpy(documents))

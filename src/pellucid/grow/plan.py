@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,15 @@ from pellucid.grow import recipe
 from pellucid.nn import Decoder, DecoderSpec, count_parameters, init_weights
 from pellucid.ops import chunked_cross_entropy
 from pellucid.optim import build_optimizer
-from pellucid.runtime import Choice, choose_device, choose_dtype, choose_threads, matmul_gflops, peak_memory_bytes, read_bandwidth_gbs
+from pellucid.runtime import (
+    Choice,
+    choose_device,
+    choose_dtype,
+    choose_threads,
+    matmul_gflops,
+    peak_memory_bytes,
+    read_bandwidth_gbs,
+)
 
 
 @dataclass
@@ -45,13 +53,13 @@ class PlanCard(Event):
 def make_plan(minutes: float, device: str, threads: int | None, given: DecoderSpec | None = None) -> Plan:
     """Measures for about three seconds, then chooses. `given`: the spec of a checkpoint that is used as it is."""
     where, cores = choose_device(device), choose_threads(threads)
-    spec_128 = recipe.model_spec(*recipe.LADDER[2])
+    spec_128 = recipe.model_spec(recipe.LADDER[2])
     dtype = choose_dtype(given.dim if given else 128, where.value)
     gflops = {n: matmul_gflops(2048, 512, 512, d) for n, d in (("float32", torch.float32), ("bfloat16", torch.bfloat16))}
     speed = training_speed(spec_128, where.value, dtype.value)
     flops = 6 * count_parameters(spec_128) * speed
     shape, why = choose_size(flops, minutes * 60)
-    spec = given or recipe.model_spec(*shape)
+    spec = given or recipe.model_spec(shape)
     named = [("device", where), ("threads", cores), ("dtype", Choice(str(dtype.value).removeprefix("torch."), dtype.reason)),
              ("size", Choice(f"{count_parameters(spec):,} parameters", "the given checkpoint" if given else why))]
     own = speed * count_parameters(spec_128) / count_parameters(spec)
@@ -65,7 +73,7 @@ def training_speed(spec: DecoderSpec, device: torch.device, dtype: torch.dtype, 
     """Tokens/s of real training steps of the default shape: the best of a few."""
     model = init_weights(Decoder(spec)).to(device)
     model.compute_dtype = dtype
-    optimizer = build_optimizer(model, recipe.PRETRAIN)
+    optimizer = build_optimizer(model, replace(recipe.PRETRAIN, dtype=str(dtype).removeprefix("torch.")))
     tokens = torch.randint(0, spec.vocab, (recipe.ROWS, recipe.ROW), device=device)
     documents = (torch.arange(recipe.ROW, device=device) // 80).expand_as(tokens)
     best, end = float("inf"), time.perf_counter() + seconds
@@ -89,7 +97,7 @@ def choose_size(flops_per_second: float, seconds: float) -> tuple[tuple[int, ...
     """
     training = seconds * 0.45
     wanted = math.sqrt(flops_per_second * training / (6 * 1.7))
-    sizes = [count_parameters(recipe.model_spec(*rung)) for rung in recipe.LADDER]
+    sizes = [count_parameters(recipe.model_spec(rung)) for rung in recipe.LADDER]
     i = min(range(len(sizes)), key=lambda k: abs(math.log(sizes[k] / wanted)))
     return recipe.LADDER[i], (f"measured {flops_per_second / 1e9:.0f} GFLOP/s in training steps; "
                               f"{training:.0f} s of them fit {wanted / 1e6:.1f} M parameters")

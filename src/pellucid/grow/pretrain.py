@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +32,7 @@ def run(job: Job) -> Result:
     rows = training_rows(job, train)
     test = heldout_rows(job.tokenizer, heldout)
     job.report["baselines"] = _baselines(train, heldout)
-    job.model = init_weights(Decoder(recipe.model_spec(*job.plan.shape, vocab=job.tokenizer.vocab_size)), job.config.seed)
+    job.model = init_weights(Decoder(recipe.model_spec(job.plan.shape, vocab=job.tokenizer.vocab_size)), job.config.seed)
     job.model.to(job.plan.device).compute_dtype = dtype_of(job.plan.dtype)
     sizes = token_bytes(job.tokenizer)
 
@@ -41,7 +42,7 @@ def run(job: Job) -> Result:
 
     before = evaluate()[1]
     seconds = max(2.0, job.seconds_for("pretrain") - (job.elapsed - seconds_began))
-    config = LoopConfig("pretrain", seconds=seconds, rows=recipe.ROWS, optim=recipe.PRETRAIN,
+    config = LoopConfig("pretrain", seconds=seconds, rows=recipe.ROWS, optim=replace(recipe.PRETRAIN, dtype=job.plan.dtype),
                         schedule=recipe.PRETRAIN_SCHEDULE, seed=job.config.seed)
     loop = Loop(job.model, rows, config, evaluate=evaluate, checkpoint=job.stage_folder("pretrain-checkpoint"),
                 resume_hint=job.resume_command)

@@ -5,6 +5,8 @@ Learning rates are functions of progress, never of steps, so that they hold on a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pellucid import tasks
 from pellucid.align import ObjectiveConfig
 from pellucid.nn import MLP, Attn, DecoderSpec, Layer, Rope
@@ -41,8 +43,9 @@ def training_mix() -> tasks.Mixture:
     return tasks.Mixture([(task, 0.3 if name == "calculator" else 1.0) for name, task in task_mix().tasks.items()])
 
 
-def model_spec(width: int, layers: int, heads: int, kv_heads: int, ffn: int, vocab: int = VOCAB) -> DecoderSpec:
-    """A Qwen3: RMS-normed queries and keys, SwiGLU, grouped key/value heads, tied embedding."""
+def model_spec(rung: Sequence[int], vocab: int = VOCAB) -> DecoderSpec:
+    """A Qwen3 of that rung of the ladder: RMS-normed queries and keys, SwiGLU, grouped heads, tied embedding."""
+    width, layers, heads, kv_heads, ffn = rung
     d = width // heads
     layer = Layer(Attn(heads, kv_heads, d, Rope(d, 10_000.0), qk_norm=True), MLP(ffn))
     return DecoderSpec(vocab, width, (layer,) * layers, tied=True, context=CONTEXT, family="qwen3")

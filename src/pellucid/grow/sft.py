@@ -8,6 +8,7 @@ Which habit pays is not in the data; that is what the next stage finds out.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pellucid import tasks
@@ -36,8 +37,9 @@ def run(job: Job) -> Result:
     before = evaluate()[1]
     if job.config.model:
         job.show_samples("given")
+    optimizer = recipe.REAL_SFT if job.config.model else recipe.SFT
     seconds = max(2.0, job.seconds_for("sft") - (job.elapsed - began) - 2.0)
-    config = LoopConfig("sft", seconds=seconds, rows=recipe.ROWS, optim=recipe.REAL_SFT if job.config.model else recipe.SFT,
+    config = LoopConfig("sft", seconds=seconds, rows=recipe.ROWS, optim=replace(optimizer, dtype=job.plan.dtype),
                         schedule=recipe.SFT_SCHEDULE, evaluations=3, seed=job.config.seed)
     loop = Loop(job.model, rows, config, evaluate=evaluate, checkpoint=job.stage_folder("sft-checkpoint"),
                 resume_hint=job.resume_command)

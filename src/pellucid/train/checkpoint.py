@@ -26,7 +26,7 @@ VERSION = 1
 
 def save_checkpoint(folder: str | Path, model: Decoder, optimizer: Optimizers, state: dict[str, Any], tokenizer: Any = None) -> None:
     """`state`: plain JSON values of the caller (step, data position ...)."""
-    names = {p: n for n, p in model.named_parameters()}
+    names: dict[torch.Tensor, str] = {p: n for n, p in model.named_parameters()}
     with atomic_folder(folder) as new:
         write_model(model, new)
         tensors = {k: v.contiguous() for k, v in optimizer.state_tensors(names).items()}
