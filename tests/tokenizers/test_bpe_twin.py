@@ -8,9 +8,9 @@ import unicodedata
 import pytest
 import rustbpe
 import tiktoken
-from conftest import SAMPLES, TEXTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizer_samples import SAMPLES, TEXTS, WORDS
 
 from pellucid.errors import BadInput
 from pellucid.tokenizers import PELLUCID_PATTERN, bpe, patterns, train_bpe
@@ -54,8 +54,9 @@ def test_ties_go_to_the_smallest_pair():
 
 
 def test_ids_equal_four_libraries(ours, saved):
-    from tokenizers import Tokenizer as Library
     from transformers import AutoTokenizer
+
+    from tokenizers import Tokenizer as Library
 
     library = Library.from_file(str(saved / "tokenizer.json"))
     library.encode_special_tokens = True
@@ -66,12 +67,12 @@ def test_ids_equal_four_libraries(ours, saved):
     for text in SAMPLES:
         assert ours.encode(text) == library.encode(text, add_special_tokens=False).ids
         assert ours.encode(text, allow_special=True) == transformer.encode(text, add_special_tokens=False)
-        if not any(name in text for name in ("think>", "tool_call>", "tool_response>")):  # the twin has no added tokens
+        if not any(word in text for word in WORDS):  # the twin has no added tokens
             assert bpe.encode(text, merges) == ours.encode(text) == tik.encode_ordinary(text)
 
 
 @settings(max_examples=200, deadline=None)
-@given(text=TEXT)
+@given(text=TEXT.filter(lambda text: not any(word in text for word in WORDS)))
 def test_ids_equal_on_any_text(ours, text):
     merges = twin_of(ours)
     ids = ours.encode(text)
@@ -175,6 +176,8 @@ def test_the_engines_agree_on_every_character():
         tik = tiktoken.Encoding("t", pat_str=f"{kind}+", mergeable_ranks=ranks, special_tokens={})
         fast = tik.decode(tik.encode_ordinary(everything))
         split = pre_tokenizers.Split(Regex(f"{kind}+"), "removed", invert=True)
-        assert fast == "".join(piece for piece, _ in split.pre_tokenize_str(everything))
+        # In slices: the library is several times faster on short texts.
+        slices = [everything[i:i + 4096] for i in range(0, len(everything), 4096)]
+        assert fast == "".join(piece for part in slices for piece, _ in split.pre_tokenize_str(part))
         if kind != r"\p{Lu}":
             assert "".join(bpe.regex.findall(kind, known)) == "".join(c for c in fast if unicodedata.category(c) != "Cn")

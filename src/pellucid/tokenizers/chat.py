@@ -85,10 +85,11 @@ def render(source: str, messages: list[Message], tools: list[dict] | None = None
     Raises `BadInput` when messages are no messages, or the template refuses them.
     """
     template = compile_template(source, tracking)
+    messages, tools = checked(messages), checked_tools(tools)
     try:
-        return template.render(messages=checked(messages), tools=checked_tools(tools), **variables)
-    except (jinja2.TemplateError, TypeError) as error:
-        raise BadInput("the chat template refuses these messages", str(error),
+        return template.render(messages=messages, tools=tools, **variables)
+    except Exception as error:  # a template is a program: anything may go wrong in it
+        raise BadInput("the chat template refuses these messages", f"{type(error).__name__}: {error}",
                        "check the order of roles and the type of each content") from error
 
 

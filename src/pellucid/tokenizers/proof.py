@@ -27,7 +27,8 @@ def merged_by_rank(bpe: ByteLevelBPE) -> dict[bytes, int]:
     if len(set(ids.values())) < len(ids):
         raise NotByteLevel("two of its tokens share an id")
     listed: dict[bytes, list[tuple[int, bytes, bytes]]] = {}
-    for place, (left, right) in enumerate(bpe.merges):
+    # A pair that is listed twice has its last place (the library overwrites the first).
+    for (left, right), place in {pair: place for place, pair in enumerate(bpe.merges)}.items():
         listed.setdefault(left + right, []).append((place, left, right))
 
     ranks, splits, previous = dict(ids), {}, -1
