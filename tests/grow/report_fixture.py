@@ -59,15 +59,18 @@ def stages(rng: random.Random) -> list[dict[str, Any]]:
         ("grpo", "reinforce", 197.8, 198.2, solved, "", True, 0.385, 0.632, 760, 733),
         ("quantize", "quantize", 4.4, 4.0, f"{solved}, INT8 weights", "", True, 0.632, 0.630, 520, 733),
         ("evaluate", "evaluate", 15.2, 12.0, "pass@8 on held-out problems, sampled", "", True, 0.705, 0.794, 520, 733),
-        ("tools", "tools", 5.6, 6.0, "tool calls solved through the server", "", True, None, 0.975, 520, 733),
+        ("tools", "tools", 5.6, 6.0, "problems solved through the server", "", True, None, 0.975, 520, 733),
     ]
     details: dict[str, dict[str, Any]] = {
         "pretrain": {"tokens": 1_204_224, "tokens_per_second": 10034.2, "epochs": 1.43, "steps": 588},
         "sft": {"demonstrations": 8000, "tokens": 1_011_712, "tokens_per_second": 9210.0, "steps": 494, "format": 0.985},
         "grpo": {"steps": 61, "sampled_tokens": 624_110, "sampling_tokens_per_second": 7544.0, "sampling_share": 0.418,
                  "format": 0.995, "objective": "A = (r - mean(r)) / std(r);  loss = -mean(min(ratio A, clip(ratio, 0.8, 1.28) A))"},
-        "quantize": {"bits_per_byte": {"float32": 2.118, "int8": 2.121}, "bytes": {"float32": 4199936, "int8": 1310720},
-                     "tokens_per_second": {"float32": 9321.0, "int8": 13810.0}},
+        "quantize": {"bits_per_byte": {"float32": 2.1183, "int8": 2.1207}, "bytes": {"float32": 4199936, "int8": 1310720},
+                     "size_ratio": 0.3121, "kernel": "oneDNN: quickest of 3 on this machine", "relative_error": 0.0071,
+                     "tokens_per_second": {"1": {"float32": 512.0, "bfloat16": 468.0, "int8": 548.0},
+                                           "64": {"float32": 9321.0, "bfloat16": 12025.0, "int8": 13810.0}},
+                     "speedup": {"1": 1.07, "64": 1.4816}},
     }
     curves: dict[str, dict[str, Any]] = {
         "pretrain": {"loss": falling(rng, 7.6, 3.7), "held-out bits per byte": [[0, 8.12], [0.25, 2.61], [0.5, 2.37], [0.75, 2.24], [1, 2.118]]},
@@ -143,6 +146,7 @@ def transcript() -> dict[str, Any]:
         {"role": "assistant", "reasoning_content": "22 times 21", "content": None, "tool_calls": [
             {"id": "call_0", "type": "function", "function": {"name": "calculator", "arguments": '{"expression": "22*21"}'}}]},
         {"role": "tool", "tool_call_id": "call_0", "content": "462"},
+        {"role": "assistant", "content": "462"},
     ]
     case = {"messages": messages, "call": '{"expression": "22*21"}', "result": "462", "solved": True}
     return {"transcript": messages, "solved": 39, "asked": 40, "cases": [case]}

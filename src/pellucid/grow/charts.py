@@ -61,7 +61,7 @@ class Series:
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
     """Round numbers (1, 2, 2.5 or 5 times a power of ten apart) that enclose low..high, at most `most` intervals."""
-    if not high > low:
+    if not high - low > 1e-9 * max(abs(low), abs(high), 1e-100):  # flat
         low, high = low - (abs(low) * 0.1 or 0.5), high + (abs(high) * 0.1 or 0.5)
     power = 10.0 ** math.floor(math.log10((high - low) / most))
     for step in (power * m for m in (1, 2, 2.5, 5, 10, 20, 25, 50)):

@@ -92,9 +92,11 @@ def _clauses(report: dict[str, Any]) -> list[tuple[str, str]]:
         out.append((f"<b>{before} → {after}</b> of held\u2011out problems solved, before and after GRPO",
                     f"GRPO 前后，留出题目正确率 <b>{before} → {after}</b>"))
     if (small := int8(report)).get("smaller"):
-        fast = small.get("faster")
-        out.append((f"INT8 weights <b>{times(small['smaller'])}×</b> smaller" + (f" at <b>{times(fast)}×</b> the speed" if fast else ""),
-                    f"INT8 权重缩小到 <b>1/{times(small['smaller'])}</b>" + (f"，速度为原来的 <b>{times(fast)} 倍</b>" if fast else "")))
+        en, zh = f"INT8 weights <b>{times(small['smaller'])}×</b> smaller", f"INT8 权重缩小到 <b>1/{times(small['smaller'])}</b>"
+        if small.get("faster"):
+            en += f" at <b>{times(small['faster'])}×</b> the speed"
+            zh += f"，速度为原来的 <b>{times(small['faster'])} 倍</b>"
+        out.append((en, zh))
     return out
 
 
@@ -112,10 +114,11 @@ def _figures(report: dict[str, Any]) -> str:
                         f"{told.zh}GRPO 前 {share(grpo['before'])}，{points} 个百分点")
         cells.append((share(grpo["after"]), told))
     if (small := int8(report)).get("bytes"):
-        speed = f", {times(small['faster'])}× the speed" if small.get("faster") else ""
-        faster = f"，速度 {times(small['faster'])} 倍" if small.get("faster") else ""
-        cells.append((memory(small["bytes"][1]), Text(f"in INT8. {memory(small['bytes'][0])} in float32{speed}",
-                                                     f"INT8 大小。float32 为 {memory(small['bytes'][0])}{faster}")))
+        told = Text(f"in INT8, {memory(small['bytes'][0])} in float32.", f"INT8 大小，float32 为 {memory(small['bytes'][0])}。")
+        if small.get("faster"):
+            told = Text(f"{told.en} {times(small['faster'])}× the speed at batch {small['batch']}",
+                        f"{told.zh}批量 {small['batch']} 时速度为 {times(small['faster'])} 倍")
+        cells.append((memory(small["bytes"][1]), told))
     if finite(report.get("minutes_spent")):
         asked = report.get("minutes_asked")
         told = Text(f"minutes, of {asked:g} asked", f"分钟（要求 {asked:g} 分钟）") if finite(asked) else Text("minutes", "分钟")

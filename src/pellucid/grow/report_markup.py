@@ -36,17 +36,17 @@ def best_baseline(report: dict[str, Any]) -> tuple[str, float] | None:
 
 
 def int8(report: dict[str, Any]) -> dict[str, Any]:
-    """bytes (float32, INT8), how many times smaller, how many times faster: those that were measured.
-
-    Read from the details of the stage `quantize`: `bytes` and `tokens_per_second`, each {"float32": ..., "int8": ...}.
-    """
+    """From the details of the stage `quantize`, what was measured of: `bytes` (float32, INT8), `smaller` (how many
+    times), and of the largest batch `batch` and `faster` (how many times). `pellucid.quant.measure` writes them."""
     details = stage(report, "quantize").get("details") or {}
     out: dict[str, Any] = {}
-    size, speed = ([get(details, key, kind) for kind in ("float32", "int8")] for key in ("bytes", "tokens_per_second"))
+    size = [get(details, "bytes", kind) for kind in ("float32", "int8")]
     if all(finite(v) and v > 0 for v in size):
         out |= {"bytes": size, "smaller": size[0] / size[1]}
-    if all(finite(v) and v > 0 for v in speed):
-        out["faster"] = speed[1] / speed[0]
+    speedups = {k: v for k, v in (get(details, "speedup") or {}).items() if k.isdecimal() and finite(v) and v > 0}
+    if speedups:
+        out["batch"] = max(speedups, key=int)
+        out["faster"] = speedups[out["batch"]]
     return out
 
 
@@ -64,6 +64,13 @@ def legend(rows: list[tuple[str, Label]]) -> str:
 
 def facts(rows: list[tuple[Label, str]], kind: str = "facts") -> str:
     return f'<dl class="{kind}">' + "".join(f"<div><dt>{words(k)}</dt><dd>{escaped(v)}</dd></div>" for k, v in rows) + "</dl>"
+
+
+def table(columns: list[Label], rows: list[tuple[Label, list[str]]]) -> str:
+    """Numbers under their names, a row each; cells are markup already."""
+    head = "".join(f'<th class="n">{words(name)}</th>' for name in columns)
+    body = "".join(f"<tr><td>{words(name)}</td>" + "".join(f'<td class="n">{c}</td>' for c in cells) + "</tr>" for name, cells in rows)
+    return f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def model_text(text: Any) -> str:

@@ -21,8 +21,11 @@ from pellucid.grow.report_markup import (
     model_text,
     section,
     stage,
+    table,
 )
-from pellucid.grow.report_words import COLOURS, MODEL, PLAN, SHARES, STAGES, STATES, TASKS, count, measure
+from pellucid.grow.report_words import COLOURS, MODEL, PLAN, SHARES, STAGES, STATES, TASKS, count, measure, memory
+
+SHOWN_APART = {"objective", "bits_per_byte", "bytes", "size_ratio", "speedup"}  # with the groups, and in a table of INT8
 
 
 def curves(report: dict[str, Any]) -> str:
@@ -48,24 +51,26 @@ def _stage_curves(report: dict[str, Any], s: dict[str, Any]) -> str:
             names.append(("s1", measure("accuracy")))
         best = best_baseline(report) if "bits per byte" in name else None
         if best:  # untrained, it stands so far above that the crossing could not be seen
-            series = [Series([p for p in given[name] if p[0] > 0], 0, True)]
+            series = [Series([p for p in series[0].clean() if p[0] > 0], 0, True)]
         share = name in SHARES
         drawing = charts.curves(series, percent=share, from_zero=share or name == "entropy/mean", references=[best] if best else [])
         if drawing:
             last = number(series[0].clean()[-1][1], share)
             key = legend(names) if len(names) > 1 else ""
             plots.append(f"<figure><figcaption><span>{words(measure(name))}</span><b>{last}</b></figcaption>{drawing}{key}</figure>")
-    if not plots:
+    numbers = flat({k: v for k, v in (s.get("details") or {}).items() if k not in SHOWN_APART})
+    if not plots and not numbers:
         return ""
     title = STAGES.get(s.get("stage", ""), s.get("title", ""))
-    numbers = flat({k: v for k, v in (s.get("details") or {}).items() if k != "objective"})  # shown with the groups
-    return f'<h3>{words(title)}</h3>{facts(numbers, "facts line") if numbers else ""}<div class="plots">{"".join(plots)}</div>'
+    drawn = f'<div class="plots">{"".join(plots)}</div>' if plots else ""
+    return f'<h3>{words(title)}</h3>{facts(numbers, "facts line") if numbers else ""}{drawn}'
 
 
 def comparisons(report: dict[str, Any]) -> str:
     """Bits per byte beside compressors and an n-gram model; accuracy by task and stage."""
-    left, right, table = _bits_per_byte(report), _by_task(report), _evaluation(report)
-    return section(Text("Compared", "对比"), None, (f'<div class="pair">{left}{right}</div>' if left or right else "") + table)
+    left, right = _bits_per_byte(report), _by_task(report)
+    tables = _evaluation(report) + _formats(report)
+    return section(Text("Compared", "对比"), None, (f'<div class="pair">{left}{right}</div>' if left or right else "") + tables)
 
 
 def _bits_per_byte(report: dict[str, Any]) -> str:
@@ -103,19 +108,32 @@ def _evaluation(report: dict[str, Any]) -> str:
                ("reasoning", Text("right when well-formed", "格式正确时答对")),
                ("mean_length", Text("mean length", "平均长度")), ("truncated", Text("cut off", "被截断"))]
     columns = [c for c in columns if any(finite(row.get(c[0])) for row in states.values())]
-    head = "".join(f'<th class="n">{words(name)}</th>' for _, name in columns)
-    rows = "".join(f"<tr><td>{words(STATES.get(k, k))}</td>" + "".join(_cell(row, c) for c, _ in columns) + "</tr>"
-                   for k, row in states.items())
-    return f'<div class="scroll" style="margin-top:48px"><table><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    return table([name for _, name in columns], [(STATES.get(k, k), [_cell(row, c) for c, _ in columns]) for k, row in states.items()])
 
 
 def _cell(row: dict[str, Any], column: str) -> str:
     value = row.get(column)
     if not finite(value):
-        return '<td class="n soft">–</td>'
+        return "–"
     error = row.get("standard_error") if column == "pass@1" else None
     told = number(value) if column == "mean_length" else number(value, percent=True)
-    return f'<td class="n">{told}{f" <span class=soft>± {100 * error:.1f}</span>" if finite(error) else ""}</td>'
+    return told + (f'<span class="soft"> ± {100 * error:.1f}</span>' if finite(error) else "")
+
+
+def _formats(report: dict[str, Any]) -> str:
+    """Number formats of the weights beside each other: size, bits per byte, speed at each batch size."""
+    details = stage(report, "quantize").get("details") or {}
+    speeds = get(details, "tokens_per_second") or {}
+    batches = [b for b in speeds if isinstance(speeds[b], dict)]
+    columns = [Text("size of the weights", "权重大小"), Text("bits per byte", "每字节比特数"),
+               *(Text(f"tokens/s, batch {b}", f"词元/秒，批量 {b}") for b in batches)]
+    rows: list[tuple[Label, list[str]]] = []
+    for kind in ("float32", "bfloat16", "int8"):
+        size, bpb = get(details, "bytes", kind), get(details, "bits_per_byte", kind)
+        cells = [memory(size), f"{bpb:.4f}" if finite(bpb) else "–", *(count(get(speeds, b, kind)) for b in batches)]
+        if set(cells) != {"–"}:
+            rows.append((kind, cells))
+    return table(columns, rows) if rows else ""
 
 
 def samples(report: dict[str, Any]) -> str:

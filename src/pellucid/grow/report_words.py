@@ -41,7 +41,7 @@ MEASURES = {
     "accuracy on held-out problems": "留出题目的正确率",
     "accuracy on held-out problems, INT8 weights": "留出题目的正确率（INT8 权重）",
     "pass@8 on held-out problems, sampled": "留出题目的 pass@8（采样）",
-    "tool calls solved through the server": "经服务器调用工具的解出率",
+    "problems solved through the server": "经服务器作答的解出率",
     "loss": "损失（nats/词元）",
     "held-out bits per byte": "留出文本：每字节比特数",
     "held-out accuracy": "留出题目：正确率",
@@ -71,7 +71,7 @@ DETAILS = {
     "tokens": "词元", "tokens_per_second": "词元/秒", "steps": "步数", "epochs": "轮数", "demonstrations": "示范",
     "corpus_bytes": "语料字节", "heldout_bytes": "留出字节", "vocabulary": "词表大小", "problems": "题目数", "asked": "提问数",
     "sampled_tokens": "采样词元", "sampling_tokens_per_second": "采样词元/秒", "sampling_share": "采样占时",
-    "format": "格式正确率", "objective": "目标函数", "bits_per_byte": "每字节比特",
+    "format": "格式正确率", "kernel": "算子", "relative_error": "相对误差",
 }
 SHARES = {"accuracy", "format", "truncated", "groups/live", "held-out accuracy", "sampling_share", "reasoning"}
 
