@@ -294,12 +294,12 @@ def test_the_transformers_snippet_runs(tmp_path: Path, capsys: pytest.CaptureFix
     import html
 
     import pellucid
-    from pellucid.grow import recipe
-    from pellucid.nn import Decoder, init_weights
+    from pellucid.nn import MLP, Attn, Decoder, DecoderSpec, Layer, Rope, init_weights
     from pellucid.tokenizers import train_bpe
 
     tokenizer = train_bpe(["make 15 from 2, 13, 14. The quick brown fox jumps over the lazy dog. " * 3], 370)
-    model = init_weights(Decoder(recipe.model_spec(32, 1, 2, 1, 64, vocab=tokenizer.vocab_size)), 0)
+    layer = Layer(Attn(2, 1, 16, Rope(16, 10_000.0), qk_norm=True), MLP(64))
+    model = init_weights(Decoder(DecoderSpec(tokenizer.vocab_size, 32, (layer,), tied=True, context=256, family="qwen3")), 0)
     pellucid.save(model, tmp_path / "it's" / "model", tokenizer=tokenizer)
     monkeypatch.chdir(tmp_path)
     page = report_sections.going_on({"command": "pellucid grow --out \"it's\"", "model": "model"})

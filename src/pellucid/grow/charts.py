@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 
 class Text(NamedTuple):
@@ -38,7 +38,7 @@ def words(label: Label, tag: str = "span") -> str:
     return f'<{tag} class="en">{escaped(label.en)}</{tag}><{tag} class="zh">{escaped(label.zh)}</{tag}>'
 
 
-def finite(value: Any) -> bool:
+def finite(value: Any) -> TypeGuard[float]:
     """A number that can be drawn."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
