@@ -76,7 +76,7 @@ def number(value: float, percent: bool = False) -> str:
     if percent:
         return f"{100 * value:.1f}%"
     if value and abs(value) < 0.01:
-        return f"{value:.1e}"
+        return f"{value:.2g}"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}"
 
 

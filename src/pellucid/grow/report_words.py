@@ -49,7 +49,7 @@ MEASURES = {
     "format": "格式正确率",
     "length/mean": "平均长度（词元）",
     "entropy/mean": "平均熵（nats/词元）",
-    "groups/live": "有优劣之分的组所占比例",
+    "groups/live": "组内奖励有差别的组所占比例",
 }
 CURVES = {  # clearer English for some curves
     "loss": "loss (nats per token)",
@@ -57,7 +57,7 @@ CURVES = {  # clearer English for some curves
     "format": "samples in the right form",
     "length/mean": "mean length (tokens)",
     "entropy/mean": "mean entropy (nats per token)",
-    "groups/live": "share of groups with something to learn from",
+    "groups/live": "groups with unequal rewards",
 }
 UNITS = {"bytes": "字节"}
 PLAN = {"device": "设备", "threads": "线程", "dtype": "数值格式", "size": "大小"}
