@@ -83,13 +83,13 @@ class Job:
 
     def seconds_for(self, stage: str) -> float:
         """The stage's share of the time that is left now."""
-        left = self.total - self.elapsed - recipe.TAIL_SECONDS * self.problems / 400
+        left = self.total - self.elapsed - recipe.tail_seconds(self.problems)
         return max(2.0, recipe.SHARES[stage] * left)
 
     @property
     def problems(self) -> int:
-        """Held-out problems in the final evaluations: 400 from the default dial on."""
-        return int(min(400, max(80, 400 * self.config.minutes / 8)))
+        """Held-out problems in the final evaluations: 1000 from the default dial on (standard error 1.5 points)."""
+        return recipe.problems(self.config.minutes)
 
     # --- the run ------------------------------------------------------------------------------------------------------
 
@@ -216,8 +216,9 @@ class Job:
     def _remember_prompts(self) -> None:
         """One held-out problem of each task, answered after every stage."""
         scores: dict[str, tasks.Problem] = {}
-        from pellucid.tasks.evaluate import distinct_problems
         import random
+
+        from pellucid.tasks.evaluate import distinct_problems
 
         for problem in distinct_problems(self.mix, 60, random.Random(self.config.seed + 77)):
             scores.setdefault(problem.task, problem)

@@ -113,13 +113,13 @@ def describe(spec: DecoderSpec) -> dict[str, Any]:
 def predict_stages(spec: DecoderSpec, seconds: float, given: bool) -> list[dict[str, Any]]:
     """Seconds and memory of each stage. The clock is re-read when a stage begins: what one saves, the next ones get."""
     base = peak_memory_bytes() or 0  # Python, torch and this probe
-    left = seconds - recipe.TAIL_SECONDS - (6 if given else 18)
+    left = seconds - recipe.tail_seconds(recipe.problems(seconds / 60)) - (6 if given else 14)
     rows = []
     for stage in recipe.STAGES:
         if given and stage in ("tokenizer", "pretrain"):
             continue
         share = recipe.SHARES.get(stage)
-        planned = {"tokenizer": 10.0, "quantize": 4.0, "evaluate": 12.0, "tools": 6.0}.get(stage) if share is None else share * left
+        planned = {"tokenizer": 5.0, "quantize": 10.0, "evaluate": 9.0, "tools": 7.0}.get(stage) if share is None else share * left
         left -= planned if share else 0.0  # type: ignore[operator]
         rows.append({"stage": stage, "seconds": round(max(float(planned or 0), 1.0), 1), "memory_bytes": base + memory_of(spec, stage)})
     return rows

@@ -16,7 +16,6 @@ STAGES = ("tokenizer", "pretrain", "sft", "grpo", "quantize", "evaluate", "tools
 
 # Of the time that is left when a stage begins (less what the short stages at the end need).
 SHARES = {"pretrain": 0.29, "sft": 0.38, "grpo": 1.0}
-TAIL_SECONDS = 22.0  # quantize, evaluate, tools, report: at the default dial; scaled with the number of problems
 VOCAB = 2048
 CONTEXT = 512
 ROW = 256  # tokens in a packed row
@@ -31,6 +30,16 @@ LADDER = (
     (64, 3, 2, 1, 192), (96, 4, 3, 1, 256), (128, 4, 4, 2, 384), (192, 5, 6, 2, 512), (256, 6, 8, 2, 704),
     (384, 8, 6, 2, 1024), (512, 10, 8, 4, 1408), (768, 12, 12, 4, 2048),
 )
+
+
+def problems(minutes: float) -> int:
+    """Held-out problems of an evaluation that is reported."""
+    return int(min(1000, max(80, 125 * minutes)))
+
+
+def tail_seconds(problems: int) -> float:
+    """What quantize, evaluate, tools and the report need at the end."""
+    return 14.0 + 0.015 * problems
 
 
 def task_mix() -> tasks.Mixture:

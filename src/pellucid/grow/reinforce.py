@@ -29,7 +29,7 @@ def run(job: Job) -> Result:
 
     events.note(formula(recipe.OBJECTIVE))
     config = OnlineConfig(
-        seconds=max(2.0, job.seconds_for("grpo") - (job.elapsed - began) - 3.0), prompts=recipe.PROMPTS, group=recipe.GROUP,
+        seconds=max(2.0, job.seconds_for("grpo") - (job.elapsed - began) - 0.005 * job.problems - 1.0), prompts=recipe.PROMPTS, group=recipe.GROUP,
         max_tokens=recipe.MAX_TOKENS, objective=recipe.OBJECTIVE, weights=recipe.REWARDS,
         optim=recipe.REAL_GRPO if job.config.model else recipe.GRPO, schedule=recipe.GRPO_SCHEDULE, seed=job.config.seed)
     loop = OnlineLoop(job.model, job.tokenizer, recipe.training_mix(), config, evaluate=evaluate,

@@ -38,7 +38,7 @@ def run(job: Job) -> Result:
     if job.config.model:
         job.show_samples("given")
     optimizer = recipe.REAL_SFT if job.config.model else recipe.SFT
-    seconds = max(2.0, job.seconds_for("sft") - (job.elapsed - began) - 2.0)
+    seconds = max(2.0, job.seconds_for("sft") - (job.elapsed - began) - 0.005 * job.problems)
     config = LoopConfig("sft", seconds=seconds, rows=recipe.ROWS, optim=replace(optimizer, dtype=job.plan.dtype),
                         schedule=recipe.SFT_SCHEDULE, evaluations=3, seed=job.config.seed)
     loop = Loop(job.model, rows, config, evaluate=evaluate, checkpoint=job.stage_folder("sft-checkpoint"),
