@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from pellucid.errors import BadInput
 from pellucid.optim.muon import Muon
 
 
@@ -61,12 +62,19 @@ class Optimizers:
         }
 
     def load_state_tensors(self, parameters: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
-        """The inverse. Learning rates are not part of the state: the schedule sets them."""
+        """The inverse. Learning rates are not part of the state: the schedule sets them.
+
+        Errors: BadInput for the state of another optimizer; KeyError for a parameter that is not trained here.
+        """
         owner = {p: o for o in self.optimizers for g in o.param_groups for p in g["params"]}
         for full, value in tensors.items():
             name, key = full.split("::")
             p = parameters[name]
-            owner[p].state[p][key] = value.clone()
+            if (key == "momentum") != isinstance(owner[p], Muon):
+                raise BadInput(f"the saved state of {name} is that of another optimizer",
+                               f"it holds {key}, which {type(owner[p]).__name__} does not know",
+                               "resume with the optimizer of the interrupted run, or start again without --resume")
+            owner[p].state[p][key] = value.to(p.device, copy=True)
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizers:
