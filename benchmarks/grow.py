@@ -45,7 +45,7 @@ def run(folder: Path, seed: int, minutes: float) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"seed {seed} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])["report"]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def row_of(report: dict[str, Any]) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class Event:
 
     kind: ClassVar[str] = ""
     kinds: ClassVar[dict[str, type[Event]]] = {}
+    flat: ClassVar[str] = ""  # the field, a dict, whose keys are written beside the others instead of inside it
     time: float = dataclasses.field(default_factory=clock.time, kw_only=True)
 
     def __init_subclass__(cls, **kw: Any) -> None:
@@ -55,7 +56,8 @@ class Event:
         Event.kinds[cls.kind] = cls
 
     def as_dict(self) -> dict[str, Any]:
-        return {"kind": self.kind, **{f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}}
+        record = {"kind": self.kind, **{f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}}
+        return record | record.pop(self.flat) if self.flat else record
 
 
 @dataclasses.dataclass
@@ -141,7 +143,7 @@ def json_schema() -> dict[str, Any]:
     variants = []
     for kind, cls in sorted(Event.kinds.items()):
         hints = typing.get_type_hints(cls)
-        fields = dataclasses.fields(cls)
+        fields = [f for f in dataclasses.fields(cls) if f.name != cls.flat]
         properties = {"kind": {"const": kind}, **{f.name: _schema(hints[f.name]) for f in fields}}
         needed = ["kind"] + [f.name for f in fields]
         doc = (cls.__doc__ or "").strip().split("\n")[0]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pellucid.cli.base import Common, Positional, prepare
 
 if TYPE_CHECKING:
+    from pellucid.nn import Decoder
     from pellucid.tasks import Mixture
+    from pellucid.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,9 @@ class Eval(Common):
     max_tokens: int = 100
     """Longest completion.
     最长回答。"""
+    corpus: Path | None = None
+    """Text for bits per byte, all of it; by default the held-out part of Python's own documentation.
+    用于计算每字节比特的文本（全部使用）；默认为 Python 自带文档的留出部分。"""
 
 
 def task_of(names: tuple[str, ...]) -> Mixture:
@@ -41,6 +47,20 @@ def task_of(names: tuple[str, ...]) -> Mixture:
     from pellucid import tasks
 
     return tasks.Mixture([(tasks.make(name), 1.0) for name in names])
+
+
+def text_bits(config: Eval, model: Decoder, tokenizer: Tokenizer) -> tuple[float, int]:
+    """Bits per byte, and over how many bytes."""
+    from pellucid.data import corpora, packing
+    from pellucid.data.split import divide
+    from pellucid.train import bits_per_byte, held_out_loss, token_bytes
+
+    texts = list(corpora.read(config.corpus)) if config.corpus else divide(corpora.standard_library("docs"))[1]
+    T = min(256, model.spec.context)
+    rows = packing.pack_stream(tokenizer.encode_batch([d.text for d in texts]), T, remainder="pad", pad_id=tokenizer.pad_id)
+    sizes = token_bytes(tokenizer)
+    labels = rows.labels[rows.labels != packing.IGNORE]
+    return bits_per_byte(held_out_loss(model, rows)[0], labels, sizes), int(sizes[labels].sum())
 
 
 def evaluate(config: Eval) -> None:
@@ -58,4 +78,7 @@ def evaluate(config: Eval) -> None:
     for name, row in [*scores.by_task.items(), ("all", scores.record())]:
         print(f"{name:<12} {row['pass_at_1']:>8.1%} {row['pass_at_k']:>8.1%} {row['format']:>8.1%} "
               f"{row['mean_length']:>8.1f} {row['truncated']:>8.1%}")
+    value, size = text_bits(config, model, tokenizer)
+    events.emit(events.Evaluation("eval", "bits per byte", value, {"bytes": size}))
+    print(f"bits per byte {value:.3f} on {size:,} bytes of {config.corpus or 'held-out Python documentation'}")
     print(f"temperature {scores.temperature:g}, {scores.n} problems, standard error of pass@1 {scores.standard_error:.1%}")

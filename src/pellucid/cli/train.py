@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -51,6 +52,9 @@ class TrainOptions(Common):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the activations; auto measures which is faster.
     激活的数据类型；auto 会实测选快的。"""
+    compile: bool = False
+    """Compile the layers: needs a C++ compiler, costs up to a minute at the start, pays on long runs.
+    编译各层：需要 C++ 编译器，启动多花最多一分钟，长时间训练才划算。"""
     resume: bool = False
     """Go on with the interrupted run in the same folder.
     继续同一目录中被中断的训练。"""
@@ -118,6 +122,8 @@ def _train(config: TrainOptions, tokenizer: Any, rows: Packed, heldout: Packed, 
     from pellucid.train import Loop, held_out_loss
 
     device = prepare(config)
+    if config.compile and device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++") or shutil.which("cl")):
+        raise BadInput("--compile needs a C++ compiler", "none of g++, clang++ and cl is on the path", "leave it out")
     model = load(config.model, device=str(device))
     if config.length > model.spec.context:
         raise BadInput(f"--length {config.length} exceeds the model's context of {model.spec.context}",
@@ -150,4 +156,4 @@ def _loop_config(config: TrainOptions, stage: str) -> LoopConfig:
     seconds = None if config.minutes is None else config.minutes * 60
     steps = config.steps if config.steps is not None or seconds is not None else 100
     return LoopConfig(stage, steps=steps, seconds=seconds, rows=config.rows, micro_rows=config.micro_rows,
-                      optim=OptimConfig(config.optimizer, lr=lr), save_seconds=60.0, seed=config.seed or 0)
+                      optim=OptimConfig(config.optimizer, lr=lr), save_seconds=60.0, compile=config.compile, seed=config.seed or 0)

@@ -12,7 +12,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -45,9 +45,11 @@ class Result:
 
 @dataclass
 class Report(events.Event):
-    """The whole report of a finished job: the last line of stdout with --json."""
+    """The whole report of a finished job: the last line of stdout with --json. It is written flat: `kind` and `time`
+    stand beside the report's own keys."""
 
     kind = "report"
+    flat: ClassVar[str] = "report"
     report: dict[str, Any]
 
 

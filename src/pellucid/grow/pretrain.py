@@ -6,8 +6,6 @@ import random
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from pellucid import tasks
 from pellucid.data import baselines, packing
 from pellucid.grow import recipe
@@ -16,7 +14,7 @@ from pellucid.models import save
 from pellucid.nn import Decoder, init_weights
 from pellucid.runtime import dtype_of
 from pellucid.tokenizers import Tokenizer
-from pellucid.train import Loop, LoopConfig, bits_per_byte, held_out_loss
+from pellucid.train import Loop, LoopConfig, bits_per_byte, held_out_loss, token_bytes
 
 if TYPE_CHECKING:
     from pellucid.grow.job import Job, Result
@@ -76,12 +74,6 @@ def training_rows(job: Job, train: list[str]) -> packing.Packed:
 def heldout_rows(tokenizer: Tokenizer, heldout: list[str]) -> packing.Packed:
     rows = packing.pack_stream(tokenizer.encode_batch(heldout), recipe.ROW, remainder="pad", pad_id=tokenizer.pad_id)
     return rows.rows(slice(0, max(1, HELDOUT_TOKENS // recipe.ROW)))
-
-
-def token_bytes(tokenizer: Tokenizer) -> torch.Tensor:
-    """(V,) how many bytes of text each token stands for; special tokens stand for none."""
-    special = set(tokenizer.special.values())
-    return torch.tensor([0 if i in special else len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
 
 
 def _baselines(train: list[str], heldout: list[str]) -> dict[str, float]:

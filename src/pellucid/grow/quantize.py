@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from pellucid import quant
 from pellucid.grow.corpus import split_corpus
-from pellucid.grow.pretrain import heldout_rows, token_bytes
+from pellucid.grow.pretrain import heldout_rows
 from pellucid.models import save
-from pellucid.train import bits_per_byte, held_out_loss
+from pellucid.train import bits_per_byte, held_out_loss, token_bytes
 
 if TYPE_CHECKING:
     from pellucid.grow.job import Job, Result

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,20 @@ def save_checkpoint(folder: str | Path, model: Decoder, optimizer: Optimizers, s
         write_atomic(new / "state.json", json.dumps(body) + "\n")
         if tokenizer is not None:
             tokenizer.save(new)
+
+
+def has_checkpoint(folder: str | Path) -> bool:
+    """Whether there is one to resume. What a killed save left behind is put right first: the folder that it had moved
+    aside takes its place again if no other has, and unfinished ones go away."""
+    folder = Path(folder)
+    left = re.compile(re.escape(f".{folder.name}.") + r"[a-z0-9_]{8}(\.old)?")  # the names that `atomic_folder` uses
+    found = [f for f in folder.parent.iterdir() if left.fullmatch(f.name)] if folder.parent.is_dir() else []
+    if not folder.exists():
+        for aside in [f for f in found if f.suffix == ".old"][:1]:
+            aside.rename(folder)
+    for rest in found:
+        shutil.rmtree(rest, ignore_errors=True)
+    return (folder / "state.json").exists()
 
 
 def load_checkpoint(folder: str | Path, model: Decoder, optimizer: Optimizers) -> dict[str, Any]:

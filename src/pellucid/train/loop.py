@@ -19,7 +19,7 @@ from pellucid.errors import BadInput, Interrupted
 from pellucid.nn import Decoder
 from pellucid.optim import OptimConfig, Schedule, build_optimizer
 from pellucid.train.budget import Budget
-from pellucid.train.checkpoint import load_checkpoint, save_checkpoint
+from pellucid.train.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
 from pellucid.train.loss import share_of
 from pellucid.train.step import Stepper
 
@@ -44,6 +44,8 @@ class LoopConfig:
     """The learning-rate schedule."""
     clip: float | None = 1.0
     """Clip the gradient's norm to this; None: no clipping."""
+    compile: bool = False
+    """Compile the layers with torch.compile: needs a C++ compiler on a CPU, costs up to a minute at the start."""
     evaluations: int = 4
     """Evaluations on held-out data, evenly over the run; the last one at its end."""
     save_seconds: float | None = None
@@ -63,6 +65,12 @@ class History:
     losses: list[tuple[float, float]] = field(default_factory=list)  # (progress, loss per token)
     evaluations: list[tuple[float, float]] = field(default_factory=list)  # (progress, value)
 
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> History:
+        """From JSON, which knows no tuples."""
+        pairs = {name: [tuple(pair) for pair in saved[name]] for name in ("losses", "evaluations")}
+        return cls(**(saved | pairs))
+
 
 class Loop:
     """`Loop(...).run()` trains to the end of the budget, or stops cleanly and says how to go on."""
@@ -76,16 +84,19 @@ class Loop:
         self.stepper = Stepper(model, build_optimizer(model, config.optim), config.schedule, config.clip)
         self.budget = Budget(config.steps, config.seconds)
         self.history = History()
+        if config.compile:
+            for layer in model.layers:  # layers are alike: one compilation serves them all
+                layer.compile()
         if config.micro_rows is not None and config.micro_rows < 1:
             raise BadInput(f"micro_rows = {config.micro_rows} is not possible", next="give 1 or more")
 
     def resume(self) -> bool:
         """Continue from the checkpoint if there is one; returns whether there was."""
-        if self.checkpoint is None or not (self.checkpoint / "state.json").exists():
+        if self.checkpoint is None or not has_checkpoint(self.checkpoint):
             return False
         state = load_checkpoint(self.checkpoint, self.model, self.stepper.optimizer)
         self.batches.load_state(state["batches"])
-        self.history = History(**state["history"])
+        self.history = History.of(state["history"])
         self.budget.start(self.history.steps, self.history.seconds)
         events.note(f"{self.config.stage}: goes on at step {self.history.steps}")
         return True
@@ -107,8 +118,10 @@ class Loop:
                 if c.save_seconds and self.checkpoint and self.budget.elapsed - last_save >= c.save_seconds:
                     self.save()
                     last_save = self.budget.elapsed
-        if self.evaluate and c.evaluations:
-            self._evaluate()
+            if self.evaluate and c.evaluations and not (h.evaluations and h.evaluations[-1][0] >= 1.0):
+                self._evaluate()
+            if stop.is_set():
+                self._interrupted()
         self.model.eval()
         return h
 

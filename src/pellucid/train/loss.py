@@ -10,6 +10,7 @@ from torch import Tensor
 from pellucid.data.packing import IGNORE, Packed
 from pellucid.nn import Decoder
 from pellucid.ops import chunked_cross_entropy
+from pellucid.tokenizers import Tokenizer
 
 
 def language_loss(model: Decoder, rows: Packed) -> tuple[Tensor, int]:
@@ -52,3 +53,9 @@ def bits_per_byte(nats: float, labels: Sequence[int] | Tensor, token_bytes: Tens
     ids = torch.as_tensor(labels).flatten()
     size = int(token_bytes[ids[ids != IGNORE]].sum())
     return nats / math.log(2) / max(size, 1)
+
+
+def token_bytes(tokenizer: Tokenizer) -> torch.Tensor:
+    """(V,) how many bytes of text each token stands for; special tokens stand for none."""
+    special = set(tokenizer.special.values())
+    return torch.tensor([0 if i in special else len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
