@@ -118,7 +118,7 @@ def test_folders_that_are_refused(tmp_path: Path):
     compress(tmp_path / "float", tmp_path / "int8")
     with pytest.raises(BadInput, match="quantized already"):
         compress(tmp_path / "int8", tmp_path / "again")
-    with pytest.raises(BadInput, match="no readable config.json"):
+    with pytest.raises(BadInput, match="no readable config"):
         compress(tmp_path / "nothing", tmp_path / "x")
     (tmp_path / "float" / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(BadInput, match="not a whole safetensors"):
@@ -132,3 +132,9 @@ def test_int8_on_a_gpu_is_refused_before_loading(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(BadInput, match="do not run on cuda"):
         open_model(tmp_path / "int8", device="cuda")
+
+
+def test_an_int8_model_is_not_saved_as_half_a_float_model(tmp_path: Path):
+    with pytest.raises(BadInput, match="cannot be saved as a float checkpoint"):
+        save(quantize(model_of("qwen3", tied=True)), tmp_path / "half")
+    assert not (tmp_path / "half").exists()

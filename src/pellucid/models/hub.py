@@ -182,6 +182,11 @@ def write_model(model: Decoder, folder: Path, generation: dict[str, Any] | None 
     for _, parameter, names, parts in targets(model):
         for name, piece in zip(names, parameter.detach().split(parts)):
             tensors[name] = piece.to("cpu").contiguous().clone()  # safetensors refuses views that share storage
+    with torch.device("meta"):
+        whole = {name for _, _, names, _ in targets(Decoder(model.spec)) for name in names}
+    if whole != set(tensors):
+        raise BadInput("this model cannot be saved as a float checkpoint", f"it lacks {min(whole ^ set(tensors))} as such",
+                       "an INT8 folder is made from the float one: pellucid quantize")
     config = config_of(model.spec) | {"dtype": str(model.embed.weight.dtype).removeprefix("torch."), **(generation or {})}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     write_atomic(folder / "config.json", json.dumps(config, indent=2) + "\n")

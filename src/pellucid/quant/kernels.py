@@ -44,11 +44,11 @@ class Fbgemm:
         return whole.int_repr(), whole.q_per_channel_scales().float()
 
     def product(self, a: Tensor, packed: Any) -> Tensor:
-        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(a, 1.0, self.limit + 1, packed)
+        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default(a, 1.0, self.limit + 1, packed)
 
     def dynamic(self, x: Tensor, packed: Any) -> Tensor:
         """x (M, K) of any scale: quantized inside the operator, one scale and zero point for the whole tensor."""
-        return torch.ops.quantized.linear_dynamic(x, packed, self.limit < 127)
+        return torch.ops.quantized.linear_dynamic.default(x, packed, self.limit < 127)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def choose_kernel(name: str = "auto") -> Choice:
     known = ["auto", *dict.fromkeys(k.name for k in CANDIDATES)]
     if name not in known:
         raise BadInput(f"unknown INT8 kernel {name!r}", next=f"one of {', '.join(known)}")
-    passed_over = []
+    passed_over: list[str] = []
     for kernel in CANDIDATES:
         if name not in ("auto", kernel.name):
             continue
