@@ -66,12 +66,12 @@ UNSPELL = {character: byte for byte, character in enumerate(SPELL)}
 
 def spell(token: bytes) -> str:
     """bytes -> the file's spelling."""
-    return "".join(SPELL[b] for b in token)
+    return "".join(map(SPELL.__getitem__, token))
 
 
 def unspell(word: str) -> bytes:
     """The file's spelling -> bytes; KeyError for a character outside the alphabet."""
-    return bytes(UNSPELL[c] for c in word)
+    return bytes(map(UNSPELL.__getitem__, word))
 
 
 def write(bpe: ByteLevelBPE) -> dict[str, Any]:

@@ -107,7 +107,8 @@ class Tokenizer:
         """`encode` of each; long texts in threads (the engines leave Python's lock)."""
         if isinstance(self._engine, LibraryEngine):
             return self._engine.encode_batch([mended(text) for text in texts], allow_special)
-        threads = min(os.cpu_count() or 1, len(texts))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = min(cores, len(texts))
         if threads < 2 or sum(map(len, texts)) < PARALLEL_LENGTH * len(texts):
             return [self.encode(text, allow_special) for text in texts]
         with ThreadPoolExecutor(threads) as pool:
