@@ -1,7 +1,7 @@
 """Resume states: everything that decides the next step, in one folder that appears whole or not at all.
 
-model.safetensors + config.json (a Hugging Face folder by itself), optimizer.safetensors, state.json (step, seconds, data
-position, random states). On a CPU a run that stops and resumes equals one that did not, bit for bit.
+model.safetensors + config.json (a Hugging Face folder by itself), optimizer/state.safetensors, state.json (step, seconds,
+data position, random states). On a CPU a run that stops and resumes equals one that did not, bit for bit.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pellucid.nn import Decoder
 from pellucid.optim import Optimizers
 
 VERSION = 1
+OPTIMIZER = Path("optimizer") / "state.safetensors"  # in a folder of its own: beside model.safetensors it would be weights
 
 
 def save_checkpoint(folder: str | Path, model: Decoder, optimizer: Optimizers, state: dict[str, Any], tokenizer: Any = None) -> None:
@@ -32,7 +33,8 @@ def save_checkpoint(folder: str | Path, model: Decoder, optimizer: Optimizers, s
     with atomic_folder(folder) as new:
         write_model(model, new)
         tensors = {k: v.contiguous() for k, v in optimizer.state_tensors(names).items()}
-        save_file(tensors | {"rng::torch": torch.get_rng_state()}, new / "optimizer.safetensors")
+        (new / OPTIMIZER).parent.mkdir()
+        save_file(tensors | {"rng::torch": torch.get_rng_state()}, new / OPTIMIZER)
         version, numbers, gauss = random.getstate()
         body = {"version": VERSION, "python_rng": [version, list(numbers), gauss], **state}
         write_atomic(new / "state.json", json.dumps(body) + "\n")
@@ -59,7 +61,7 @@ def load_checkpoint(folder: str | Path, model: Decoder, optimizer: Optimizers) -
     folder = Path(folder)
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        tensors = load_file(folder / "optimizer.safetensors")
+        tensors = load_file(folder / OPTIMIZER)
         if state["version"] != VERSION:
             raise BadInput(f"{folder} was written by another version ({state['version']}, not {VERSION})",
                            next="start again without --resume")
@@ -68,7 +70,7 @@ def load_checkpoint(folder: str | Path, model: Decoder, optimizer: Optimizers) -
         version, numbers, gauss = state.pop("python_rng")
         random.setstate((version, tuple(numbers), gauss))
         optimizer.load_state_tensors(dict(model.named_parameters()), tensors)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         if isinstance(error, BadInput):
             raise
         raise BadInput(f"no whole checkpoint in {folder}", f"{type(error).__name__}: {error}",
