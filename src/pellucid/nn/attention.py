@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pellucid.nn.context import Context
 from pellucid.nn.linear import Linear, RMSNorm
 from pellucid.nn.specs import Attn
-from pellucid.ops import apply_rope, attention
+from pellucid.ops import apply_rope, attention, rms_norm
 
 
 class Attention(nn.Module):
@@ -29,15 +29,15 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         B, T, _ = x.shape
         H, K, d = self.spec.heads, self.spec.kv_heads, self.spec.head_dim
-        heads = self.qkv(x).view(B, T, H + 2 * K, d)
-        qk, v = heads[:, :, : H + K], heads[:, :, H + K :].transpose(1, 2)
+        qk, v = self.qkv(x).view(B, T, H + 2 * K, d).split((H + K, K), 2)
         if self.spec.qk_norm:
-            qk = torch.cat((self.q_norm(qk[:, :, :H]), self.k_norm(qk[:, :, H:])), 2)
+            weight = torch.cat((self.q_norm.weight.expand(H, d), self.k_norm.weight.expand(K, d)))
+            qk = rms_norm(qk, weight.to(x.dtype), self.q_norm.eps)
         cos, sin = ctx.rotation(self.spec.rope)
         qk = apply_rope(qk, cos, sin, heads_last=True, interleaved=self.spec.rope.interleaved).transpose(1, 2)
-        q, k = qk[:, :H], qk[:, H:]
+        (q, k), v = qk.split((H, K), 1), v.transpose(1, 2)
         if ctx.cache is not None:
             k, v = ctx.cache.extend(self.index, k, v)
             q = q.to(k.dtype)
-        out = attention(q, k, v, causal=ctx.causal, mask=ctx.mask, window=self.spec.window)
+        out = attention(q, k, v, mask=ctx.bias(q.dtype), window=self.spec.window)
         return self.o(out.transpose(1, 2).reshape(B, T, H * d).to(x.dtype))

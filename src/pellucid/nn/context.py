@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from pellucid.nn.cache import KVCache
 from pellucid.nn.specs import Rope
-from pellucid.ops import rope_angles, rope_frequencies
+from pellucid.ops import bias_of, rope_angles, rope_frequencies
 
 
 @dataclass
 class Context:
-    """mask: (B or 1, 1, T or 1, S) bool, True = visible; None when nothing is hidden. causal: whether causality is to
-    be applied on top (False when the mask already holds it)."""
+    """mask: (B or 1, 1, T or 1, S) bool, True = visible; None when nothing is hidden but the future. causal: False when
+    the mask holds causality already (attention applies it in any case: it changes nothing then, and lets whole tiles
+    be skipped)."""
 
     positions: Tensor  # (B or 1, T)
     dtype: torch.dtype
@@ -23,13 +25,27 @@ class Context:
     cache: KVCache | None = None
     causal: bool = True
     _angles: dict[Rope, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _bias: dict[torch.dtype, Tensor] = field(default_factory=dict)
 
     def rotation(self, rope: Rope) -> tuple[Tensor, Tensor]:
         """cos, sin (B or 1, T, r) of this pass's positions."""
         if rope not in self._angles:
-            frequencies = rope_frequencies(rope.dim, rope.theta, rope.scaling_dict).to(self.positions.device)
-            self._angles[rope] = rope_angles(self.positions, frequencies, self.dtype)
+            self._angles[rope] = rope_angles(self.positions, _frequencies(rope, self.positions.device), self.dtype)
         return self._angles[rope]
+
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        """The mask as 0 and -inf, to be added to scores: made once, not in every layer."""
+        if self.mask is None:
+            return None
+        if dtype not in self._bias:
+            self._bias[dtype] = bias_of(self.mask, dtype)
+        return self._bias[dtype]
+
+
+@lru_cache(maxsize=16)
+def _frequencies(rope: Rope, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # a tensor made in inference mode could not be used for training later
+        return rope_frequencies(rope.dim, rope.theta, rope.scaling_dict).to(device)
 
 
 def document_mask(documents: Tensor) -> Tensor:

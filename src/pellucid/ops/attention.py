@@ -1,7 +1,9 @@
-"""Scaled dot-product attention: the formula, and PyTorch's fused path behind the same signature.
+"""Scaled dot-product attention: the formula, its fast twins, and the one place that chooses between them.
 
 Shapes: B batch, H query heads, K key/value heads (H = K * group), T query length, S key length, d head dim.
-    q (B, H, T, d)   k, v (B, K, S, d)   mask broadcastable to (B, 1, T, S), True = visible   ->   (B, H, T, d)
+    q (B, H, T, d)   k, v (B, K, S, d)   ->   (B, H, T, d)
+    mask: broadcastable to (B, 1, T, S); bool, True = visible; or a float bias added to the scores (0 or -inf for a
+    plain mask), in which every query must see something. A bool mask may leave a query nothing: it gets zeros.
 
 Causality is aligned at the BOTTOM RIGHT: the last query sees every key, so that a chunk of new queries against a
 longer cache sees the whole past. PyTorch's own `is_causal` is aligned at the top left, which is only the same when
@@ -15,17 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pellucid.ops.softmax import softmax
+from pellucid.ops.tiles import attention_one_query, attention_tiled, saved_bytes
+from pellucid.ops.visible import bias_of, visible
 
+__all__ = ["attention", "attention_reference", "attention_sdpa", "choose_attention", "visible"]
 
-def visible(T: int, S: int, *, causal: bool = True, window: int | None = None, device: torch.device | None = None) -> Tensor:
-    """(T, S) bool: which key each query may see. Query t stands at key position S - T + t.
-
-    window: the number of keys a query sees, itself included (Mistral's convention: i - window < j <= i).
-    """
-    i = torch.arange(S - T, S, device=device)[:, None]
-    j = torch.arange(S, device=device)[None, :]
-    seen = (j <= i) if causal else torch.ones(T, S, dtype=torch.bool, device=device)
-    return seen & (j > i - window) if window is not None else seen
+SAVED_LIMIT = 256 * 2**20
+"""Bytes of probabilities that one call may keep for its backward pass before the memory-saving path is taken."""
 
 
 def attention_reference(
@@ -35,7 +33,6 @@ def attention_reference(
     """softmax(q k^T / sqrt(d) + mask) v, Vaswani et al. 2017 (arXiv 1706.03762), equation 1.
 
     GQA (arXiv 2305.13245): each key/value head serves H / K consecutive query heads. Computed in float32 at least.
-    A query that sees nothing gets zeros.
     """
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -44,7 +41,7 @@ def attention_reference(
     scores = (q.to(wide) @ k.to(wide).mT) * scale
     seen = visible(q.shape[2], k.shape[2], causal=causal, window=window, device=q.device)
     if mask is not None:
-        seen = seen & mask
+        scores, seen = (scores, seen & mask) if mask.dtype == torch.bool else (scores + mask, seen)
     return (softmax(scores.masked_fill(~seen, -torch.inf)) @ v.to(wide)).to(q.dtype)
 
 
@@ -54,22 +51,33 @@ def attention_sdpa(
 ) -> Tensor:
     """The same through `F.scaled_dot_product_attention` (tiled, never holds the T x S scores where it has a kernel)."""
     T, S = q.shape[2], k.shape[2]
-    if T == 1 and window is None and q.shape[1] != k.shape[1]:
-        return _one_query(q, k, v, mask, scale)
     if causal and mask is None and window is None and T == S:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     seen = visible(T, S, causal=causal, window=window, device=q.device) if (causal and T > 1) or window else None
-    if mask is not None:
-        seen = mask if seen is None else seen & mask
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True)
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True)
+    if seen is not None:
+        mask = seen & mask if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf)
+    if mask.dtype != torch.bool:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias_of(mask, q.dtype), scale=scale, enable_gqa=True)
+    return out.masked_fill(~mask.any(-1, keepdim=True), 0.0)
 
 
-def _one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """Decoding: the query heads of a group become rows that share one reading of their key/value head."""
-    B, H, _, d = q.shape
-    K = k.shape[1]
-    out = F.scaled_dot_product_attention(q.view(B, K, H // K, d), k, v, attn_mask=mask, scale=scale)
-    return out.reshape(B, H, 1, d)
+def choose_attention(q: Tensor, k: Tensor, causal: bool = True) -> tuple[str, str]:
+    """('sdpa' | 'one_query' | 'tiled', why), from device, shapes and whether gradients are wanted.
+
+    Measured with PyTorch 2.13 on two cores (`benchmarks/train.py --attention` repeats it): SDPA's backward kernel runs
+    at a fraction of the speed of plain batched products, the more so in bfloat16.
+    """
+    if q.device.type != "cpu":
+        return "sdpa", f"{q.device.type} has fused kernels"
+    if q.shape[2] == 1:
+        return "one_query", "one new token: two small products beat the fused kernel on a CPU"
+    size = saved_bytes(q, k, causal)
+    if size > SAVED_LIMIT:
+        return "sdpa", f"probabilities would take {size / 2**20:.0f} MiB: recompute them instead"
+    return "tiled", f"probabilities take {size / 2**20:.1f} MiB: keeping them is faster than recomputing"
 
 
 def attention(
@@ -77,4 +85,8 @@ def attention(
     scale: float | None = None,
 ) -> Tensor:
     """The fast path of this machine; `attention_reference` is what it must equal."""
-    return attention_sdpa(q, k, v, causal=causal, mask=mask, window=window, scale=scale)
+    choice, _ = choose_attention(q, k, causal)
+    if choice == "one_query":
+        return attention_one_query(q, k, v, mask=mask, window=window, scale=scale)
+    path = attention_tiled if choice == "tiled" else attention_sdpa
+    return path(q, k, v, causal=causal, mask=mask, window=window, scale=scale)

@@ -9,11 +9,13 @@ Shapes: hidden (M, D), head weight (V, D), labels (M,) with -100 where nothing i
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 IGNORE = -100
 
@@ -23,7 +25,14 @@ def cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> T
 
     The sum, because only the caller knows by how many tokens the whole optimizer step is to be divided.
     """
-    return F.cross_entropy((hidden @ weight.mT).float(), labels, ignore_index=IGNORE, reduction="sum")
+    logits = hidden @ weight.mT
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.to(wide), labels, ignore_index=IGNORE, reduction="sum")
+
+
+def rows_of_chunk(vocab: int) -> int:
+    """Rows whose logits stay in a CPU's caches (about two million numbers), yet enough for efficient products."""
+    return max(256, 2**21 // vocab)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -31,31 +40,31 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        w = weight.to(hidden.dtype)
+        total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        d_hidden = torch.empty_like(hidden) if need_hidden else None
-        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
-        for start in range(0, hidden.shape[0], chunk):
-            h, y = hidden[start : start + chunk], labels[start : start + chunk]
-            logp = torch.log_softmax((h @ weight.mT).float(), -1)
-            total += F.nll_loss(logp, y, ignore_index=IGNORE, reduction="sum")
-            if not (need_hidden or need_weight):
-                continue
-            d_logits = logp.exp_()
-            rows = torch.arange(len(y), device=y.device)
-            keep = y != IGNORE
-            d_logits[rows, y.clamp_min(0)] -= 1.0
-            d_logits *= keep[:, None]
-            d_logits = d_logits.to(h.dtype)
+        d_hidden = torch.zeros_like(hidden) if need_hidden else None
+        d_weight = torch.zeros(weight.shape, dtype=total.dtype, device=weight.device) if need_weight else None
+        labelled = labels != IGNORE
+        if bool((labelled & (labels < 0)).any()):  # indexing would count them from the end of the vocabulary
+            raise IndexError(f"labels must be token ids or {IGNORE}")
+        for rows in labelled.nonzero().squeeze(-1).split(chunk):
+            h = hidden[rows]
+            picked = torch.arange(len(rows), device=rows.device), labels[rows]
+            logits = h @ w.mT
+            P = torch.softmax(logits, -1)
+            total -= _log_of_picked(P, logits, picked).sum()
+            P[picked] -= 1.0  # now the gradient of the logits
             if d_hidden is not None:
-                torch.mm(d_logits, weight, out=d_hidden[start : start + chunk])
+                d_hidden[rows] = P @ w
             if d_weight is not None:
-                d_weight += (d_logits.mT @ h).float()
+                d_weight += P.mT @ h
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (grad,) = grads
         d_hidden, d_weight = ctx.saved_tensors
@@ -64,23 +73,74 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return hidden_grad, weight_grad, None, None
 
 
-def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = 2048) -> Tensor:
-    """`cross_entropy_reference` with memory for `chunk` rows of logits; gradients are made during the forward pass."""
+def _log_of_picked(P: Tensor, logits: Tensor, picked: tuple[Tensor, Tensor]) -> Tensor:
+    """log softmax(logits)[picked] (rows,), from P = softmax(logits). Rows whose probability is so small that its
+    logarithm would be wrong or -inf are computed again in log space: rare, and exact."""
+    logp = P[picked].to(torch.promote_types(P.dtype, torch.float32)).log()
+    small = (logp < 0.7 * math.log(torch.finfo(P.dtype).tiny)).nonzero().squeeze(-1)
+    if len(small):
+        exact = torch.log_softmax(logits[small].to(logp.dtype), -1)
+        logp[small] = exact.gather(1, picked[1][small, None]).squeeze(1)
+    return logp
+
+
+def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None = None) -> Tensor:
+    """`cross_entropy_reference` with memory for `chunk` rows of logits; gradients are made during the forward pass.
+
+    Only labelled rows are computed: a batch whose prompts carry no loss costs no more than its answers. `weight` may
+    be wider than `hidden` (float32 master weights): it is cast here and its gradient comes back in its own dtype,
+    accumulated in float32. In bfloat16 each token's probability is rounded (relative 2^-9) before its logarithm.
+    """
+    chunk = rows_of_chunk(weight.shape[0]) if chunk is None else chunk
     return _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk)  # type: ignore[no-any-return]
 
 
-def token_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float = 1.0, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
+def token_logprobs(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float = 1.0, entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """log-probability of each given token, and optionally the entropy of its distribution (both (M,), float32, nats).
 
     logits are divided by `temperature` first: the distribution that was sampled from is the one to differentiate.
+    Chunk by chunk; the backward pass computes the logits again. Entropy carries no gradient.
     """
-    logits = (hidden @ weight.mT).float()
-    if temperature != 1.0:
-        logits = logits / temperature
-    logp = torch.log_softmax(logits, -1)
-    picked = logp.gather(-1, tokens[:, None]).squeeze(-1)
-    if not entropy:
-        return picked, None
-    with torch.no_grad():
-        h = -(logp.detach().exp() * logp.detach()).sum(-1)
-    return picked, h
+    logp, H = _TokenLogprobs.apply(hidden, weight, tokens, temperature, entropy, rows_of_chunk(weight.shape[0]))
+    return logp, H if entropy else None
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """d logp[y] / d logits = onehot - softmax; rows that get no gradient (masked tokens) cost nothing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, entropy: bool, chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        w = weight.to(hidden.dtype)
+        logps, entropies = [], []
+        for h, y in zip(hidden.split(chunk), tokens.split(chunk)):
+            logp = torch.log_softmax((h @ w.mT).to(torch.promote_types(h.dtype, torch.float32)).div_(temperature), -1)
+            logps.append(logp.gather(1, y[:, None]).squeeze(1))
+            if entropy:
+                entropies.append(torch.special.entr(logp.exp_()).sum(-1))
+        ctx.save_for_backward(hidden, weight, tokens)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        result = torch.cat(logps), torch.cat(entropies) if entropy else logps[0].new_empty(0)
+        ctx.mark_non_differentiable(result[1])
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, tokens = ctx.saved_tensors
+        w, g = weight.to(hidden.dtype), grads[0] / ctx.temperature
+        d_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        d_weight = torch.zeros(weight.shape, dtype=g.dtype, device=g.device) if ctx.needs_input_grad[1] else None
+        for rows in g.nonzero().squeeze(-1).split(ctx.chunk):
+            h = hidden[rows]
+            P = torch.softmax((h @ w.mT).div_(ctx.temperature), -1)
+            P[torch.arange(len(rows), device=rows.device), tokens[rows]] -= 1.0
+            minus = g[rows, None].neg().to(h.dtype)  # scales rows: cheaper on h and d_hidden than on P
+            if d_hidden is not None:
+                d_hidden[rows] = (P @ w).mul_(minus)
+            if d_weight is not None:
+                d_weight += P.mT @ (h * minus)
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None

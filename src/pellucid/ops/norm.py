@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """w * (x / sqrt(mean(x^2) + eps)) over the last dimension; statistics in float32, cast back, then the weight.
 
-    x (..., D), weight (D,) -> (..., D). This order (cast, then weight) is Llama's and Qwen's; gpt-oss multiplies first.
+    x (..., D), weight (D,), or (heads, D) for a weight of each head -> (..., D). This order (cast, then weight) is Llama's and Qwen's; gpt-oss multiplies first.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     h = x.to(wide)
@@ -18,7 +21,38 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    """The same through PyTorch's fused kernel where inputs are float32 (elsewhere casts would change the order)."""
-    if x.dtype == torch.float32 and weight.dtype == torch.float32:
+    """The same in fewer passes over memory, forward and backward; rounds in the same places as the reference."""
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return]
+    if weight.dim() == 1 and x.dtype == weight.dtype == torch.float32:
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
-    return rms_norm_reference(x, weight, eps)
+    return _normalize(x, eps)[0] * weight
+
+
+def _normalize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x / rms(x) in x's dtype, and 1 / rms(x) (..., 1) in float32 at least."""
+    h = x.to(torch.promote_types(x.dtype, torch.float32))
+    rstd = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (h * rstd if h is x else h.mul_(rstd)).to(x.dtype), rstd
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = w * n with n = x r, r = 1 / rms(x).  dx = r (g w - n mean(g w n)),  dw = sum over rows of g n."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        n, rstd = _normalize(x, eps)
+        ctx.save_for_backward(n, rstd, weight)
+        return n * weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        n, rstd, weight = ctx.saved_tensors
+        g, n_wide, w = grads[0].to(rstd.dtype), n.to(rstd.dtype), weight.to(rstd.dtype)
+        gn = g * n_wide
+        d_weight = gn.flatten(0, -1 - w.dim()).sum(0).to(weight.dtype)
+        dot = (gn @ w if w.dim() == 1 else (gn * w).sum(-1))[..., None]
+        gw = g * w if g is grads[0] else g.mul_(w)  # in place where g is a wider copy
+        d_x = gw.addcmul_(n_wide, dot, value=-1 / n.shape[-1]).mul_(rstd)
+        return d_x.to(n.dtype), d_weight, None

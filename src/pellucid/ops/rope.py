@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def rope_frequencies(dim: int, theta: float, scaling: Mapping[str, Any] | None = None) -> Tensor:
@@ -50,13 +51,35 @@ def rope_angles(positions: Tensor, frequencies: Tensor, dtype: torch.dtype = tor
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, heads_last: bool = False, interleaved: bool = False) -> Tensor:
     """Turns the first r = cos.shape[-1] entries of every head; the rest passes through.
 
-    x (B, H, T, d), or (B, T, H, d) with `heads_last`; cos, sin (B or 1, T, r).
+    x (B, H, T, d), or (B, T, H, d) with `heads_last`; cos, sin (B or 1, T, r) as `rope_angles` makes them.
     """
     cos, sin = (cos.unsqueeze(-2), sin.unsqueeze(-2)) if heads_last else (cos.unsqueeze(1), sin.unsqueeze(1))
     r = cos.shape[-1]
     turn, rest = (x, None) if r == x.shape[-1] else (x[..., :r], x[..., r:])
     if interleaved:  # (2j, 2j+1) -> (j, j + r/2): queries and keys are permuted alike, their dot product is unchanged
         turn = turn.unflatten(-1, (r // 2, 2)).transpose(-1, -2).flatten(-2)
-    half = r // 2
-    turned = turn * cos + torch.cat((-turn[..., half:], turn[..., :half]), -1) * sin
+    turned = _Turn.apply(turn, cos, sin)
     return turned if rest is None else torch.cat((turned, rest), -1)
+
+
+def apply_rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x cos + rotate_half(x) sin, as most code writes it: x (B, H, T, d), half-split, every entry turned."""
+    half = x.shape[-1] // 2
+    return x * cos[:, None] + torch.cat((-x[..., half:], x[..., :half]), -1) * sin[:, None]
+
+
+class _Turn(torch.autograd.Function):
+    """Three passes: x cos, x rolled by half a head, their sum. A rotation's gradient is turned back by the same angle."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        half = x.shape[-1] // 2
+        signed = torch.cat((-sin[..., :half], sin[..., half:]), -1)  # small: one row a position, for all heads
+        ctx.save_for_backward(cos, signed)
+        return (x * cos).addcmul_(x.roll(half, -1), signed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (g,), (cos, signed) = grads, ctx.saved_tensors
+        return (g * cos).addcmul_(g.roll(g.shape[-1] // 2, -1), signed, value=-1), None, None
