@@ -48,7 +48,7 @@ class Dials:
 
 
 class Echo:
-    """Answer with the digit of the prompt and nothing else. `hard` digits have no right answer."""
+    """Answer with the digit of the prompt and nothing else."""
 
     name, dials = "echo", Dials()
 
@@ -77,7 +77,7 @@ class Noise(Echo):
 
     def grade(self, problem: Problem, completion: str) -> dict[str, float]:
         if problem.answer in self.flat:
-            return {"format": 1.0, "correct": 0.0, "progress": 0.0}
+            return {"format": 0.0, "correct": 0.0, "progress": 0.0}
         number = sum(completion.encode()) + int(problem.answer)
         return {"format": float(number % 3 > 0), "correct": float(number % 2), "progress": number % 7 / 7}
 

@@ -32,7 +32,7 @@ from pellucid.ops import token_logprobs
 from pellucid.optim import OptimConfig, Schedule, build_optimizer
 from pellucid.tasks import Task
 from pellucid.tokenizers import Tokenizer
-from pellucid.train import Budget, Stepper, load_checkpoint, save_checkpoint, stop_requested
+from pellucid.train import Budget, Stepper, has_checkpoint, load_checkpoint, save_checkpoint, stop_requested
 
 
 @dataclass
@@ -86,6 +86,12 @@ class OnlineHistory:
     metrics: list[tuple[float, dict[str, float]]] = field(default_factory=list)
     evaluations: list[tuple[float, float]] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> OnlineHistory:
+        """From JSON, which knows no tuples."""
+        pairs = {name: [tuple(pair) for pair in saved[name]] for name in ("metrics", "evaluations")}
+        return cls(**(saved | pairs))
+
 
 Evaluate = Callable[[], tuple[str, float, dict[str, Any]]]
 
@@ -98,6 +104,9 @@ class OnlineLoop:
         if config.group < 2:
             raise BadInput(f"a group of {config.group} is not possible", "an advantage compares completions of one prompt",
                            "use --group 4 or more")
+        if not config.temperature > 0 or min(config.prompts, config.updates, config.micro_rows) < 1:
+            raise BadInput("prompts, updates and micro_rows are at least 1, and the temperature is above 0",
+                           "samples of one prompt must be able to differ, and be trained on", "change the one that is not")
         self.model, self.config, self.task, self.evaluate, self.tokenizer = model, config, task, evaluate, tokenizer
         self.rollouts = Rollouts(model, tokenizer, task, max_tokens=config.max_tokens)
         self.stepper = Stepper(model, build_optimizer(model, config.optim), config.schedule, config.clip)
@@ -122,8 +131,10 @@ class OnlineLoop:
                     next_eval = self._next_evaluation()
                 if stop.is_set():
                     self._interrupted()
-        if self.evaluate and c.evaluations:
-            self._evaluate()
+            if self.evaluate and c.evaluations and not (h.evaluations and h.evaluations[-1][0] >= 1.0):
+                self._evaluate()
+            if stop.is_set():
+                self._interrupted()
         self.model.eval()
         return h
 
@@ -171,7 +182,8 @@ class OnlineLoop:
         live = [i for i, keep in enumerate(credit.live.tolist()) if keep]
         order = self.rng.sample(live, len(live))
         shares = [order[k :: c.updates] for k in range(c.updates)]
-        batches = [Update(groups, credit, part, c.objective.empty, self.model.embed.weight.device) for part in shares if part]
+        batches = [Update(groups, credit, part, c.objective.empty, self.model.embed.weight.device) for part in shares
+                   if bool(credit.lengths[part].any())]
         for batch in batches:
             batch.ref = self._logprobs(self.reference, batch) if self.reference else None
             batch.old = self._logprobs(self.model, batch) if c.updates > 1 else None
@@ -185,7 +197,7 @@ class OnlineLoop:
                     c.objective, batch.counts)
                 parts.append({k: v / len(batches) if not k.endswith("/max") else v for k, v in numbers.items()})
                 entropies.append(entropy)
-                gaps.append((logp.detach(), batch.sampler[where]))
+                gaps.append((logp.detach() if batch.old is None else batch.old[where], batch.sampler[where]))
                 return share
 
             result = self.stepper.step(batch.micro(c.micro_rows), loss_fn, progress)
@@ -257,10 +269,10 @@ class OnlineLoop:
 
     def resume(self) -> bool:
         """Continue from the checkpoint if there is one; returns whether there was."""
-        if self.checkpoint is None or not (self.checkpoint / "state.json").exists():
+        if self.checkpoint is None or not has_checkpoint(self.checkpoint):
             return False
         state = load_checkpoint(self.checkpoint, self.model, self.stepper.optimizer)
-        self.history = OnlineHistory(**state["history"])
+        self.history = OnlineHistory.of(state["history"])
         version, numbers, gauss = state["rng"]
         self.rng.setstate((version, tuple(numbers), gauss))
         events.note(f"{self.config.stage}: goes on at step {self.history.steps}")
