@@ -1,0 +1,90 @@
+"""`pellucid generate`: complete a prompt, or every line of a file."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from pellucid.cli.base import Common, Positional, prepare
+from pellucid.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Generate(Common):
+    """Complete a prompt; or many at once, each line of a file, in the same batches.
+    续写一个提示；或把文件的每一行作为提示，一起批量续写。
+
+    $ pellucid generate runs/grow/model "The function returns" --max-tokens 40
+    """
+
+    model: Positional[str]
+    """Checkpoint: a folder or a Hub id.
+    检查点：目录或 Hub id。"""
+    prompt: Positional[str | None] = None
+    """The text to continue; or give --file, or pipe it in.
+    要续写的文本；也可用 --file 或管道输入。"""
+    file: Path | None = None
+    """Prompts, one a line.
+    每行一个提示的文件。"""
+    max_tokens: int = 128
+    """Most tokens to generate.
+    最多生成的词元数。"""
+    temperature: float = 0.0
+    """0 is greedy.
+    温度；0 为贪心。"""
+    top_p: float | None = None
+    """Nucleus sampling: keep the smallest set of tokens that holds this probability.
+    核采样的概率阈值。"""
+    top_k: int | None = None
+    """Keep the k most probable tokens.
+    只保留概率最高的 k 个词元。"""
+    n: int = 1
+    """Samples for each prompt.
+    每个提示的采样数。"""
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer.
+    遇到这些文本即停止。"""
+    chat: bool = False
+    """Treat the prompt as a user's message and apply the chat template.
+    把提示当作用户消息，套用聊天模板。"""
+
+
+def generate(config: Generate) -> None:
+    from pellucid import events
+    from pellucid.engine import LLM, SamplingParams
+
+    prompts = _prompts(config)
+    device = prepare(config, seed=None)
+    params = SamplingParams(max_tokens=config.max_tokens, temperature=config.temperature, top_p=config.top_p,
+                            top_k=config.top_k, n=config.n, seed=config.seed, stop=config.stop)
+    llm = LLM(config.model, device=str(device))
+    ids = [llm.chat_ids([{"role": "user", "content": p}]) if config.chat else llm.tokenizer.encode(p) for p in prompts]
+    if len(ids) == config.n == 1 and not config.json:
+        for chunk in llm.stream(ids[0], params):
+            print(chunk.text, end="", flush=True)
+        print()
+        return
+    for prompt, output in zip(prompts, llm.generate(ids, params)):
+        for completion in output.outputs:
+            events.emit(events.SampleShown("generate", prompt, completion.text))
+            print(completion.text)
+
+
+def _prompts(config: Generate) -> list[str]:
+    if config.file is not None and config.prompt is not None:
+        raise BadInput("both a prompt and --file were given", next="give one of them")
+    if config.prompt is not None:
+        return [config.prompt]
+    if config.file is not None:
+        if not config.file.is_file():
+            raise BadInput(f"there is no file {config.file}", next="check the path given to --file")
+        lines = config.file.read_text(encoding="utf-8", errors="replace").splitlines()
+    elif not sys.stdin.isatty():
+        lines = [sys.stdin.read()]
+    else:
+        lines = []
+    lines = [line for line in lines if line.strip()]
+    if not lines:
+        raise BadInput("there is no prompt", next='give one: pellucid generate MODEL "Once upon a time"')
+    return lines

@@ -1,0 +1,43 @@
+"""`pellucid inspect`: what is in a model, from its config.json alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pellucid.cli.base import Common, Positional
+
+
+@dataclass(frozen=True)
+class Inspect(Common):
+    """Parameters, layers, context, cache and arithmetic of a model; its weights are not read.
+    查看模型的参数量、层、上下文、缓存与计算量；不读取权重。
+
+    $ pellucid inspect runs/grow/model
+    """
+
+    model: Positional[str]
+    """Checkpoint: a folder or a Hub id.
+    检查点：目录或 Hub id。"""
+
+
+def inspect(config: Inspect) -> None:
+    from pellucid import events
+    from pellucid.models import spec_of
+    from pellucid.models.hub import local_folder, read_config
+    from pellucid.nn import count_parameters, forward_flops
+
+    spec = spec_of(read_config(local_folder(config.model)))
+    mixer, ffn = spec.layers[0].mixer, spec.layers[0].ffn
+    facts = {
+        "family": spec.family, "parameters": count_parameters(spec), "layers": len(spec.layers), "width": spec.dim,
+        "heads": mixer.heads, "kv_heads": mixer.kv_heads, "head_dim": mixer.head_dim, "ffn": ffn.hidden,
+        "vocabulary": spec.vocab, "tied": spec.tied, "context": spec.context,
+        "rope_theta": mixer.rope.theta, "qk_norm": mixer.qk_norm, "window": mixer.window,
+        "kv_bytes_per_token_float32": spec.kv_bytes_per_token,
+        "forward_flops_per_token_at_context_1": forward_flops(spec, 1),
+        f"forward_flops_per_token_at_context_{spec.context}": forward_flops(spec, spec.context),
+    }
+    events.emit(events.Evaluation("inspect", "parameters", float(facts["parameters"]), facts))
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:<{width}}  {value:,}" if isinstance(value, int) and not isinstance(value, bool) else f"{name:<{width}}  {value}")
