@@ -113,13 +113,14 @@ def curves(series: Sequence[Series], *, percent: bool = False, from_zero: bool =
 
     parts = [_grid(marks, at, percent), _progress_axis()]
     for name, value in references:
-        y = at(value)
+        y, told = at(value), f"{escaped(name)} {number(value, percent)}"
         parts.append(f'<line class="reference" x1="0" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>'
-                     f'<text class="small reference-name" x="100%" y="{y - 6:.1f}" text-anchor="end">{escaped(name)} {number(value, percent)}</text>')
+                     f'<text class="small reference-name" x="100%" y="{y - 6:.1f}" text-anchor="end">{told}</text>')
     for s, points in reversed(lines):  # the first series is drawn last, on top
         parts.append(_line(points, s.colour, at))
         if s.dots:
-            parts += [f'<circle class="dot s{s.colour}" cx="{100 * x:.2f}%" cy="{at(y):.1f}" r="3.2"/>' for x, y in points]
+            dot = f'<circle class="dot s{s.colour}" r="3.2"'
+            parts += [f'{dot} cx="{100 * x:.2f}%" cy="{at(y):.1f}"/>' for x, y in points]
     parts.append(_bands(lines, at, percent))
     return f'<svg class="chart" height="{HEIGHT + 28}" role="img">{"".join(parts)}</svg>'
 
@@ -156,8 +157,8 @@ def _bands(lines: list[tuple[Series, list[tuple[float, float]]]], at: Any, perce
         near = [(s.colour, min(points, key=lambda p: abs(p[0] - x))) for s, points in lines]
         told = " · ".join(number(y, percent) for _, (_, y) in near)
         dots = "".join(f'<circle class="s{c}" cx="{100 * px:.2f}%" cy="{at(y):.1f}" r="4"/>' for c, (px, y) in near)
-        out.append(f'<g class="band"><rect x="{100 * left:.2f}%" width="{100 * (right - left):.2f}%" height="{HEIGHT}"/>'
-                   f"{dots}<title>{x:.0%}: {told}</title></g>")
+        band = f'<rect x="{100 * left:.2f}%" width="{100 * (right - left):.2f}%" height="{HEIGHT}"/>'
+        out.append(f'<g class="band">{band}{dots}<title>{x:.0%}: {told}</title></g>')
     return "".join(out)
 
 
@@ -197,11 +198,13 @@ def grouped(groups: Sequence[tuple[Label, dict[str, float]]], keys: dict[str, in
             if key not in values:
                 continue
             x, y, value = g * group + 0.12 * group + i * slot, at(values[key]), values[key]
+            middle = f'text-anchor="middle" x="{x + slot / 2:.2f}%"'
             parts.append(
                 f'<g><rect class="k{keys[key]}" x="{x + slot * 0.08:.2f}%" y="{y:.1f}" width="{slot * 0.84:.2f}%" '
                 f'height="{max(HEIGHT - y, 1):.1f}"><title>{escaped(key)}: {number(value, True)}</title></rect>'
-                f'<text class="tiny" x="{x + slot / 2:.2f}%" y="{y - 4:.1f}" text-anchor="middle">{100 * value:.0f}</text></g>')
-        parts.append(f'<text x="{(g + 0.5) * group:.2f}%" y="{HEIGHT + 20}" text-anchor="middle">{words(label, "tspan")}</text>')
+                f'<text class="tiny" {middle} y="{y - 4:.1f}">{100 * value:.0f}</text></g>')
+        name = words(label, "tspan")
+        parts.append(f'<text x="{(g + 0.5) * group:.2f}%" y="{HEIGHT + 20}" text-anchor="middle">{name}</text>')
     return f'<svg class="chart" height="{HEIGHT + 28}" role="img">{"".join(parts)}</svg>'
 
 
@@ -220,8 +223,8 @@ def divided(rows: Sequence[tuple[Label, Sequence[tuple[str, float]]]]) -> str:
         out.append(f'<text x="0" y="{y + 13}">{words(name, "tspan")}</text>'
                    f'<text class="value" x="100%" y="{y + 13}" text-anchor="end">{whole:.0f} s</text>')
         for key, seconds in parts:
-            width = 100 * seconds / total
-            out.append(f'<rect class="p{names.index(key) % 8}" x="{x:.2f}%" y="{y + 20}" width="{width:.2f}%" height="22">'
+            width, place = 100 * seconds / total, f'x="{x:.2f}%" y="{y + 20}"'
+            out.append(f'<rect class="p{names.index(key) % 8}" {place} width="{width:.2f}%" height="22">'
                        f"<title>{escaped(key)}: {seconds:.1f} s ({seconds / whole:.0%})</title></rect>")
             x += width
     return f'<svg class="bars" height="{54 * len(rows)}" role="img">{"".join(out)}</svg>'
@@ -231,5 +234,6 @@ def balance(value: float, largest: float) -> str:
     """A small bar from the middle: to the right where an advantage is positive, to the left where it is negative."""
     width = 50 * min(1.0, abs(value) / largest) if largest > 0 else 0.0
     x, kind = (50.0, "up") if value > 0 else (50 - width, "down")
-    return (f'<svg class="balance" height="14" role="img"><line class="axis" x1="50%" x2="50%" y1="0" y2="14"/>'
-            f'<rect class="{kind}" x="{x:.2f}%" y="3" width="{width:.2f}%" height="8"><title>{value:+.2f}</title></rect></svg>')
+    bar = f'<rect class="{kind}" x="{x:.2f}%" y="3" width="{width:.2f}%" height="8"><title>{value:+.2f}</title></rect>'
+    middle = '<line class="axis" x1="50%" x2="50%" y1="0" y2="14"/>'
+    return f'<svg class="balance" height="14" role="img">{middle}{bar}</svg>'

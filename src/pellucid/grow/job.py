@@ -91,7 +91,7 @@ class Job:
     @property
     def problems(self) -> int:
         """Held-out problems in the final evaluations: 1000 from the default dial on (standard error 1.5 points)."""
-        return recipe.problems(self.config.minutes)
+        return recipe.problems(self.config.minutes, self.plan.tokens_per_second)
 
     # --- the run ------------------------------------------------------------------------------------------------------
 

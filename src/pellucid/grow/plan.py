@@ -64,7 +64,7 @@ def make_plan(minutes: float, device: str, threads: int | None, given: DecoderSp
              ("size", Choice(f"{count_parameters(spec):,} parameters", "the given checkpoint" if given else why))]
     own = speed * count_parameters(spec_128) / count_parameters(spec)
     return Plan([{"name": n, "value": str(c.value), "reason": c.reason} for n, c in named], gflops, read_bandwidth_gbs(),
-                describe(spec), predict_stages(spec, minutes * 60, bool(given)), str(where.value), named[2][1].value,
+                describe(spec), predict_stages(spec, minutes, bool(given), own), str(where.value), named[2][1].value,
                 list(shape), own)
 
 
@@ -110,10 +110,10 @@ def describe(spec: DecoderSpec) -> dict[str, Any]:
             "context": spec.context}
 
 
-def predict_stages(spec: DecoderSpec, seconds: float, given: bool) -> list[dict[str, Any]]:
+def predict_stages(spec: DecoderSpec, minutes: float, given: bool, tokens_per_second: float) -> list[dict[str, Any]]:
     """Seconds and memory of each stage. The clock is re-read when a stage begins: what one saves, the next ones get."""
     base = peak_memory_bytes() or 0  # Python, torch and this probe
-    left = seconds - recipe.tail_seconds(recipe.problems(seconds / 60)) - (6 if given else 14)
+    left = 60 * minutes - recipe.tail_seconds(recipe.problems(minutes, tokens_per_second)) - (6 if given else 14)
     rows = []
     for stage in recipe.STAGES:
         if given and stage in ("tokenizer", "pretrain"):
@@ -131,7 +131,7 @@ def memory_of(spec: DecoderSpec, stage: str) -> int:
     if stage in ("pretrain", "sft"):
         return 4 * weights + activation_bytes(spec, recipe.ROWS * recipe.ROW, recipe.ROW) + 200 * 2**20  # + the corpus
     if stage == "grpo":
-        samples = recipe.PROMPTS * recipe.GROUP
+        samples = 32 * recipe.GROUP
         cache = samples * (recipe.MAX_TOKENS + 40) * spec.kv_bytes_per_token
         return 5 * weights + cache + activation_bytes(spec, samples * 70, 140) + 200 * 2**20
     return 2 * weights + 100 * 2**20

@@ -32,9 +32,15 @@ LADDER = (
 )
 
 
-def problems(minutes: float) -> int:
-    """Held-out problems of an evaluation that is reported."""
-    return int(min(1000, max(80, 125 * minutes)))
+def problems(minutes: float, tokens_per_second: float) -> int:
+    """Held-out problems of an evaluation that is reported: as many as take about 3 % of the time, at most 1000."""
+    affordable = 0.03 * 60 * minutes * tokens_per_second / 40
+    return int(max(24, min(1000, max(80, 125 * minutes), affordable)))
+
+
+def prompts(seconds: float, tokens_per_second: float) -> int:
+    """Problems of a rollout: 32, or fewer where a large model would make less than some thirty steps of them."""
+    return int(max(2, min(32, seconds / 30 * tokens_per_second / (GROUP * 60))))
 
 
 def tail_seconds(problems: int) -> float:
@@ -68,7 +74,7 @@ GRPO = OptimConfig("adamw", lr=7e-4)
 GRPO_SCHEDULE = Schedule("linear", warmup=0.03, floor=0.05)
 OBJECTIVE = ObjectiveConfig(clip_high=0.28, dead_groups="drop", log_ratio_bound=20.0)
 REWARDS = {"correct": 1.0, "format": 0.2, "progress": 0.1}
-PROMPTS, GROUP = 32, 8
+GROUP = 8
 
 # A checkpoint that somebody trained for real is moved with care.
 REAL_SFT = OptimConfig("adamw", lr=2e-5)

@@ -24,12 +24,13 @@ def run(job: Job) -> Result:
     before = job.report["evaluation"]["sft"]["pass@1"]
 
     def evaluate() -> tuple[str, float, dict[str, Any]]:
-        scores = job.measure(n=120, seed=2)
+        scores = job.measure(n=min(120, job.problems), seed=2)
         return "accuracy", scores.pass_at_1, {"format": scores.format, "length": scores.mean_length}
 
     events.note(formula(recipe.OBJECTIVE))
+    seconds = max(2.0, job.seconds_for("grpo") - (job.elapsed - began) - 0.005 * job.problems - 1.0)
     config = OnlineConfig(
-        seconds=max(2.0, job.seconds_for("grpo") - (job.elapsed - began) - 0.005 * job.problems - 1.0), prompts=recipe.PROMPTS, group=recipe.GROUP,
+        seconds=seconds, prompts=recipe.prompts(seconds, job.plan.tokens_per_second), group=recipe.GROUP,
         max_tokens=recipe.MAX_TOKENS, objective=recipe.OBJECTIVE, weights=recipe.REWARDS,
         optim=recipe.REAL_GRPO if job.config.model else recipe.GRPO, schedule=recipe.GRPO_SCHEDULE, seed=job.config.seed)
     loop = OnlineLoop(job.model, job.tokenizer, recipe.training_mix(), config, evaluate=evaluate,

@@ -1,8 +1,8 @@
 """The report of the main job: one HTML file that needs nothing else, and the JSON that it was made from.
 
 A pure reader of the report's dict: it measures nothing. Any key may be missing (a stage was skipped, or has not run);
-what is there is shown. Text that a model wrote is escaped, and a content policy forbids the page every request and every
-script but its own few lines, so that no text can become more than text.
+what is there is shown. Text that a model wrote is escaped, and a content policy forbids the page every request and
+every script but its own few lines, so that no text can become more than text.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 from pellucid.events import plain
 from pellucid.files import write_atomic
+from pellucid.grow import report_results as results
 from pellucid.grow import report_sections as sections
 from pellucid.grow.charts import Text, escaped, finite, number, words
 from pellucid.grow.report_markup import baselines, best_baseline, bits_per_byte, get, int8, section, stage
@@ -38,7 +39,7 @@ def render(report: dict[str, Any], lang: str) -> str:
     """The page. `lang` ("zh" or "en") is the language it opens in; a button changes it."""
     if lang not in ("zh", "en"):
         raise ValueError(f"unknown language {lang!r}; zh or en")
-    parts = (_top, _headline, _figures, _stages, sections.curves, sections.comparisons, sections.samples, sections.groups,
+    parts = (_top, _headline, _figures, _stages, results.curves, results.comparisons, sections.samples, sections.groups,
              sections.time_split, sections.plan, sections.tools, sections.machine, sections.going_on)
     template = TEMPLATE.read_text(encoding="utf-8")
     script = template.split("<script>")[1].split("</script>")[0]
@@ -49,13 +50,13 @@ def render(report: dict[str, Any], lang: str) -> str:
 
 
 def _top(report: dict[str, Any]) -> str:
-    facts = [report.get("name"), str(report.get("created", ""))[:10], f"seed {report['seed']}" if "seed" in report else ""]
-    line = " · ".join(escaped(f) for f in facts if f)
+    seed = f"seed {report['seed']}" if "seed" in report else ""
+    line = " · ".join(escaped(f) for f in (report.get("name"), str(report.get("created", ""))[:10], seed) if f)
     return (f'<div class="top"><span><b>pellucid</b> &nbsp;{line}</span>'
             f'<button class="toggle" type="button" lang="zh">{words(Text("中文", "English"))}</button></div>')
 
 
-# --- the sentence and the figures ---------------------------------------------------------------------------------------
+# --- the sentence and the figures -----------------------------------------------------------------------------------
 
 
 def _headline(report: dict[str, Any]) -> str:
@@ -83,16 +84,18 @@ def _clauses(report: dict[str, Any]) -> list[tuple[str, str]]:
     size = f"<b>{parameters}</b>"
     out = [(f"{time[0]}{where[0]}, {deed[0].format(size)}", f"{time[1]}{where[1]}{deed[1].format(size)}")]
     if (own := bits_per_byte(report)) is not None:
-        best = best_baseline(report)
-        beside = (f" ({escaped(best[0])}: {number(best[1])})", f"（{escaped(best[0])}：{number(best[1])}）") if best else ("", "")
-        out.append((f"<b>{number(own)}</b> bits per byte on held\u2011out text{beside[0]}",
-                    f"留出文本每字节 <b>{number(own)}</b> 比特{beside[1]}"))
+        en, zh = f"<b>{number(own)}</b> bits per byte on held\u2011out text", f"留出文本每字节 <b>{number(own)}</b> 比特"
+        if best := best_baseline(report):
+            en += f" ({escaped(best[0])}: {number(best[1])})"
+            zh += f"（{escaped(best[0])}：{number(best[1])}）"
+        out.append((en, zh))
     if finite((grpo := stage(report, "grpo")).get("after")):
         before, after = share(grpo.get("before")), share(grpo["after"])
         out.append((f"<b>{before} → {after}</b> of held\u2011out problems solved, before and after GRPO",
                     f"GRPO 前后，留出题目正确率 <b>{before} → {after}</b>"))
     if (small := int8(report)).get("smaller"):
-        en, zh = f"INT8 weights <b>{times(small['smaller'])}×</b> smaller", f"INT8 权重缩小到 <b>1/{times(small['smaller'])}</b>"
+        ratio = times(small["smaller"])
+        en, zh = f"INT8 weights <b>{ratio}×</b> smaller", f"INT8 权重缩小到 <b>1/{ratio}</b>"
         if small.get("faster"):
             en += f" at <b>{times(small['faster'])}×</b> the speed of float32"
             zh += f"，速度为 float32 的 <b>{times(small['faster'])} 倍</b>"
@@ -114,20 +117,22 @@ def _figures(report: dict[str, Any]) -> str:
                         f"{told.zh}GRPO 前 {share(grpo['before'])}，{points} 个百分点")
         cells.append((share(grpo["after"]), told))
     if (small := int8(report)).get("bytes"):
-        told = Text(f"in INT8, {memory(small['bytes'][0])} in float32.", f"INT8 大小，float32 为 {memory(small['bytes'][0])}。")
+        large = memory(small["bytes"][0])
+        told = Text(f"in INT8, {large} in float32.", f"INT8 大小，float32 为 {large}。")
         if small.get("faster"):
             told = Text(f"{told.en} {times(small['faster'])}× the speed at batch {small['batch']}",
                         f"{told.zh}批量 {small['batch']} 时速度为 {times(small['faster'])} 倍")
         cells.append((memory(small["bytes"][1]), told))
     if finite(report.get("minutes_spent")):
-        asked = report.get("minutes_asked")
-        told = Text(f"minutes, of {asked:g} asked", f"分钟（要求 {asked:g} 分钟）") if finite(asked) else Text("minutes", "分钟")
+        told = Text("minutes", "分钟")
+        if finite(asked := report.get("minutes_asked")):
+            told = Text(f"minutes, of {asked:g} asked", f"分钟（要求 {asked:g} 分钟）")
         cells.append((minutes(report["minutes_spent"]), told))
     shown = "".join(f"<div><b>{value}</b><small>{words(told)}</small></div>" for value, told in cells)
     return f'<div class="figures">{shown}</div>' if cells else ""
 
 
-# --- the table of stages ------------------------------------------------------------------------------------------------
+# --- the table of stages --------------------------------------------------------------------------------------------
 
 COLUMNS = (Text("stage", "阶段"), Text("held-out measure", "留出集指标"), Text("before → after", "之前 → 之后"),
            Text("time spent / planned", "用时 / 计划"), Text("peak memory / predicted", "内存峰值 / 预计"))
@@ -140,7 +145,8 @@ def _stages(report: dict[str, Any]) -> str:
     rows = "".join(_row(s) for s in report["stages"])
     return section(
         Text("Stage by stage", "逐个阶段"),
-        Text("Every stage is measured before and after on data that it has never seen. Each names the file that did the work.",
+        Text("Every stage is measured before and after on data that it has never seen. Each names the file that did "
+             "the work.",
              "每个阶段前后都在从未见过的数据上测量；每行标出完成这项工作的源文件。"),
         f'<table class="stages"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>')
 
@@ -148,7 +154,8 @@ def _stages(report: dict[str, Any]) -> str:
 def _row(s: dict[str, Any]) -> str:
     unit = s.get("unit", "")
     before, after = s.get("before"), s.get("after")
-    better = finite(before) and finite(after) and (after > before) == bool(s.get("higher_is_better")) and after != before
+    moved = finite(before) and finite(after) and after != before
+    better = moved and (after > before) == bool(s.get("higher_is_better"))
     change = f'<b class="{"accent" if better else "same"}">{words(quantity(after, unit))}</b>'
     if finite(before):
         change = f'<span class="soft">{words(quantity(before, unit))}</span><span class="arrow">→</span>{change}'

@@ -7,7 +7,7 @@ from typing import Any
 from pellucid.grow.charts import Label, Text, escaped, finite, number, words
 from pellucid.grow.report_words import REWARDS, detail, detail_value
 
-# --- reading the dict ---------------------------------------------------------------------------------------------------
+# --- reading the dict -----------------------------------------------------------------------------------------------
 
 
 def get(report: dict[str, Any], *path: str) -> Any:
@@ -50,11 +50,13 @@ def int8(report: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-# --- pieces of markup ---------------------------------------------------------------------------------------------------
+# --- pieces of markup -----------------------------------------------------------------------------------------------
 
 
 def section(title: Text, intro: Text | None, body: str) -> str:
-    return f"<section><h2>{words(title)}</h2>{f'<p>{words(intro)}</p>' if intro else ''}{body}</section>" if body else ""
+    """A heading, a sentence and the content; nothing where there is no content."""
+    told = f"<p>{words(intro)}</p>" if intro else ""
+    return f"<section><h2>{words(title)}</h2>{told}{body}</section>" if body else ""
 
 
 def legend(rows: list[tuple[str, Label]]) -> str:
@@ -63,13 +65,16 @@ def legend(rows: list[tuple[str, Label]]) -> str:
 
 
 def facts(rows: list[tuple[Label, str]], kind: str = "facts") -> str:
-    return f'<dl class="{kind}">' + "".join(f"<div><dt>{words(k)}</dt><dd>{escaped(v)}</dd></div>" for k, v in rows) + "</dl>"
+    shown = "".join(f"<div><dt>{words(k)}</dt><dd>{escaped(v)}</dd></div>" for k, v in rows)
+    return f'<dl class="{kind}">{shown}</dl>' if rows else ""
 
 
 def table(columns: list[Label], rows: list[tuple[Label, list[str]]]) -> str:
     """Numbers under their names, a row each; cells are markup already."""
     head = "".join(f'<th class="n">{words(name)}</th>' for name in columns)
-    body = "".join(f"<tr><td>{words(name)}</td>" + "".join(f'<td class="n">{c}</td>' for c in cells) + "</tr>" for name, cells in rows)
+    body = ""
+    for name, cells in rows:
+        body += f"<tr><td>{words(name)}</td>" + "".join(f'<td class="n">{cell}</td>' for cell in cells) + "</tr>"
     return f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
@@ -80,7 +85,8 @@ def model_text(text: Any) -> str:
         thought, answer = answer, ""
     elif not close:
         return f"<pre>{escaped(answer)}</pre>"
-    return f'<pre><span class="thought">{escaped(thought + close)}</span><span class="said">{escaped(answer)}</span></pre>'
+    thought = escaped(thought + close)
+    return f'<pre><span class="thought">{thought}</span><span class="said">{escaped(answer)}</span></pre>'
 
 
 def chips(rewards: Any) -> str:

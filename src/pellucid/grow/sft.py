@@ -31,7 +31,7 @@ def run(job: Job) -> Result:
     job.model.to(job.plan.device).compute_dtype = dtype_of(job.plan.dtype)
 
     def evaluate() -> tuple[str, float, dict[str, Any]]:
-        scores = job.measure(n=120, seed=2)
+        scores = job.measure(n=min(120, job.problems), seed=2)
         return "accuracy", scores.pass_at_1, {"format": scores.format, "by_task": scores.by_task}
 
     before = evaluate()[1]
