@@ -15,14 +15,14 @@ from pellucid.optim import OptimConfig, Schedule
 STAGES = ("tokenizer", "pretrain", "sft", "grpo", "quantize", "evaluate", "tools")
 
 # Of the time that is left when a stage begins (less what the short stages at the end need).
-SHARES = {"pretrain": 0.29, "sft": 0.38, "grpo": 1.0}
+SHARES = {"pretrain": 0.29, "sft": 0.36, "grpo": 1.0}
 VOCAB = 2048
 CONTEXT = 512
 ROW = 256  # tokens in a packed row
 ROWS = 8  # rows in a step
 FACTS_SHARE = 0.2  # of the pretraining tokens: single operations, on which the later stages build
 DEMONSTRATIONS = 10_000
-AT_A_GLANCE = 0.6  # of them: the right answer without its steps (see sft.py)
+AT_A_GLANCE = 0.65  # of them: the right answer without its steps (see sft.py)
 MAX_TOKENS = 88  # of a completion; demonstrations have 15 to 75
 
 # width, layers, heads, key/value heads, feed-forward: a ladder from 0.2 M to 90 M parameters
