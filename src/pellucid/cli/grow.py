@@ -91,7 +91,7 @@ def print_table(report: dict[str, Any], folder: Path) -> None:
     for name in ("before", "after", "time", "planned"):
         table.add_column(say(f"grow.column.{name}"), justify="right", no_wrap=True)
     for s in report["stages"]:
-        table.add_row(s["title"], s["metric"], shown(s["before"], s["unit"]), shown(s["after"], s["unit"]),
+        table.add_row(s["title"], s["metric"].replace(" on held-out text", "").replace(" on held-out problems", ""), shown(s["before"], s["unit"]), shown(s["after"], s["unit"]),
                       f"{s['seconds']:.0f} s", f"{s['seconds_planned']:.0f} s")
     console.print(table)
     if baselines := report.get("baselines"):
