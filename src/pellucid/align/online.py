@@ -67,7 +67,7 @@ class OnlineConfig:
     """The learning-rate schedule."""
     clip: float | None = 1.0
     """Clip the gradient's norm to this."""
-    micro_rows: int = 64
+    micro_rows: int = 32
     """Rows in a micro-batch (memory only)."""
     evaluations: int = 4
     """Evaluations on held-out problems, evenly over the run."""

@@ -125,16 +125,23 @@ def predict_stages(spec: DecoderSpec, minutes: float, given: bool, tokens_per_se
     return rows
 
 
+KEPT = 450 * 2**20  # the corpus as text and rows, and what the allocator does not give back: measured once, not derived
+
+
 def memory_of(spec: DecoderSpec, stage: str) -> int:
-    """Bytes that a stage adds: weights, gradients, optimizer state, activations kept for the backward pass, caches."""
+    """Bytes that a stage adds: weights, gradients, optimizer state, activations kept for the backward pass (and about as
+    much again for its temporaries), caches of sampling (twice: they are copied together), logits."""
     weights = 4 * count_parameters(spec)
-    if stage in ("pretrain", "sft"):
-        return 4 * weights + activation_bytes(spec, recipe.ROWS * recipe.ROW, recipe.ROW) + 200 * 2**20  # + the corpus
+    if stage == "pretrain":
+        return 4 * weights + 2 * activation_bytes(spec, recipe.ROWS * recipe.ROW, recipe.ROW) + KEPT // 3
+    if stage == "tokenizer":
+        return 150 * 2**20
+    sampling = 2 * 512 * (recipe.MAX_TOKENS + 40) * spec.kv_bytes_per_token + 6 * 4 * 512 * spec.vocab
     if stage == "grpo":
-        samples = 32 * recipe.GROUP
-        cache = samples * (recipe.MAX_TOKENS + 40) * spec.kv_bytes_per_token
-        return 5 * weights + cache + activation_bytes(spec, samples * 70, 140) + 200 * 2**20
-    return 2 * weights + 100 * 2**20
+        tokens = 32 * 140  # a micro-batch of packed completions, of which two thirds are trained
+        logits = 5 * 4 * tokens * 2 // 3 * spec.vocab
+        return 5 * weights + sampling + 2 * activation_bytes(spec, tokens, 140) + logits + KEPT
+    return 4 * weights + sampling + 2 * activation_bytes(spec, recipe.ROWS * recipe.ROW, recipe.ROW) + KEPT
 
 
 def activation_bytes(spec: DecoderSpec, tokens: int, row: int) -> int:
