@@ -64,7 +64,9 @@ def test_the_python_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
 
     tokenizer = train_bpe(["make 15 from 2, 13, 14. The quick brown fox jumps over the lazy dog. " * 3], 370)
     layer = Layer(Attn(2, 1, 16, Rope(16, 10_000.0), qk_norm=True), MLP(64))
-    model = init_weights(Decoder(DecoderSpec(tokenizer.vocab_size, 32, (layer,), tied=True, context=256, family="qwen3")), 0)
+    model = init_weights(
+        Decoder(DecoderSpec(tokenizer.vocab_size, 32, (layer,), tied=True, context=256, family="qwen3")), 0
+    )
     pellucid.save(model, tmp_path / "runs" / "grow" / "model", tokenizer=tokenizer)
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}

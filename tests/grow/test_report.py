@@ -1,4 +1,4 @@
-"""The report: read back by parsers that are not ours (html.parser, ElementTree), with holes, nonsense and hostile text."""
+"""The report, read back by parsers that are not ours (html.parser, ElementTree): whole, holed, nonsensical, hostile."""
 
 from __future__ import annotations
 
@@ -25,9 +25,55 @@ from pellucid.grow.charts import Series
 from pellucid.grow.report import render, write
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
-TAGS = {"html", "head", "meta", "link", "title", "style", "script", "body", "main", "div", "span", "b", "small", "button", "h1", "h2",
-        "h3", "p", "section", "table", "thead", "tbody", "tr", "th", "td", "a", "figure", "figcaption", "svg", "line", "text", "tspan",
-        "path", "circle", "rect", "g", "ul", "li", "i", "dl", "dt", "dd", "pre", "code", "header", "details", "summary"}
+TAGS = {
+    "html",
+    "head",
+    "meta",
+    "link",
+    "title",
+    "style",
+    "script",
+    "body",
+    "main",
+    "div",
+    "span",
+    "b",
+    "small",
+    "button",
+    "h1",
+    "h2",
+    "h3",
+    "p",
+    "section",
+    "table",
+    "thead",
+    "tbody",
+    "tr",
+    "th",
+    "td",
+    "a",
+    "figure",
+    "figcaption",
+    "svg",
+    "line",
+    "text",
+    "tspan",
+    "path",
+    "circle",
+    "rect",
+    "g",
+    "ul",
+    "li",
+    "i",
+    "dl",
+    "dt",
+    "dd",
+    "pre",
+    "code",
+    "header",
+    "details",
+    "summary",
+}
 
 
 class Page(HTMLParser):
@@ -80,7 +126,7 @@ def page(report: dict[str, Any]) -> Page:
     return Page(render(report, "en"))
 
 
-# --- what it shows ------------------------------------------------------------------------------------------------------
+# --- what it shows ---------------------------------------------------------------------------------------------------
 
 
 def test_the_headline_carries_the_numbers(page: Page):
@@ -88,7 +134,11 @@ def test_the_headline_carries_the_numbers(page: Page):
     for number in ("7.9", "1.05 M", "2.12", "2.44", "38.5% → 63.2%", "3.2", "1.5"):
         assert number in english.split("Stage by stage")[0], number
         assert number in chinese.split("逐个阶段")[0], number
-    assert "(byte 5-gram: 2.44)" in english and "3.2× smaller at 1.5× the speed" in english and "缩小到 1/3.2 ，" in chinese
+    assert (
+        "(byte 5-gram: 2.44)" in english
+        and "3.2× smaller at 1.5× the speed" in english
+        and "缩小到 1/3.2 ，" in chinese
+    )
     assert "+24.7 points" in english and "+24.7 个百分点" in chinese
 
 
@@ -104,9 +154,19 @@ def test_every_stage_has_its_row_with_a_link_to_its_source(page: Page, report: d
 
 
 def test_only_what_got_better_wears_the_accent(report: dict[str, Any]):
-    table = re.findall(r"<tr><td>.*?</tr>", re.search(r'<table class="stages">.*?</table>', render(report, "en"), re.S)[0], re.S)
+    table = re.findall(
+        r"<tr><td>.*?</tr>", re.search(r'<table class="stages">.*?</table>', render(report, "en"), re.S)[0], re.S
+    )
     marked = {s["stage"]: '<b class="accent">' in row for s, row in zip(report["stages"], table, strict=True)}
-    assert marked == {"tokenizer": True, "pretrain": True, "sft": True, "grpo": True, "quantize": False, "evaluate": True, "tools": False}
+    assert marked == {
+        "tokenizer": True,
+        "pretrain": True,
+        "sft": True,
+        "grpo": True,
+        "quantize": False,
+        "evaluate": True,
+        "tools": False,
+    }
 
 
 def test_each_language_is_whole_and_alone(page: Page):
@@ -147,7 +207,10 @@ def test_a_group_stands_from_best_to_worst_with_equal_answers_once(report: dict[
     copies = sum(int(n) - 1 for r in row for n in re.findall(r"×(\d+)", r))
     assert len(row) + copies == len(group["samples"])
     for r, value in zip(row, shown):
-        assert f'<rect class="{"up" if value > 0 else "down"}"' in r and f'class="n {"plus" if value > 0 else "minus"}"' in r
+        assert (
+            f'<rect class="{"up" if value > 0 else "down"}"' in r
+            and f'class="n {"plus" if value > 0 else "minus"}"' in r
+        )
 
 
 def test_rewards_are_coloured_by_their_value(report: dict[str, Any]):
@@ -157,9 +220,13 @@ def test_rewards_are_coloured_by_their_value(report: dict[str, Any]):
 
 
 def test_a_thought_is_told_from_an_answer():
-    for text, thought, said in (("<think>\na\n</think>\n\n7", "<think>\na\n</think>", "\n\n7"), ("<think>\nno end", "<think>\nno end", "")):
+    for text, thought, said in (
+        ("<think>\na\n</think>\n\n7", "<think>\na\n</think>", "\n\n7"),
+        ("<think>\nno end", "<think>\nno end", ""),
+    ):
         assert report_sections.model_text(text) == (
-            f'<pre><span class="thought">{charts.escaped(thought)}</span><span class="said">{said}</span></pre>')
+            f'<pre><span class="thought">{charts.escaped(thought)}</span><span class="said">{said}</span></pre>'
+        )
     assert report_sections.model_text("junk") == "<pre>junk</pre>"
 
 
@@ -171,7 +238,7 @@ def test_a_given_checkpoint_does_not_grow_from_raw_text(report: dict[str, Any]):
     assert "a checkpoint of 1.05 M parameters learned the tasks" in text and "raw text" not in text
 
 
-# --- holes, nonsense and hostile text -------------------------------------------------------------------------------------
+# --- holes, nonsense and hostile text --------------------------------------------------------------------------------
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -223,11 +290,25 @@ def test_any_number_may_be_nonsense(nothing: Any):
 def test_nothing_at_all_is_a_page():
     text = Page(render({}, "en")).shows("en")
     assert len(text) < 100
-    assert Page(render({"stages": [{}], "prompts": [{}], "groups": [{}], "plan": {}, "tools": {}, "evaluation": {"sft": {}}}, "zh"))
+    assert Page(
+        render(
+            {"stages": [{}], "prompts": [{}], "groups": [{}], "plan": {}, "tools": {}, "evaluation": {"sft": {}}}, "zh"
+        )
+    )
 
 
-HOSTILE = ['<script>alert(1)</script>', '"><img src=x onerror=alert(1)>', "</pre></div></main>", "' onmouseover='x", "a\x00\x1b[31m\ud800b",
-           "\u202egnp.exe", "&lt;b&gt;", "javascript:alert(1)", "$body ${lang} $$", "]]>--><!--"]
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "</pre></div></main>",
+    "' onmouseover='x",
+    "a\x00\x1b[31m\ud800b",
+    "\u202egnp.exe",
+    "&lt;b&gt;",
+    "javascript:alert(1)",
+    "$body ${lang} $$",
+    "]]>--><!--",
+]
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -260,13 +341,15 @@ def test_text_never_becomes_more_than_text(text: str):
             assert text in page.shows("en")
 
 
-@pytest.mark.parametrize("file", ["../../etc/passwd x", "https://example.org/", "a b", "//x.org", 'a"b', "", None, 3, "src/a.py\n"])
+@pytest.mark.parametrize(
+    "file", ["../../etc/passwd x", "https://example.org/", "a b", "//x.org", 'a"b', "", None, 3, "src/a.py\n"]
+)
 def test_only_a_plain_path_becomes_a_link(file: Any):
     page = Page(render({"stages": [{"stage": "sft", "file": file}]}, "en"))
     assert not [tag for tag, _ in page.tags if tag == "a"]
 
 
-# --- the files ------------------------------------------------------------------------------------------------------------
+# --- the files -------------------------------------------------------------------------------------------------------
 
 
 def test_write_leaves_both_files_and_the_json_is_the_report(tmp_path: Path, report: dict[str, Any]):
@@ -278,7 +361,10 @@ def test_write_leaves_both_files_and_the_json_is_the_report(tmp_path: Path, repo
 
 def test_what_json_cannot_hold_is_written_as_null_or_escaped(tmp_path: Path):
     write({"name": "\ud800中", "minutes_spent": math.nan}, tmp_path, "en")
-    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == {"name": "\ud800中", "minutes_spent": None}
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == {
+        "name": "\ud800中",
+        "minutes_spent": None,
+    }
 
 
 def test_a_page_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -289,7 +375,9 @@ def test_a_page_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == before
 
 
-def test_the_transformers_snippet_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_the_transformers_snippet_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     """The page's Python on a tiny random model that pellucid wrote."""
     import html
 
@@ -299,17 +387,19 @@ def test_the_transformers_snippet_runs(tmp_path: Path, capsys: pytest.CaptureFix
 
     tokenizer = train_bpe(["make 15 from 2, 13, 14. The quick brown fox jumps over the lazy dog. " * 3], 370)
     layer = Layer(Attn(2, 1, 16, Rope(16, 10_000.0), qk_norm=True), MLP(64))
-    model = init_weights(Decoder(DecoderSpec(tokenizer.vocab_size, 32, (layer,), tied=True, context=256, family="qwen3")), 0)
+    model = init_weights(
+        Decoder(DecoderSpec(tokenizer.vocab_size, 32, (layer,), tied=True, context=256, family="qwen3")), 0
+    )
     pellucid.save(model, tmp_path / "it's" / "model", tokenizer=tokenizer)
     monkeypatch.chdir(tmp_path)
-    page = report_sections.going_on({"command": "pellucid grow --out \"it's\"", "model": "model"})
+    page = report_sections.going_on({"command": 'pellucid grow --out "it\'s"', "model": "model"})
     shell, code = [html.unescape(block) for block in re.findall(r'<pre class="code">(.*?)</pre>', page, re.S)]
     assert shell == "pellucid chat 'it'\"'\"'s/model'\npellucid serve 'it'\"'\"'s/model'"
     exec(compile(code, "snippet", "exec"), {})
     assert "Make 26 from 4,12,18." in capsys.readouterr().out
 
 
-# --- charts ---------------------------------------------------------------------------------------------------------------
+# --- charts ----------------------------------------------------------------------------------------------------------
 
 
 def drawn(svg: str) -> ElementTree.Element:
@@ -330,7 +420,9 @@ def test_ticks_enclose_the_range_at_equal_round_steps(low: float, width: float):
     step = marks[1] - marks[0]
     assert all(math.isclose(b - a, step, rel_tol=1e-6, abs_tol=1e-9 * abs(low)) for a, b in pairwise(marks))
     if width > max(1e-3 * abs(low), 1e-9):
-        assert any(math.isclose(step / 10 ** math.floor(math.log10(step) + 1e-9), m, rel_tol=1e-6) for m in (1, 2, 2.5, 5))
+        assert any(
+            math.isclose(step / 10 ** math.floor(math.log10(step) + 1e-9), m, rel_tol=1e-6) for m in (1, 2, 2.5, 5)
+        )
         assert marks[-1] - marks[0] <= 2.6 * width + 2 * step
 
 
@@ -365,7 +457,9 @@ def test_the_pointer_reads_true_values_everywhere():
 def test_what_cannot_be_drawn_is_left_out():
     assert charts.curves([Series([(0, math.nan), (1, None)])]) == charts.curves([]) == ""  # type: ignore[list-item]
     svg = drawn(charts.curves([Series([(0, 1.0), (0.5, math.inf), (1, 1.0)])]))  # flat, with a hole
-    assert "nan" not in ElementTree.tostring(svg, "unicode") and "inf" not in ElementTree.tostring(svg, "unicode").replace("infor", "")
+    assert "nan" not in ElementTree.tostring(svg, "unicode") and "inf" not in ElementTree.tostring(
+        svg, "unicode"
+    ).replace("infor", "")
     assert charts.bars([("a", math.nan, True)]) == charts.grouped([], {}) == charts.divided([]) == ""
 
 
@@ -377,11 +471,17 @@ def test_bars_are_as_long_as_their_values():
 
 
 def test_grouped_bars_keep_their_colours_order_and_heights():
-    svg = drawn(charts.grouped([("a", {"sft": 0.5, "int8": 1.0}), ("b", {"sft": 0.25, "unknown": 1.0})], {"sft": 1, "grpo": 2, "int8": 3}))
+    svg = drawn(
+        charts.grouped(
+            [("a", {"sft": 0.5, "int8": 1.0}), ("b", {"sft": 0.25, "unknown": 1.0})], {"sft": 1, "grpo": 2, "int8": 3}
+        )
+    )
     rects = list(svg.iter("rect"))
     assert [r.get("class") for r in rects] == ["k1", "k3", "k1"]
     heights = [float(r.get("height")) for r in rects]
-    assert heights[0] / heights[1] == pytest.approx(0.5, abs=0.01) and heights[2] / heights[1] == pytest.approx(0.25, abs=0.01)
+    assert heights[0] / heights[1] == pytest.approx(0.5, abs=0.01) and heights[2] / heights[1] == pytest.approx(
+        0.25, abs=0.01
+    )
     xs = [percent(r.get("x")) for r in rects]
     assert 0 < xs[0] < xs[1] < 50 < xs[2] < 100
 

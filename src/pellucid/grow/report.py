@@ -154,8 +154,9 @@ def _stages(report: dict[str, Any]) -> str:
 def _row(s: dict[str, Any]) -> str:
     unit = s.get("unit", "")
     before, after = s.get("before"), s.get("after")
-    moved = finite(before) and finite(after) and after != before
-    better = moved and (after > before) == bool(s.get("higher_is_better"))
+    better = False
+    if finite(before) and finite(after) and after != before:
+        better = (after > before) == bool(s.get("higher_is_better"))
     change = f'<b class="{"accent" if better else "same"}">{words(quantity(after, unit))}</b>'
     if finite(before):
         change = f'<span class="soft">{words(quantity(before, unit))}</span><span class="arrow">→</span>{change}'
