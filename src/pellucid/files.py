@@ -24,6 +24,7 @@ def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:
             f.write(raw)
             f.flush()
             os.fsync(f.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that nobody else may read
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -44,7 +45,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         with told_when_full(path):
             yield temporary
-        os.chmod(temporary, 0o755)
+        os.chmod(temporary, 0o777 & ~_umask())
         if path.exists():
             os.replace(path, aside)
         os.replace(temporary, path)
@@ -54,6 +55,13 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.replace(aside, path)
         raise
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _umask() -> int:
+    """The permissions that new files are to lack; it can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 @contextlib.contextmanager
