@@ -28,7 +28,7 @@ SMALLEST = 1e-30  # rows whose largest value is below it count as zero
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight (N, K) -> codes (N, K) int8 in -127..127, scale (N, 1) float32: symmetric, to nearest.
 
-    Scales keep 16 significant bits, rounded up: then codes * scale is exact in float32, and quantizing that product
+    Scales keep 16 significant bits: then codes * scale is exact in float32, and quantizing that product
     gives the same codes and scales again. So a model loaded from INT8 files as float32 loses nothing.
     """
     weight = weight.detach().float()
@@ -37,7 +37,7 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
                             "check the training run that wrote them")
     largest = weight.abs().amax(1, keepdim=True)
     scale = torch.where(largest < SMALLEST, torch.ones(()), largest / 127)
-    scale = ((scale.view(torch.int32) + 0xFF) & ~0xFF).view(torch.float32)  # a float32 has 24 bits: clear 8, upwards
+    scale = (scale.view(torch.int32) & ~0xFF).view(torch.float32)  # of a float32's 24 bits
     return (weight / scale).round().to(torch.int8), scale
 
 

@@ -1,0 +1,80 @@
+"""Failures in the shape that OpenAI's clients read: {"error": {"message", "type", "param", "code"}}."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from pellucid.errors import BadInput
+
+KINDS = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error",
+         500: "server_error", 503: "server_error"}
+
+NO_FIELD = re.compile(r"(body|str|int|float|bool|list\[.*|function-.*|constrained-.*)$")  # pydantic's names of its own
+
+
+class Refused(Exception):
+    """A request that is answered with `status` and a reason; `param` names the field that is wrong."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None,
+                 headers: dict[str, str] | None = None):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind = KINDS.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, headers=self.headers)
+
+
+def told(error: BadInput, param: str | None = None, code: str | None = None) -> Refused:
+    """An input that pellucid refuses, as a 400."""
+    return Refused(400, ". ".join(part for part in (error.what, error.why, error.next) if part), param, code)
+
+
+def install(app: FastAPI) -> None:
+    """Every failure of `app` leaves in the one shape."""
+
+    @app.exception_handler(Refused)
+    async def refused(_: Request, error: Refused) -> JSONResponse:
+        return error.response()
+
+    @app.exception_handler(BadInput)
+    async def bad_input(_: Request, error: BadInput) -> JSONResponse:
+        return told(error).response()
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        return unreadable(error.errors()).response()
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        where = f"{request.method} {request.url.path}"
+        return Refused(error.status_code, f"{error.detail}: {where}", headers=dict(error.headers or {})).response()
+
+    @app.exception_handler(Exception)
+    async def unexpected(_: Request, error: Exception) -> JSONResponse:
+        return Refused(500, f"this should not have happened: {type(error).__name__}").response()
+
+
+def unreadable(errors: Any) -> Refused:
+    """The first of pydantic's complaints, with the path of the field."""
+    first = errors[0]
+    where = ".".join(str(part) for part in first["loc"] if not NO_FIELD.match(str(part)))
+    match first["type"]:
+        case "json_invalid":
+            return Refused(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}", code="invalid_json")
+        case "missing":
+            return Refused(400, f"the field {where or 'body'} is missing", where or None, "missing_field")
+        case "extra_forbidden":
+            return Refused(400, f"the field {where} is not supported", where, "unsupported_field")
+    reason = first["msg"].removeprefix("Value error, ")
+    return Refused(400, f"{where}: {reason}" if where else reason, where or None, "invalid_value")

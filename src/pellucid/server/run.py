@@ -1,0 +1,69 @@
+"""The application behind a real port: in the foreground until stopped, or in a thread for a while."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+
+from pellucid.engine import LLM
+from pellucid.errors import BadInput, PellucidError
+from pellucid.server.app import create_app
+
+GRACE = 10  # seconds that open answers get at a shutdown
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one. BadInput where the address is not to be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise BadInput(f"cannot listen on {host}:{port}", str(error), "choose another --port, or stop what uses it") from error
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{shown}:{port}"
+
+
+def server_of(llm: LLM, name: str, **options: Any) -> uvicorn.Server:
+    """options: those of `create_app`."""
+    config = uvicorn.Config(create_app(llm, name, **options), log_level="warning", access_log=False, lifespan="on",
+                            timeout_graceful_shutdown=GRACE, server_header=False)
+    return uvicorn.Server(config)
+
+
+def serve_forever(llm: LLM, name: str, listener: socket.socket, **options: Any) -> None:
+    """Until Ctrl-C or SIGTERM; open answers may end within ten seconds."""
+    server_of(llm, name, **options).run(sockets=[listener])
+
+
+@contextlib.contextmanager
+def running_server(llm: LLM, name: str = "model", host: str = "127.0.0.1", port: int = 0, **options: Any) -> Iterator[str]:
+    """A server in a thread; gives its URL (`http://127.0.0.1:PORT`; the API is under `/v1`)."""
+    listener = bind(host, port)
+    server = server_of(llm, name, **options)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True, name="server")
+    thread.start()
+    try:
+        deadline = time.monotonic() + 30
+        while not server.started:
+            if not thread.is_alive() or time.monotonic() > deadline:
+                raise PellucidError("the server did not start", next="see what it printed above")
+            time.sleep(0.01)
+        yield url_of(listener)
+    finally:
+        server.should_exit = True
+        thread.join(GRACE + 5)
+        listener.close()
