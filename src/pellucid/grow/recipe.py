@@ -48,14 +48,21 @@ def tail_seconds(problems: int) -> float:
     return 14.0 + 0.015 * problems
 
 
+# Tasks with their shares. Calculator calls are few: they are learned at once, and have a stage of their own.
+TASKS: dict[str, tuple[float, dict[str, int]]] = {
+    "countdown": (1.0, {}), "arithmetic": (1.5, {}), "sorting": (1.0, {"min_count": 5}), "calculator": (0.5, {}),
+}
+
+
 def task_mix() -> tasks.Mixture:
     """Countdown with visible search, addition and subtraction with carried digits, sorting, calculator calls."""
-    return tasks.Mixture([(tasks.make(name), 1.0) for name in ("countdown", "arithmetic", "sorting", "calculator")])
+    return tasks.Mixture([(tasks.make(name, **dials), share) for name, (share, dials) in TASKS.items()])
 
 
 def training_mix() -> tasks.Mixture:
-    """What GRPO practises: calculator calls are known after SFT, so that most of their groups would teach nothing."""
-    return tasks.Mixture([(task, 0.3 if name == "calculator" else 1.0) for name, task in task_mix().tasks.items()])
+    """What GRPO practises: the same with hardly any calculator calls, whose groups would teach nothing any more."""
+    return tasks.Mixture([(tasks.make(name, **dials), 0.2 if name == "calculator" else share)
+                          for name, (share, dials) in TASKS.items()])
 
 
 def model_spec(rung: Sequence[int], vocab: int = VOCAB) -> DecoderSpec:
