@@ -60,6 +60,7 @@ STOPS = [
     ("hello world, more", ("wor",), "hello "),  # inside one token or two
     ("hello world, more", ("more", "world"), "hello "),  # the first in the text, not the first in the list
     ("hello world, more", ("d, m",), "hello worl"),  # across tokens
+    ("hello world, more", ("d", "ld", "rld"), "hello wo"),  # several at once: the one that begins first
     ("hello world, more", ("hello",), ""),
     ("hello world, more", ("absent", "\n\n\n"), "hello world, more"),
     ("let the light 澄明 through 容易", ("明 th",), "let the light 澄"),

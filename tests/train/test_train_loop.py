@@ -16,7 +16,7 @@ from pellucid import events
 from pellucid.data.packing import Batches, pack_samples
 from pellucid.errors import BadInput, Interrupted
 from pellucid.optim import OptimConfig, Schedule
-from pellucid.train import Loop, LoopConfig, stop_requested
+from pellucid.train import Loop, LoopConfig, language_loss, stop_requested
 
 OPTIM = {"muon": OptimConfig("muon", lr=0.02, weight_decay=0.01), "adamw": OptimConfig("adamw", lr=3e-3)}
 
@@ -225,6 +225,16 @@ def test_the_data_come_in_the_order_of_the_seed():
     running.run()
     got = torch.cat([m.tokens for m in seen])
     assert torch.equal(got, torch.cat([expected.next().tokens for _ in range(8)]))
+
+
+@pytest.mark.parametrize("micro", [None, 2])
+def test_the_loss_of_a_step_is_the_mean_over_the_labels_of_its_rows(micro):
+    batch = Batches(rows(), 5, seed=3).next()
+    with torch.no_grad():
+        nats, count = language_loss(decoder(), batch)
+    running = loop(config(steps=1, micro_rows=micro))
+    ((progress, loss),) = running.run().losses
+    assert progress == 0.0 and loss == pytest.approx(float(nats) / count, rel=1e-5)
 
 
 def test_a_run_of_seconds_ends_in_time():

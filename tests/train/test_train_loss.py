@@ -10,7 +10,8 @@ from tiny_training import SPEC, decoder, rows, samples
 
 import pellucid
 from pellucid.data.packing import IGNORE, Packed, pack_samples, pack_stream
-from pellucid.train import bits_per_byte, held_out_loss, language_loss
+from pellucid.tokenizers import patterns, train_bpe
+from pellucid.train import bits_per_byte, held_out_loss, language_loss, token_bytes
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def test_padding_is_neither_read_nor_trained():
     other = packed.tokens.masked_fill(packed.documents < 0, 17)
     a = language_loss(model, packed)
     b = language_loss(model, Packed(other, packed.labels, packed.positions, packed.documents))
-    assert float(a[0]) == float(b[0]) and a[1] == b[1]
+    assert a[0].item() == b[0].item() and a[1] == b[1]
 
 
 @pytest.mark.parametrize("batch", [1, 3, 100])
@@ -127,3 +128,12 @@ def test_a_flat_model_needs_log2_vocabulary_bits_a_token():
     nats, count = held_out_loss(model, packed)
     assert nats == pytest.approx(count * math.log(SPEC.vocab), rel=1e-6)
     assert bits_per_byte(nats, packed.labels, torch.full((60,), 2)) == pytest.approx(math.log2(60) / 2, rel=1e-6)
+
+
+def test_token_bytes_add_up_to_the_size_of_the_text():
+    tok = train_bpe(["hello world, hello worlds: 12 + 30"] * 3, 275, patterns.QWEN_PATTERN)
+    sizes = token_bytes(tok)
+    assert sizes.shape == (275,)
+    for text in ("hello worlds", "澄明 😀 naïve", "<think>42</think>", ""):
+        assert int(sizes[tok.encode(text)].sum()) == len(text.encode())
+    assert sizes[tok.eos_ids].tolist() == [0] * len(tok.eos_ids)
