@@ -67,6 +67,8 @@ def test_a_weight_for_each_head():
         y = f(x, weight)
         for a, b in zip((y, *torch.autograd.grad(y, (x, weight), g)), (want, dx, dw), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        with torch.no_grad():
+            torch.testing.assert_close(f(x, weight), want, rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_by_finite_differences():

@@ -36,7 +36,7 @@ def family(model_type: str, architecture: str, names: Names) -> Callable[[Callab
 def find(model_type: str) -> Family:
     from pellucid.models import llama, qwen  # noqa: F401  (they register themselves)
 
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = sorted(FAMILIES)
         raise BadInput(f"model_type {model_type!r} is not supported{nearest(str(model_type), known)}",
                        next=f"supported families: {', '.join(known)}")

@@ -42,8 +42,11 @@ def load(path_or_id: str | os.PathLike[str], dtype: str | torch.dtype = "float32
     where = choose_device(device).value
     with torch.device("meta"):
         model = Decoder(spec)
-    model.to(dtype_of(dtype)).to_empty(device=where)
-    fill(model, folder)
+    with ExitStack() as stack:
+        weights = Weights(folder, stack)
+        weights.check(model)  # before any memory is taken for what config.json claims
+        model.to(dtype_of(dtype)).to_empty(device=where)
+        weights.fill(model)
     return model.eval()
 
 
@@ -79,7 +82,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise BadInput(f"{folder} has no config.json", "it is not a Hugging Face checkpoint folder") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or built to exhaust the parser
         raise BadInput(f"{path} is not readable JSON", str(error), "fetch the file again") from error
     if not isinstance(fields, dict):
         raise BadInput(f"{path} holds {type(fields).__name__}, not an object", next="fetch the file again")
@@ -90,6 +93,7 @@ class Weights:
     """All safetensors files of a folder as one mapping from tensor name to (lazily read) tensor."""
 
     def __init__(self, folder: Path, stack: ExitStack):
+        self.folder = folder
         self.where: dict[str, Any] = {}
         for path in self._files(folder):
             try:
@@ -110,9 +114,38 @@ class Weights:
                            f"there should be a scale for each row: {(len(tensor), 1)}", "quantize the checkpoint again")
         return tensor.float() * self.where[scale].get_tensor(scale)
 
+    def check(self, model: Decoder) -> None:
+        """BadInput that names every tensor that is missing, unused or of another shape. Reads headers only."""
+        missing, wrong, used = [], [], set()
+        for _, parameter, names, parts in targets(model):
+            for name, rows in zip(names, parts):
+                if name not in self.where:
+                    missing.append(name)
+                    continue
+                used |= {name, f"{name}_scale"}
+                found, must = tuple(self.where[name].get_slice(name).get_shape()), (rows, *parameter.shape[1:])
+                if found != must:
+                    wrong.append(f"{name} {found} instead of {must}")
+        spare = {"lm_head.weight"} if model.spec.tied else set()
+        unused = [n for n in self.where if n not in used | spare and not n.endswith(IGNORED)]
+        problems = [f"{label}: {', '.join(sorted(names)[:8])}{' ...' if len(names) > 8 else ''} ({len(names)})"
+                    for label, names in (("missing", missing), ("unused", unused), ("wrong shape", wrong)) if names]
+        if problems:
+            raise BadInput(f"the weights in {self.folder} do not fit its config.json", "; ".join(problems),
+                           "check that config.json and the safetensors belong together")
+
+    @torch.no_grad()
+    def fill(self, model: Decoder) -> None:
+        for _, parameter, names, parts in targets(model):
+            for name, piece in zip(names, parameter.split(parts)):
+                piece.copy_(self.get(name))
+
     @staticmethod
     def _files(folder: Path) -> list[Path]:
+        """The single file if there is one (others beside it are not this model's), else the index's, else all."""
         index = folder / "model.safetensors.index.json"
+        if (folder / "model.safetensors").exists():
+            return [folder / "model.safetensors"]
         if not index.exists():
             files = sorted(folder.glob("*.safetensors"))
             if not files:
@@ -121,11 +154,12 @@ class Weights:
             return files
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
             raise BadInput(f"{index} is not a readable weight index", repr(error), "fetch the file again") from error
         for name in names:
-            if not isinstance(name, str) or Path(name).name != name:
-                raise BadInput(f"{index.name} points outside its folder: {name!r}", next="do not trust this checkpoint")
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                raise BadInput(f"{index.name} names {name!r}", "that is no safetensors file of this folder",
+                               "do not trust this checkpoint")
             if not (folder / name).exists():
                 raise BadInput(f"shard {name} is missing", f"{index.name} lists it", "fetch the checkpoint again")
         return [folder / name for name in sorted(names)]
@@ -139,31 +173,12 @@ def targets(model: Decoder) -> Iterator[tuple[str, Tensor, tuple[str, ...], tupl
         yield name, parameter, table[name], parts.get(name, (parameter.shape[0],))
 
 
-@torch.no_grad()
 def fill(model: Decoder, folder: Path) -> None:
     """Every parameter pulls its tensors; anything missing, unused or of another shape is an error with its name."""
-    missing, wrong, used = [], [], set()
     with ExitStack() as stack:
         weights = Weights(folder, stack)
-        for _, parameter, names, parts in targets(model):
-            for name, piece in zip(names, parameter.split(parts)):
-                if name not in weights.where:
-                    missing.append(name)
-                    continue
-                used |= {name, f"{name}_scale"}
-                found = tuple(weights.where[name].get_slice(name).get_shape())
-                if found != tuple(piece.shape):
-                    wrong.append(f"{name} {found} instead of {tuple(piece.shape)}")
-                else:
-                    piece.copy_(weights.get(name))
-        unused = [n for n in weights.where if n not in used and not n.endswith(IGNORED)]
-    if model.spec.tied:
-        unused = [n for n in unused if n != "lm_head.weight"]
-    problems = [f"{label}: {', '.join(sorted(names)[:8])}{' ...' if len(names) > 8 else ''} ({len(names)})"
-                for label, names in (("missing", missing), ("unused", unused), ("wrong shape", wrong)) if names]
-    if problems:
-        raise BadInput(f"the weights in {folder} do not fit its config.json", "; ".join(problems),
-                       "check that config.json and the safetensors belong together")
+        weights.check(model)
+        weights.fill(model)
 
 
 def save(model: Decoder, folder: str | os.PathLike[str], *, tokenizer: Any = None, generation: dict[str, Any] | None = None) -> None:

@@ -6,6 +6,7 @@ from pellucid.models.config import Config
 from pellucid.models.families import family
 from pellucid.models.names import LLAMA
 from pellucid.nn.specs import MLP, Attn, DecoderSpec, Layer
+from pellucid.ops import ACTIVATIONS
 
 
 @family("llama", architecture="LlamaForCausalLM", names=LLAMA)
@@ -13,8 +14,7 @@ def llama(c: Config) -> DecoderSpec:
     d = c.head_dim()
     bias = bool(c.get("attention_bias", False))
     attn = Attn(c.heads, c.kv_heads, d, c.rope(d), qkv_bias=bias, out_bias=bias)
-    mlp = MLP(c.need("intermediate_size"), c.get("hidden_act", "silu"), bool(c.get("mlp_bias", False)))
+    mlp = MLP(c.need("intermediate_size"), c.one_of("hidden_act", "silu", ACTIVATIONS), bool(c.get("mlp_bias", False)))
     return DecoderSpec(
-        c.need("vocab_size"), c.need("hidden_size"), (Layer(attn, mlp),) * c.need("num_hidden_layers"),
-        eps=c.get("rms_norm_eps", 1e-6), tied=bool(c.get("tie_word_embeddings", False)),
-        context=c.get("max_position_embeddings", 2048), family="llama")
+        c.need("vocab_size"), c.dim, (Layer(attn, mlp),) * c.layers, eps=c.number("rms_norm_eps", 1e-6, high=1.0),
+        tied=bool(c.get("tie_word_embeddings", False)), context=c.whole("max_position_embeddings", 2048), family="llama")

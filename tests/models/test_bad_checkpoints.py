@@ -1,0 +1,199 @@
+"""Broken, lying and hostile checkpoints: refused with the culprit's name, and nothing half-written."""
+
+import json
+import math
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_checkpoints import written
+
+import pellucid
+from pellucid.errors import BadInput
+from pellucid.models import save
+
+LAYER = "model.layers.1."
+
+
+@pytest.fixture
+def folder(tmp_path):
+    written("qwen3", tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def changed(folder, change):
+    """Applies `change` to the dict of tensors in the folder's file."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edited(folder, **fields):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+def refusal(folder) -> str:
+    with pytest.raises(BadInput) as caught:
+        pellucid.load(folder)
+    assert caught.value.exit_code == 2 and str(caught.value).count("\n") <= 2
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", [
+    "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight", LAYER + "self_attn.k_norm.weight",
+    LAYER + "self_attn.v_proj.weight", LAYER + "mlp.up_proj.weight", LAYER + "input_layernorm.weight"])
+def test_one_tensor_removed_renamed_or_reshaped(folder, name):
+    changed(folder, lambda t: t.update({name + "x": t.pop(name)}))
+    told = refusal(folder)
+    assert f"missing: {name} (1)" in told and f"unused: {name}x (1)" in told
+    changed(folder, lambda t: t.pop(name + "x"))
+    assert f"missing: {name} (1)" in refusal(folder)
+    changed(folder, lambda t: t.update({name: torch.zeros(7, 3)}))
+    told = refusal(folder)
+    assert f"wrong shape: {name} (7, 3) instead of" in told and "missing" not in told
+
+
+def test_same_number_of_entries_in_another_shape(folder):
+    name = LAYER + "mlp.down_proj.weight"
+    changed(folder, lambda t: t.update({name: t[name].T.contiguous()}))
+    assert name in refusal(folder)
+
+
+def test_one_tensor_too_many(folder):
+    changed(folder, lambda t: t.update({LAYER + "self_attn.q_proj.bias": torch.zeros(64)}))
+    assert f"unused: {LAYER}self_attn.q_proj.bias" in refusal(folder)
+    changed(folder, lambda t: t.pop(LAYER + "self_attn.q_proj.bias"))
+    changed(folder, lambda t: t.update({LAYER + "self_attn.rotary_emb.inv_freq": torch.zeros(8)}))
+    pellucid.load(folder)  # a buffer that old files carry
+
+
+def test_weights_of_another_model(folder, tmp_path):
+    written("llama-biases", tmp_path / "other")
+    (folder / "model.safetensors").write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())
+    told = refusal(folder)
+    assert "missing" in told and "unused" in told and "wrong shape" in told
+
+
+@pytest.mark.parametrize("keep", [0, 4, 9, 500, -1])
+def test_truncated_file(folder, keep):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    assert "model.safetensors" in refusal(folder)
+
+
+@pytest.mark.parametrize("header", [b"{", b"[]", b'{"a":1}', b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,4]}}'])
+def test_a_header_that_lies(folder, header):
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0\0\0\0")
+    assert "model.safetensors" in refusal(folder)
+
+
+def test_a_header_longer_than_the_file(folder):
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2**63) + b"{}")
+    assert "model.safetensors" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", 7, None])
+def test_an_index_that_points_elsewhere(folder, name):
+    (folder.parent / "outside.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    index = {"weight_map": {"model.norm.weight": name}}
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "no safetensors file of this folder" in refusal(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": "gone.safetensors"}}', "\xff"])
+def test_an_unreadable_index(folder, text):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_bytes(text.encode("latin-1"))
+    refusal(folder)
+
+
+def test_a_missing_shard(tmp_path):
+    written("qwen3", tmp_path, max_shard_size="20KB")
+    gone = sorted(tmp_path.glob("*.safetensors"))[1]
+    gone.unlink()
+    assert gone.name in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("text", [
+    "", "not json", "[]", "3", "null", '{"model_type":', "\xff\xfe", "[" * 100_000, '{"vocab_size": ' + "9" * 5000 + "}"])
+def test_a_config_that_is_no_config(folder, text):
+    (folder / "config.json").write_bytes(text.encode("latin-1"))
+    assert "config.json" in refusal(folder)
+
+
+@pytest.mark.parametrize("field", [
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "intermediate_size"])
+@pytest.mark.parametrize("value", [0, -4, 3.5, "48", True, [], {}, 2**31 - 1, 10**30])
+def test_absurd_sizes(folder, field, value):
+    """Refused at once: nothing is allocated for numbers that the file's shapes deny."""
+    edited(folder, **{field: value})
+    refusal(folder)
+
+
+@pytest.mark.parametrize("fields", [
+    {"rms_norm_eps": "small"}, {"rms_norm_eps": -1.0}, {"rms_norm_eps": math.nan}, {"hidden_act": "swish2"},
+    {"hidden_act": 5}, {"max_position_embeddings": "long"}, {"max_position_embeddings": 0},
+    {"rope_parameters": [1]}, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2}},
+    {"rope_parameters": {"rope_type": 3, "rope_theta": 1e4}}, {"rope_parameters": {"rope_theta": "x"}},
+    {"rope_parameters": {"rope_theta": -1e4}}, {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}},
+    {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 0}},
+    {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 2.0, "low_freq_factor": 1.0}},
+    {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, {"partial_rotary_factor": 0.25},
+    {"layer_types": ["full_attention"]}, {"layer_types": ["full_attention", "linear_attention"]}, {"layer_types": 5},
+    {"layer_types": ["sliding_attention", "full_attention"], "use_sliding_window": True, "sliding_window": 0},
+    {"layer_types": ["sliding_attention", "full_attention"], "use_sliding_window": True, "sliding_window": "6"},
+    {"layer_types": ["sliding_attention", "full_attention"], "use_sliding_window": True, "sliding_window": None},
+    {"model_type": "qwen33"}, {"model_type": None}, {"model_type": ["llama"]},
+], ids=lambda fields: json.dumps(fields)[:70])
+def test_absurd_fields(folder, fields):
+    edited(folder, **fields)
+    refusal(folder)
+
+
+def test_no_checkpoint(tmp_path):
+    for path in (tmp_path / "nothing", tmp_path):
+        refusal(path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    refusal(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n")
+    refusal(tmp_path)
+    assert "no folder" in refusal("someone/never-existed-9f3")
+
+
+def test_only_weights_in_pickle(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert "safetensors" in refusal(folder)
+
+
+class Broken(RuntimeError):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Broken, KeyboardInterrupt, OSError])
+def test_an_interrupted_save_leaves_the_old_folder(folder, monkeypatch, kind):
+    ours = pellucid.load(folder)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    class Tokenizer:
+        def save(self, where):
+            (where / "tokenizer.json").write_text("half")
+            raise kind("stopped")
+
+    with pytest.raises(kind):
+        save(ours, folder, tokenizer=Tokenizer())
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]  # no remains beside it
+    with pytest.raises(kind):
+        save(ours, folder.parent / "fresh", tokenizer=Tokenizer())
+    assert not (folder.parent / "fresh").exists()
+
+
+def test_a_save_replaces_the_whole_folder(folder):
+    (folder / "consolidated.safetensors").write_bytes(b"the same weights under other names, as some Hub folders have")
+    save(pellucid.load(folder), folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+    pellucid.load(folder)

@@ -1,0 +1,150 @@
+"""Llama and Qwen3 against transformers: logits, loss, every gradient, greedy tokens, from its files and into them."""
+
+import json
+
+import pytest
+import torch
+from tiny_checkpoints import CASES, assert_equal, tokens, written
+from transformers import AutoModelForCausalLM
+
+import pellucid
+from pellucid.engine import Sample, SamplingParams, run_all
+from pellucid.models import save
+from pellucid.models.hub import targets
+from pellucid.nn import count_parameters
+from pellucid.ops import chunked_cross_entropy
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(request, tmp_path_factory):
+    """(transformers' model, ours loaded from its folder, the folder)"""
+    folder = tmp_path_factory.mktemp(request.param)
+    theirs = written(request.param, folder)
+    return theirs, pellucid.load(folder), folder
+
+
+def test_logits_within_and_beyond_the_original_context(pair):
+    theirs, ours, _ = pair
+    x = tokens(2, 100)
+    with torch.no_grad():
+        want = theirs(input_ids=x).logits
+        assert want.std() > 0.5  # the reference says something
+        assert_equal(ours(x), want)
+        assert_equal(ours(x[:1, :1]), theirs(input_ids=x[:1, :1]).logits)
+
+
+def test_left_padding(pair):
+    theirs, ours, _ = pair
+    x, mask = tokens(3, 12), torch.ones(3, 12, dtype=torch.int64)
+    mask[0, :5] = 0
+    mask[1, :11] = 0
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    with torch.no_grad():
+        want = theirs(input_ids=x, attention_mask=mask, position_ids=positions).logits
+        assert_equal(ours(x, mask=mask)[mask.bool()], want[mask.bool()])
+        for row in range(3):  # and equal to the sequence by itself
+            assert_equal(ours(x[row : row + 1, mask[row] == 1])[0], want[row, mask[row] == 1])
+
+
+def test_loss_and_the_gradient_of_every_parameter(pair):
+    theirs, ours, _ = pair
+    x = tokens(2, 70)
+    labels = x.clone()
+    labels[0, :9] = -100
+    loss = theirs(input_ids=x, labels=labels).loss
+    grads = dict(zip(dict(theirs.named_parameters()), torch.autograd.grad(loss, list(theirs.parameters())), strict=True))
+    shifted = labels[:, 1:].flatten()
+    total = chunked_cross_entropy(ours.hidden(x)[:, :-1].flatten(0, 1), ours.head_weight, shifted, 50)
+    mean = total / (shifted != -100).sum()
+    assert_equal(mean, loss, "loss")
+    parameters = list(targets(ours))
+    gradients = torch.autograd.grad(mean, [p for _, p, _, _ in parameters])
+    seen = set()
+    for grad, (_, _, names, parts) in zip(gradients, parameters, strict=True):
+        for name, piece in zip(names, grad.split(parts), strict=True):
+            assert grads[name].abs().max() > 0, f"{name}: a gradient of zero proves nothing"
+            worst = (piece - grads[name]).abs().max() / grads[name].abs().max()
+            assert worst < 2e-5, f"{name}: {worst:.1e}"
+            seen.add(name)
+    assert seen == set(grads)
+
+
+def test_greedy_tokens_in_a_padded_batch(pair):
+    theirs, ours, _ = pair
+    lengths, most = (9, 4, 1), 20
+    prompts = [tokens(1, n, seed=n)[0].tolist() for n in lengths]
+    x, mask = torch.zeros(3, 9, dtype=torch.int64), torch.zeros(3, 9, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        x[row, 9 - len(prompt) :], mask[row, 9 - len(prompt) :] = torch.tensor(prompt), 1
+    want = theirs.generate(x, attention_mask=mask, max_new_tokens=most, do_sample=False)[:, 9:].tolist()
+    samples = [Sample(p, SamplingParams(max_tokens=most), 0) for p in prompts]
+    run_all(ours, samples, eos=[2])
+    for sample, theirs_ids in zip(samples, want, strict=True):
+        end = theirs_ids.index(2) + 1 if 2 in theirs_ids else most
+        assert sample.tokens == theirs_ids[:end]
+
+
+def test_transformers_opens_what_we_write(pair, tmp_path):
+    theirs, ours, _ = pair
+    with torch.no_grad():  # other numbers than the file's, so that nothing can come from there
+        for p in ours.parameters():
+            p.mul_(torch.empty_like(p).uniform_(0.8, 1.2, generator=torch.Generator().manual_seed(5)))
+        save(ours, tmp_path / "new", generation={"eos_token_id": 2, "pad_token_id": 0})
+        back, info = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "new", attn_implementation="eager", output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+        assert type(back) is type(theirs)
+        x = tokens(2, 60)
+        assert_equal(ours(x), back(input_ids=x).logits)
+        again = pellucid.load(tmp_path / "new")
+        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters(), strict=True))
+        assert again.spec == ours.spec
+    before, after = theirs.config.to_dict(), back.config.to_dict()
+    for field in ("rope_parameters", "layer_types", "sliding_window", "head_dim", "attention_bias", "mlp_bias",
+                  "tie_word_embeddings", "rms_norm_eps", "max_position_embeddings", "vocab_size", "eos_token_id"):
+        assert before.get(field) == after.get(field), field
+
+
+def test_older_spelling_of_the_config(pair, tmp_path):
+    """rope_theta beside rope_scaling, torch_dtype: what most files on the Hub say."""
+    theirs, _, folder = pair
+    fields = json.loads((folder / "config.json").read_text())
+    rope = fields.pop("rope_parameters")
+    fields["rope_theta"] = rope.pop("rope_theta")
+    fields["torch_dtype"] = fields.pop("dtype")
+    fields["rope_scaling"] = None if rope["rope_type"] == "default" else {"type": rope.pop("rope_type"), **rope}
+    fields.pop("layer_types", None)
+    assert pellucid.models.spec_of(fields) == pellucid.models.spec_of(json.loads((folder / "config.json").read_text()))
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
+    x = tokens(1, 50)
+    with torch.no_grad():
+        assert_equal(pellucid.load(tmp_path, dtype="auto")(x), theirs(input_ids=x).logits)
+
+
+def test_counts_and_flops_from_the_spec(pair):
+    theirs, ours, _ = pair
+    assert count_parameters(ours.spec) == sum(p.numel() for p in ours.parameters()) == theirs.num_parameters()
+
+
+@pytest.mark.parametrize("name", ["qwen3-biases", "llama3"])
+def test_shards(name, tmp_path):
+    theirs = written(name, tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    x = tokens(2, 40)
+    with torch.no_grad():
+        assert_equal(pellucid.load(tmp_path)(x), theirs(input_ids=x).logits)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_files(dtype, tmp_path):
+    """The same numbers as transformers has after reading the file, and close logits when computing in that dtype."""
+    written("qwen3", tmp_path).to(getattr(torch, dtype)).save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
+    wide, narrow = pellucid.load(tmp_path), pellucid.load(tmp_path, dtype="auto")
+    assert wide.embed.weight.dtype == torch.float32 and narrow.embed.weight.dtype == getattr(torch, dtype)
+    x = tokens(2, 40)
+    with torch.no_grad():
+        want = theirs(input_ids=x).logits
+        assert_equal(wide(x), want)
+        assert (narrow(x).float() - want).norm() < 0.05 * want.norm()

@@ -1,0 +1,53 @@
+"""Tiny random checkpoints written by transformers. EVERY persistent tensor is redrawn: with norm weights of 1 and biases
+of 0, a loader that forgets them would pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+BASE = {"vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 128, **IDS}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}
+CASES: dict[str, LlamaConfig | Qwen3Config] = {
+    "qwen3": Qwen3Config(**BASE, head_dim=16),
+    "qwen3-tied": Qwen3Config(**BASE, head_dim=8, tie_word_embeddings=True,
+                              rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+    "qwen3-biases": Qwen3Config(**BASE, head_dim=12, attention_bias=True, rms_norm_eps=1e-5),
+    "qwen3-window": Qwen3Config(**{**BASE, "num_hidden_layers": 3}, head_dim=16, use_sliding_window=True, sliding_window=6,
+                                max_window_layers=1),
+    "llama3": LlamaConfig(**BASE, head_dim=16, tie_word_embeddings=True, rope_parameters=LLAMA3),
+    "llama-biases": LlamaConfig(**{**BASE, "num_key_value_heads": 4}, attention_bias=True, mlp_bias=True,
+                                rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}),
+    "llama-mqa": LlamaConfig(**{**BASE, "num_key_value_heads": 1}, head_dim=6, hidden_act="gelu_pytorch_tanh"),
+}
+
+
+def written(name: str, folder: Path, **options: object) -> PreTrainedModel:
+    """The reference model of a case (eager attention, float32), after writing it to `folder`."""
+    config = CASES[name]
+    model = (Qwen3ForCausalLM if config.model_type == "qwen3" else LlamaForCausalLM)(config)
+    model.set_attn_implementation("eager")
+    g = torch.Generator().manual_seed(len(name))
+    with torch.no_grad():
+        for key, tensor in model.state_dict().items():
+            noise = torch.randn(tensor.shape, generator=g)
+            tensor.copy_(1 + 0.3 * noise if "norm" in key else 0.2 * noise)
+    model.tie_weights()
+    model.save_pretrained(folder, **options)
+    return model.eval()
+
+
+def tokens(B: int, T: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 96, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_equal(got: torch.Tensor, want: torch.Tensor, what: str = "") -> None:
+    """The tolerance of every parity test: 1e-5 of the largest reference value, and at least 1e-5."""
+    limit = 1e-5 * max(1.0, want.abs().max().item())
+    worst = (got - want).abs().max().item()
+    assert worst <= limit, f"{what}: differs by {worst:.2e}, {limit:.2e} is allowed"
