@@ -37,7 +37,7 @@ def inspect(config: Inspect) -> None:
         "forward_flops_per_token_at_context_1": forward_flops(spec, 1),
         f"forward_flops_per_token_at_context_{spec.context}": forward_flops(spec, spec.context),
     }
-    events.emit(events.Evaluation("inspect", "parameters", float(facts["parameters"]), facts))
+    events.emit(events.Evaluation("inspect", "parameters", float(count_parameters(spec)), facts))
     width = max(map(len, facts))
     for name, value in facts.items():
         print(f"{name:<{width}}  {value:,}" if isinstance(value, int) and not isinstance(value, bool) else f"{name:<{width}}  {value}")

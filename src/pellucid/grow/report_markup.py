@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pellucid.grow.charts import Label, Text, escaped, finite, number, words
@@ -59,7 +60,7 @@ def section(title: Text, intro: Text | None, body: str) -> str:
     return f"<section><h2>{words(title)}</h2>{told}{body}</section>" if body else ""
 
 
-def legend(rows: list[tuple[str, Label]]) -> str:
+def legend(rows: Sequence[tuple[str, Label]]) -> str:
     """Swatches (CSS class) with their names."""
     return '<ul class="legend">' + "".join(f'<li><i class="{c}"></i>{words(name)}</li>' for c, name in rows) + "</ul>"
 
@@ -69,7 +70,7 @@ def facts(rows: list[tuple[Label, str]], kind: str = "facts") -> str:
     return f'<dl class="{kind}">{shown}</dl>' if rows else ""
 
 
-def table(columns: list[Label], rows: list[tuple[Label, list[str]]]) -> str:
+def table(columns: Sequence[Label], rows: Sequence[tuple[Label, list[str]]]) -> str:
     """Numbers under their names, a row each; cells are markup already."""
     head = "".join(f'<th class="n">{words(name)}</th>' for name in columns)
     body = ""
@@ -96,7 +97,7 @@ def chips(rewards: Any) -> str:
         if finite(value):
             kind = "up" if value >= 1 else "down" if value <= 0 else ""
             sign = {"up": "✓", "down": "✗"}.get(kind) or number(value)
-            out.append(f'<span class="chip {kind}">{words(REWARDS.get(name, name))} {sign}</span>')
+            out.append(f'<span class="chip {kind}">{words(REWARDS.get(name) or name)} {sign}</span>')
     return f'<div class="chips">{"".join(out)}</div>' if out else ""
 
 

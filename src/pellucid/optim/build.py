@@ -26,7 +26,7 @@ class OptimConfig:
     """Decay of AdamW's two moments."""
     weight_decay: float = 0.0
     """Decoupled weight decay on matrices."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: str = "float32"
     """Of Muon's matrix products; bfloat16 is enough for them, and faster where the machine computes in it."""
 
 

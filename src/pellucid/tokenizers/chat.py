@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -75,7 +75,7 @@ def compile_template(source: str, tracking: bool) -> jinja2.Template:
                        "mend chat_template.jinja in the model's folder") from error
 
 
-def render(source: str, messages: list[Message], tools: list[dict] | None = None, tracking: bool = False,
+def render(source: str, messages: Sequence[Message], tools: list[dict] | None = None, tracking: bool = False,
            **variables: Any) -> str:
     """The text of a conversation.
 
@@ -93,7 +93,7 @@ def render(source: str, messages: list[Message], tools: list[dict] | None = None
                        "check the order of roles and the type of each content") from error
 
 
-def checked(messages: list[Message]) -> list[dict]:
+def checked(messages: Sequence[Message]) -> list[dict]:
     """Plain dictionaries without None, the reasoning under its usual name (both as transformers does)."""
     if not isinstance(messages, list | tuple) or not messages:
         raise BadInput("messages must be a list of at least one message", f"got {str(messages)[:80]!r}",

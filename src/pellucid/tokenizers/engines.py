@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 import unicodedata
 from typing import Any
 
 from pellucid.tokenizers.layout import ByteLevelBPE, NotByteLevel, read, unspell
 from pellucid.tokenizers.proof import merged_by_rank
-
-# Characters whose composition newer Unicode tables may know and Python's may not: they go to the library's NFC.
-_NEW_TO_NFC = re.compile("[\u0897\u1abf-\u1aff\U00010000-\U0010ffff]")
 
 
 class TiktokenEngine:
@@ -33,10 +29,12 @@ class TiktokenEngine:
         return self.encode_ordinary(self.normal(text) if self.nfc else text)
 
     def normal(self, text: str) -> str:
-        """NFC, equal to the library's, which is slow: so only where there is something to do."""
-        if text.isascii() or (unicodedata.is_normalized("NFC", text) and not _NEW_TO_NFC.search(text)):
-            return text
-        return self._library_nfc(text)
+        """NFC by the library's tables, which is slow: so only where there is something to do.
+
+        Its tables are older than Python's, so what Python finds normalised it leaves as it is (a test asks for all
+        of Unicode); what it would change may differ, and is left to it.
+        """
+        return text if text.isascii() or unicodedata.is_normalized("NFC", text) else self._library_nfc(text)
 
 
 class LibraryEngine:
@@ -45,9 +43,12 @@ class LibraryEngine:
     def __init__(self, data: dict[str, Any]):
         from tokenizers import Tokenizer
 
+        # One of each kind, since switching one back and forth would not be safe among threads.
         self.full = Tokenizer.from_str(json.dumps(data))
+        self._careful = Tokenizer.from_str(json.dumps(data))
+        self._careful.encode_special_tokens = True
         self._bare = Tokenizer.from_str(json.dumps(data | {"added_tokens": [], "post_processor": None}))
-        for library in (self.full, self._bare):
+        for library in (self.full, self._careful, self._bare):
             # Some files carry the padding and truncation of the day they were made.
             library.no_truncation()
             library.no_padding()
@@ -64,12 +65,12 @@ class LibraryEngine:
         return ids[len(newline):] if ids[:len(newline)] == newline else self.plain(text)
 
     def encode(self, text: str, allow_special: bool) -> list[int]:
-        self.full.encode_special_tokens = not allow_special
-        return self.full.encode(text, add_special_tokens=False).ids
+        library = self.full if allow_special else self._careful
+        return library.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str], allow_special: bool) -> list[list[int]]:
-        self.full.encode_special_tokens = not allow_special
-        return [found.ids for found in self.full.encode_batch_fast(texts, add_special_tokens=False)]
+        library = self.full if allow_special else self._careful
+        return [found.ids for found in library.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def choose_engine(data: dict[str, Any]) -> tuple[TiktokenEngine | LibraryEngine, str]:

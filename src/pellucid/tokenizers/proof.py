@@ -31,28 +31,32 @@ def merged_by_rank(bpe: ByteLevelBPE) -> dict[bytes, int]:
     for (left, right), place in {pair: place for place, pair in enumerate(bpe.merges)}.items():
         listed.setdefault(left + right, []).append((place, left, right))
 
-    ranks, splits, previous = dict(ids), {}, -1
+    ranks, previous = dict(ids), -1
+    splits: Splits = {}
     for token in sorted(ids, key=ids.__getitem__):
         if len(token) < 2:
             continue
-        place = _place_of_merge(token, listed.get(token, []), ids, splits)
-        if place is None:
+        merged = _place_of_merge(token, listed.get(token, []), ids, splits)
+        if merged is None:
             if len(last_split(token, ids)) == 2:
                 raise NotByteLevel(f"the merge that would make token {ids[token]} is not in the file, or out of order")
             if not bpe.whole_pieces:
                 del ranks[token]
-        elif place < previous:
+        elif merged < previous:
             raise NotByteLevel(f"the merge of token {ids[token]} stands before those of lower ids")
         else:
-            previous = place
+            previous = merged
     return ranks
 
 
 def _place_of_merge(token: bytes, candidates: list[tuple[int, bytes, bytes]], ids: dict[bytes, int],
                     splits: Splits) -> int | None:
-    """The place in the file of the merge that makes `token`, which is then kept in `splits`."""
+    """The place in the file of the merge that makes `token`, which is then kept in `splits`.
+
+    Tokens come in the order of ids, so parts that are in `splits` have lower ids.
+    """
     for place, left, right in candidates:
-        made = all(len(part) == 1 or (part in splits and ids[part] < ids[token]) for part in (left, right))
+        made = all(len(part) == 1 or part in splits for part in (left, right))
         if made and not crossed(left, right, ids, splits):
             splits[token] = left, right
             return place

@@ -18,7 +18,7 @@ conversation again with each assistant message replaced by a probe, and comparin
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,8 +95,8 @@ def unmark(marked: str) -> Rendered:
     return Rendered("".join(parts), frozenset(broken), spans)
 
 
-def spans_by_comparison(render: Callable[[list[dict], bool], str], messages: list[dict], special: tuple[str, ...],
-                        ends: tuple[str, ...]) -> list[Span]:
+def spans_by_comparison(render: Callable[[Sequence[Mapping[str, Any]], bool], Any], messages: Sequence[Mapping[str, Any]], special: Sequence[str],
+                        ends: Sequence[str]) -> list[Span]:
     """The assistant's spans in a template without `{% generation %}`.
 
     render(messages, add_generation_prompt) -> text.  special: texts of special tokens; ends: those that end a turn.
@@ -117,8 +117,8 @@ def spans_by_comparison(render: Callable[[list[dict], bool], str], messages: lis
     return spans
 
 
-def _with_probe(render: Callable[[list[dict], bool], str], messages: list[dict], i: int,
-                ends: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+def _with_probe(render: Callable[[Sequence[Mapping[str, Any]], bool], Any], messages: Sequence[Mapping[str, Any]], i: int,
+                ends: Sequence[str]) -> tuple[str, tuple[str, ...]]:
     """The text with message i replaced, and the tokens to search for behind it (empty: only what follows at once)."""
     try:
         return render([*messages[:i], {"role": "assistant", "content": PROBE}, *messages[i + 1:]], False), ()
@@ -127,7 +127,7 @@ def _with_probe(render: Callable[[list[dict], bool], str], messages: list[dict],
         calls = [{**call, "function": {"name": PROBE, "arguments": {PROBE: PROBE}}}
                  for call in messages[i].get("tool_calls", [])]
         probe = {"role": "assistant", "content": PROBE, "tool_calls": calls}
-        return render([*messages[:i], probe, *messages[i + 1:]], False), ends
+        return render([*messages[:i], probe, *messages[i + 1:]], False), tuple(ends)
 
 
 def _difference(a: str, b: str) -> Span:
@@ -138,14 +138,14 @@ def _difference(a: str, b: str) -> Span:
     return start, len(a) - same
 
 
-def _generation_prompt(render: Callable[[list[dict], bool], str], before: list[dict]) -> str:
+def _generation_prompt(render: Callable[[Sequence[Mapping[str, Any]], bool], Any], before: Sequence[Mapping[str, Any]]) -> str:
     if not before:
         return ""
     without, with_prompt = render(before, False), render(before, True)
     return with_prompt[len(without):] if with_prompt.startswith(without) else ""
 
 
-def _end_of_turn(text: str, end: int, special: tuple[str, ...], follows: tuple[str, ...]) -> int:
+def _end_of_turn(text: str, end: int, special: Sequence[str], follows: tuple[str, ...]) -> int:
     if follows:
         found = either(follows).search(text, end)
     else:

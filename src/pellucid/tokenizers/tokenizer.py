@@ -53,12 +53,12 @@ class Tokenizer:
         self._words = either(name for name in self._ids if name not in self.special)
 
     @classmethod
-    def load(cls, path_or_id: str | Path) -> Tokenizer:
+    def load(cls, path_or_id: str | os.PathLike[str]) -> Tokenizer:
         """From a folder, a tokenizer.json or a Hub id (the Hub's cache and offline mode are respected).
 
         Raises `BadInput` when there is none, or it is broken.
         """
-        return cls(open_source(path_or_id))
+        return cls(open_source(Path(path_or_id) if isinstance(path_or_id, os.PathLike) else path_or_id))
 
     @classmethod
     def from_bpe(cls, bpe: ByteLevelBPE, template: str = chat.OUR_TEMPLATE, **config: Any) -> Tokenizer:
@@ -123,17 +123,23 @@ class Tokenizer:
             skipped = set(self.special.values())
             ids = [i for i in ids if i not in skipped]
         if self._table is None:
-            return self._engine.full.decode([int(i) for i in ids], skip_special_tokens=False)
+            return self._library.full.decode([int(i) for i in ids], skip_special_tokens=False)
         try:
-            raw = b"".join(map(self._table.__getitem__, ids))
+            raw = b"".join([self._table[i] for i in ids])  # type: ignore[misc]
         except (IndexError, TypeError):  # an id without a token
             raw = b"".join(map(self.token_bytes, ids))
         return raw.decode("utf-8", errors="replace")
 
+    @property
+    def _library(self) -> LibraryEngine:
+        """The engine of a tokenizer without a table of bytes."""
+        assert isinstance(self._engine, LibraryEngine)
+        return self._engine
+
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for (for WordPiece and the like: its text, as it stands alone)."""
         if self._table is None:
-            return (self._engine.full.id_to_token(token) or "\ufffd").encode()
+            return (self._library.full.id_to_token(token) or "\ufffd").encode()
         found = self._table[token] if token < len(self._table) else None
         return UNKNOWN if found is None else found
 
@@ -154,7 +160,7 @@ class Tokenizer:
         """The largest id + 1."""
         if self._table is not None:
             return len(self._table)
-        return 1 + max(self._engine.full.get_vocab(with_added_tokens=True).values())
+        return 1 + max(self._library.full.get_vocab(with_added_tokens=True).values())
 
     @cached_property
     def named(self) -> dict[str, int]:
@@ -204,7 +210,7 @@ class Tokenizer:
 
     # ---- conversations
 
-    def render(self, messages: list[chat.Message], tools: list[dict] | None = None, thinking: bool | None = None,
+    def render(self, messages: Sequence[chat.Message], tools: list[dict] | None = None, thinking: bool | None = None,
                add_generation_prompt: bool = True) -> str:
         """The text of a conversation by the chat template, equal to transformers' `apply_chat_template`.
 
@@ -212,7 +218,7 @@ class Tokenizer:
         """
         return self._render(messages, tools, thinking, add_generation_prompt, tracking=False)
 
-    def _render(self, messages: list[dict], tools: list[dict] | None, thinking: bool | None, prompt: bool,
+    def _render(self, messages: Sequence[chat.Message], tools: list[dict] | None, thinking: bool | None, prompt: bool,
                 tracking: bool) -> str:
         switch = {} if thinking is None else {"enable_thinking": thinking, "thinking": thinking}
         return chat.render(self.template(tools), messages, tools, tracking, add_generation_prompt=prompt,
@@ -227,7 +233,7 @@ class Tokenizer:
             return templates["tool_use"]
         return templates.get("default") or next(iter(templates.values()))
 
-    def encode_chat(self, messages: list[chat.Message], tools: list[dict] | None = None,
+    def encode_chat(self, messages: Sequence[chat.Message], tools: list[dict] | None = None,
                     thinking: bool | None = None,
                     add_generation_prompt: bool = False) -> tuple[list[int], list[bool]]:
         """(ids, mask), of equal length; mask True: the assistant's own tokens, its end of turn included.
@@ -241,7 +247,7 @@ class Tokenizer:
         messages = [guard.message(message) for message in chat.checked(messages)]
         tools = guard.foreign(chat.checked_tools(tools))
 
-        def render(messages: list[dict], prompt: bool) -> Rendered:
+        def render(messages: Sequence[chat.Message], prompt: bool) -> Rendered:
             return unmark(self._render(messages, tools, thinking, prompt, tracking=True))
 
         rendered = render(messages, add_generation_prompt)
