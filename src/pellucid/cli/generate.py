@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pellucid.cli.base import Common, Positional, prepare
+from pellucid.cli.failures import is_terminal
 from pellucid.errors import BadInput
+from pellucid.events import Event, emit
 
 
 @dataclass(frozen=True)
 class Generate(Common):
-    """Complete a prompt; or many at once, each line of a file, in the same batches.
-    续写一个提示；或把文件的每一行作为提示，一起批量续写。
+    """Complete a prompt; or many at once, each line of a file, in the same batches. A single text appears as it is written.
+    续写一个提示；或把文件的每一行作为提示，一起批量续写。只有一个文本时边写边显示。
 
     $ pellucid generate runs/grow/model "The function returns" --max-tokens 40
     """
@@ -50,25 +52,43 @@ class Generate(Common):
     把提示当作用户消息，套用聊天模板。"""
 
 
+@dataclass
+class Generated(Event):
+    """One completion of a prompt: `index` counts the samples of the same prompt."""
+
+    kind = "generated"
+    prompt: str
+    index: int
+    text: str
+    tokens: int
+    finish_reason: str
+
+
 def generate(config: Generate) -> None:
-    from pellucid import events
     from pellucid.engine import LLM, SamplingParams
 
     prompts = _prompts(config)
-    device = prepare(config, seed=None)
+    prepare(config, seed=None)
     params = SamplingParams(max_tokens=config.max_tokens, temperature=config.temperature, top_p=config.top_p,
                             top_k=config.top_k, n=config.n, seed=config.seed, stop=config.stop)
-    llm = LLM(config.model, device=str(device))
+    llm = LLM(config.model, device=config.device)
     ids = [llm.chat_ids([{"role": "user", "content": p}]) if config.chat else llm.tokenizer.encode(p) for p in prompts]
     if len(ids) == config.n == 1 and not config.json:
         for chunk in llm.stream(ids[0], params):
-            print(chunk.text, end="", flush=True)
+            print(_shown(chunk.text), end="", flush=True)
         print()
         return
     for prompt, output in zip(prompts, llm.generate(ids, params)):
-        for completion in output.outputs:
-            events.emit(events.SampleShown("generate", prompt, completion.text))
-            print(completion.text)
+        for c in output.outputs:
+            emit(Generated(prompt, c.index, c.text, len(c.token_ids), c.finish_reason))
+            print(_shown(c.text))
+
+
+def _shown(text: str) -> str:
+    """For a terminal without what could steer it, for programs as it is."""
+    from pellucid.cli.chat import harmless
+
+    return harmless(text) if is_terminal(sys.stdout) else text
 
 
 def _prompts(config: Generate) -> list[str]:

@@ -26,10 +26,12 @@ def inspect(config: Inspect) -> None:
     from pellucid.models.hub import local_folder, read_config
     from pellucid.nn import count_parameters, forward_flops
 
-    spec = spec_of(read_config(local_folder(config.model)))
+    fields = read_config(local_folder(config.model))
+    spec, quantized = spec_of(fields), fields.get("quantization_config") or {}
     mixer, ffn = spec.layers[0].mixer, spec.layers[0].ffn
     facts = {
-        "family": spec.family, "parameters": count_parameters(spec), "layers": len(spec.layers), "width": spec.dim,
+        "family": spec.family, "weights": quantized.get("quant_method") or fields.get("dtype") or fields.get("torch_dtype") or "unknown",
+        "parameters": count_parameters(spec), "layers": len(spec.layers), "width": spec.dim,
         "heads": mixer.heads, "kv_heads": mixer.kv_heads, "head_dim": mixer.head_dim, "ffn": ffn.hidden,
         "vocabulary": spec.vocab, "tied": spec.tied, "context": spec.context,
         "rope_theta": mixer.rope.theta, "qk_norm": mixer.qk_norm, "window": mixer.window,

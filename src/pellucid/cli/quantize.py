@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pellucid.cli.base import Common, Positional, prepare
+from pellucid.messages import add, say
+
+if TYPE_CHECKING:
+    from pellucid.nn import Decoder
+    from pellucid.tokenizers import Tokenizer
+
+add({
+    "quantize.accuracy": ("accuracy, held-out", "留出题准确率"),
+    "quantize.speed": ("tokens/s, batch {batch}", "词元/秒，批量 {batch}"),
+})
 
 
 @dataclass(frozen=True)
@@ -25,27 +36,70 @@ class Quantize(Common):
     corpus: Path | None = None
     """Text for bits per byte; by default the held-out part of Python's own documentation.
     计算每字节比特的文本；默认为 Python 自带文档的留出部分。"""
+    tasks: tuple[str, ...] = ()
+    """Also compare greedy accuracy on held-out problems of these tasks, such as countdown and sorting.
+    另比较这些任务留出题上的贪心准确率，例如 countdown、sorting。"""
+    problems: int = 200
+    """Held-out problems for --tasks.
+    --tasks 的留出题数。"""
+    max_tokens: int = 100
+    """Longest completion for --tasks.
+    --tasks 的最长回答。"""
 
 
 def quantize(config: Quantize) -> None:
     from pellucid import events, quant
-    from pellucid.cli.eval import Eval, text_bits
+    from pellucid.cli.eval import Eval, task_of, text_bits
+    from pellucid.engine.llm import open_model
     from pellucid.models import load
     from pellucid.models.hub import local_folder
     from pellucid.tokenizers import Tokenizer
 
-    prepare(config)
+    prepare(replace(config, device="cpu"))  # INT8 products are made for the CPU
+    task_of(config.tasks or ("countdown",))  # a misspelt task is told before the work
     folder = local_folder(config.model)
-    model, tokenizer = load(folder), Tokenizer.load(folder)
-    small = quant.quantize(model)
     quant.compress(folder, config.out)
-    measured = quant.measure(model, small)
+    models = {"float32": load(folder), "int8": open_model(config.out)}  # what was written is what is measured
+    tokenizer = Tokenizer.load(folder)
+    measured = quant.measure(models["float32"], models["int8"])
     text = Eval(model=config.model, corpus=config.corpus)
-    bits = {name: text_bits(text, m, tokenizer)[0] for name, m in (("float32", model), ("int8", small))}
-    events.emit(events.Evaluation("quantize", "size ratio", measured["size_ratio"], {**measured, "bits_per_byte": bits}))
-    print(f"{'':<24} {'float32':>12} {'int8':>12}")
-    print(f"{'MB of weights':<24} {measured['bytes']['float32'] / 1e6:>12.2f} {measured['bytes']['int8'] / 1e6:>12.2f}")
-    print(f"{'bits per byte':<24} {bits['float32']:>12.3f} {bits['int8']:>12.3f}")
-    for batch, speeds in measured["tokens_per_second"].items():
-        print(f"{'tokens/s at batch ' + batch:<24} {speeds['float32']:>12,.0f} {speeds['int8']:>12,.0f}")
-    print(f"kernel: {measured['kernel']}; model in {config.out}")
+    measured["bits_per_byte"] = {name: text_bits(text, m, tokenizer)[0] for name, m in models.items()}
+    if config.tasks:
+        measured["accuracy"] = {name: accuracy(config, m, tokenizer) for name, m in models.items()}
+    events.emit(events.Evaluation("quantize", "size ratio", measured["size_ratio"], measured))
+    print("\n".join(table(measured)))
+    print(f"kernel: {measured['kernel']}\n{config.out}")
+
+
+def accuracy(config: Quantize, model: Decoder, tokenizer: Tokenizer) -> float:
+    """Greedy pass@1 on held-out problems."""
+    from pellucid import tasks
+    from pellucid.align.rollout import Rollouts
+    from pellucid.cli.eval import task_of
+
+    task, seed = task_of(config.tasks), config.seed or 0
+    generate = Rollouts(model, tokenizer, task, max_tokens=config.max_tokens).for_evaluation(seed)
+    return tasks.evaluate(task, generate, config.problems, seed=seed).pass_at_1
+
+
+def table(measured: dict[str, Any]) -> list[str]:
+    """Lines of: what, float32, bfloat16 where it was measured, INT8, and INT8 / float32."""
+    rows: list[tuple[str, dict[str, float], str]] = [("MB", {k: v / 1e6 for k, v in measured["bytes"].items()}, ",.2f"),
+                                                      ("bits per byte", measured["bits_per_byte"], ".4f")]
+    if "accuracy" in measured:
+        rows.append((say("quantize.accuracy"), measured["accuracy"], ".1%"))
+    rows += [(say("quantize.speed", batch=b), speeds, ",.0f") for b, speeds in measured["tokens_per_second"].items()]
+    names = ("float32", "bfloat16", "int8")
+    lines = [aligned("", [*names, "int8 / float32"])]
+    for what, values, form in rows:
+        cells = [format(values[name], form) if name in values else "-" for name in names]
+        ratio = values["int8"] / values["float32"] if values["float32"] else float("nan")
+        lines.append(aligned(what, [*cells, f"{ratio:.3f}"]))
+    return lines
+
+
+def aligned(head: str, cells: list[str]) -> str:
+    """By display width: a Chinese character takes two columns."""
+    from rich.cells import cell_len
+
+    return head + " " * max(1, 26 - cell_len(head)) + "".join(f"{cell:>15}" for cell in cells)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
+import json
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from pellucid.cli.base import Common, Positional, prepare
-from pellucid.errors import PellucidError
+from pellucid.errors import BadInput, PellucidError
+from pellucid.events import Event, emit, note
+
+LOCAL = {"127.0.0.1", "localhost", "::1"}
 
 
 @dataclass(frozen=True)
@@ -39,26 +44,48 @@ class Serve(Common):
     允许排队的请求数；超出则返回 429。"""
 
 
+@dataclass
+class Serving(Event):
+    """The server listens."""
+
+    kind = "serving"
+    url: str
+    model: str
+
+
 def serve(config: Serve) -> None:
     try:
-        from pellucid.server import serve_forever
-        from pellucid.server.run import bind, url_of
+        from pellucid.server.run import bind, serve_forever, url_of
     except ModuleNotFoundError as error:
         raise PellucidError("serving needs fastapi and uvicorn", str(error), "pip install 'pellucid[serve]'") from error
     from pellucid.engine import LLM
 
-    key = None
-    if config.api_key_file is not None:
-        try:
-            key = config.api_key_file.read_text(encoding="utf-8").strip()
-        except OSError as error:
-            raise PellucidError(f"cannot read {config.api_key_file}", str(error)) from error
-    listener = bind(config.host, config.port)  # before the model is loaded: a taken port is told at once
-    device = prepare(config, seed=None)
-    llm = LLM(config.model, device=str(device))
-    name = config.name or os.path.basename(os.path.normpath(config.model))
-    url = url_of(listener)
-    print(f"{name} at {url}/v1   (Ctrl-C stops)\n  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
-          f"    -d '{{\"model\": \"{name}\", \"messages\": [{{\"role\": \"user\", \"content\": \"Sort 52,7,31,88.\"}}]}}'",
-          file=sys.stderr)
-    serve_forever(llm, name, listener, api_key=key, waiting=config.waiting)
+    key = read_key(config.api_key_file) if config.api_key_file else None
+    with bind(config.host, config.port) as listener:  # before the model is loaded: a taken port is told at once
+        prepare(config, seed=None)
+        llm = LLM(config.model, device=config.device)
+        name = config.name or Path(config.model).resolve().name
+        url = url_of(listener)
+        emit(Serving(f"{url}/v1", name))
+        print(f"{name}: {url}/v1   (Ctrl-C: stop)\n  {example(url, name, key is not None)}", file=sys.stderr)
+        if config.host not in LOCAL and key is None:
+            note(f"{config.host} can be reached from other machines, and no key is asked for (--api-key-file)", "warning")
+        with contextlib.suppress(KeyboardInterrupt):  # the ordinary end of a server
+            serve_forever(llm, name, listener, api_key=key, waiting=config.waiting)
+
+
+def read_key(path: Path) -> str:
+    try:
+        key = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read {path}", str(error), "check the path given to --api-key-file") from error
+    if not key or not key.isascii():
+        raise BadInput(f"{path} holds no key", "a key is some ASCII characters", "write one into the file")
+    return key
+
+
+def example(url: str, name: str, locked: bool) -> str:
+    """A request to paste into a shell."""
+    body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Sort 52,7,31,88."}]}, ensure_ascii=False)
+    key = " -H 'Authorization: Bearer KEY'" if locked else ""
+    return f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
