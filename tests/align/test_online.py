@@ -232,7 +232,7 @@ def test_the_reference_is_the_given_weights_and_stays_there():
     running = loop(config(steps=3, objective=replace(PLAIN, beta=0.05), optim=OptimConfig("adamw", lr=0.01)), model=model)
     history = running.run()
     kl = [(m["kl/ref_k1"], m["kl/ref_k3"]) for _, m in history.metrics]
-    assert kl[0] == (0.0, 0.0)  # exactly: the same weights, through the same products
+    assert max(map(abs, kl[0])) < 1e-6  # the same weights; with and without gradients the kernels round differently
     assert all(k3 > 1e-6 for _, k3 in kl[1:])
     assert all(torch.equal(a, b) for a, b in zip(weights(running.reference), given))
     assert not any(p.requires_grad for p in running.reference.parameters())
