@@ -63,6 +63,31 @@ def test_rows_that_go_on(name):
     assert cache.batch == 0
 
 
+def test_positions_and_masks_by_hand():
+    """Rotations see distances only, so logits cannot show where counting starts: at each row's first real token."""
+    cache = KVCache(SPECS["qwen3"], 2, 40, first=torch.tensor([0, 3]))
+    assert cache.positions(5).tolist() == [[0, 1, 2, 3, 4], [0, 0, 0, 0, 1]]
+    assert cache.key_mask(5).int().flatten(1).tolist() == [[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]]
+    cache.advance(5)
+    assert cache.positions(1).tolist() == [[5], [2]]
+    assert cache.key_mask(1).int().flatten(1).tolist() == [[1] * 6 + [0] * 10, [0] * 3 + [1] * 3 + [0] * 10]
+    plain = KVCache(SPECS["qwen3"], 2, 16)
+    assert plain.key_mask(9) is None and plain.positions(2).tolist() == [[0, 1]]
+    plain.advance(15)
+    assert plain.key_mask(1) is None
+
+
+def test_room_grows_to_the_capacity_and_not_beyond():
+    model, x = built("qwen3"), tokens(1, 50)
+    cache = KVCache(model.spec, 1, 50)
+    rooms = []
+    for t in range(50):
+        with torch.no_grad():
+            model(x[:, t : t + 1], cache=cache)
+        rooms.append(cache.room)
+    assert sorted(set(rooms)) == [16, 32, 48, 50] and all(room > t for t, room in enumerate(rooms))
+
+
 def test_a_full_cache_says_so_and_nothing_else_changes():
     model, x = built("qwen3"), tokens(1, 10)
     cache = KVCache(model.spec, 1, 10)

@@ -63,6 +63,13 @@ def test_logits_so_large_that_probabilities_vanish():
     assert logp.isfinite().all() and logp.min() < -1000
 
 
+@pytest.mark.parametrize("gap", [30.0, 70.0, 87.0, 95.0, 103.0, 110.0])
+def test_probabilities_at_the_edge_of_float32(gap):
+    """From exp(-87) on, a probability has lost digits, and from exp(-104) on it is 0: its logarithm must not have."""
+    hidden, weight = torch.ones(1, 1), torch.tensor([[gap], [0.0]])
+    assert chunked_cross_entropy(hidden, weight, torch.tensor([1])).item() == pytest.approx(gap, abs=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_with_master_weights(dtype):
     """Activations in half precision, weights in float32: 1 % of the norm; the weight's gradient is float32."""

@@ -36,8 +36,13 @@ class Attention(nn.Module):
         cos, sin = ctx.rotation(self.spec.rope)
         qk = apply_rope(qk, cos, sin, heads_last=True, interleaved=self.spec.rope.interleaved).transpose(1, 2)
         (q, k), v = qk.split((H, K), 1), v.transpose(1, 2)
+        end = T
         if ctx.cache is not None:
+            end = ctx.cache.length + T
             k, v = ctx.cache.extend(self.index, k, v)
             q = q.to(k.dtype)
-        out = attention(q, k, v, mask=ctx.bias(q.dtype), window=self.spec.window)
+        bias = ctx.bias(q.dtype)
+        if self.spec.window is not None and k.shape[2] > end:  # a window counts from the last key: no empty ones there
+            k, v, bias = k[:, :, :end], v[:, :, :end], None if bias is None else bias[..., :end]
+        out = attention(q, k, v, mask=bias, window=self.spec.window)
         return self.o(out.transpose(1, 2).reshape(B, T, H * d).to(x.dtype))
