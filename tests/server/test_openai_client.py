@@ -161,6 +161,19 @@ def test_characters_are_never_cut(stage: openai.OpenAI, actor: Actor):
     assert "".join(chunks) == "中文 😀 naïve" and not any("\ufffd" in c for c in chunks)
 
 
+def test_bytes_that_never_became_a_character(stage: openai.OpenAI, actor: Actor):
+    actor.say("one")
+    actor.model.script = [*actor.model.script, "中".encode()[0]]  # ids below 256 are bytes
+    assert stage.chat.completions.create(model="actor", messages=ASK).choices[0].message.content == "one\ufffd"
+
+
+def test_an_answer_cut_off_behind_a_call_says_so(stage: openai.OpenAI, actor: Actor):
+    actor.say(f"{CALL} one two three")
+    most = len(actor.tokenizer.encode(f"{CALL} one"))
+    choice = stage.chat.completions.create(model="actor", messages=ASK, tools=TOOLS, max_tokens=most).choices[0]
+    assert choice.finish_reason == "length" and len(choice.message.tool_calls) == 1
+
+
 def test_content_parts_and_the_developers_role(stage: openai.OpenAI, actor: Actor):
     actor.say("ok")
     parts = [{"role": "developer", "content": "be short"}, {"role": "user", "content": [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]}]

@@ -78,16 +78,12 @@ def test_broken_bodies(url: str, actor: Actor, content: bytes, status: int, says
     assert ask(url).status_code == 200
 
 
-def test_a_large_body_without_its_length(url: str):
-    def chunks() -> Iterator[bytes]:
-        for _ in range(100):
-            yield b"x" * 1000
-
-    try:
-        answer = httpx.post(f"{url}/v1/chat/completions", content=chunks(), headers={"Content-Type": "application/json"})
-    except (httpx.WriteError, httpx.ReadError):  # it may hang up while we still send
-        return
-    assert answer.status_code == 413
+def test_a_large_body_without_its_length_is_not_read_to_its_end(url: str):
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                           b"Transfer-Encoding: chunked\r\n\r\n" + (b"%x\r\n" % 25_000) + b"x" * 25_000 + b"\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 413"), "the last chunk was never sent"
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/", 404), ("GET", "/v1/chat/completions", 405), ("POST", "/v1/embeddings", 404),
@@ -155,7 +151,7 @@ def test_a_reader_who_leaves_a_stream_ends_the_work(url: str, actor: Actor, serv
         next(answer.iter_lines())
         time.sleep(0.1)
     until(lambda: served)
-    assert served[0].finish_reason == "cancelled" and 0 < served[0].completion_tokens < 200
+    assert served[0].finish_reason == "cancelled" and served[0].completion_tokens < 200
 
 
 def test_a_client_who_hangs_up_ends_the_work(url: str, actor: Actor, served: list[Any]):

@@ -69,6 +69,8 @@ class OnlineConfig:
     """Clip the gradient's norm to this."""
     micro_rows: int = 32
     """Rows in a micro-batch (memory only)."""
+    save_seconds: float | None = None
+    """Also write a resume state every so often; it is always written when the run is interrupted."""
     evaluations: int = 4
     """Evaluations on held-out problems, evenly over the run."""
     samples_shown: int = 2
@@ -122,7 +124,7 @@ class OnlineLoop:
     def run(self) -> OnlineHistory:
         c, h = self.config, self.history
         self.budget.start(h.steps, h.seconds)
-        next_eval = self._next_evaluation()
+        next_eval, last_save = self._next_evaluation(), self.budget.elapsed
         with stop_requested() as stop:
             while not self.budget.over:
                 self._step()
@@ -131,6 +133,9 @@ class OnlineLoop:
                     next_eval = self._next_evaluation()
                 if stop.is_set():
                     self._interrupted()
+                if c.save_seconds and self.checkpoint and self.budget.elapsed - last_save >= c.save_seconds:
+                    self.save()
+                    last_save = self.budget.elapsed
             if self.evaluate and c.evaluations and not (h.evaluations and h.evaluations[-1][0] >= 1.0):
                 self._evaluate()
             if stop.is_set():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pellucid.engine import Sample, SamplingParams, run_all
 from pellucid.nn import Decoder
-from pellucid.tasks import Completion, Problem, Task
+from pellucid.tasks import Completion, Problem, Task, finished_only
 from pellucid.tokenizers import Tokenizer
 
 
@@ -87,11 +87,6 @@ class Rollouts:
                     for group in self.sample(problems, draws, temperature, seed)]
 
         return generate
-
-
-def finished_only(rewards: dict[str, float], finished: bool) -> dict[str, float]:
-    """An answer that did not end is not an answer: format and correct are 0, partial credit stays."""
-    return rewards if finished else rewards | {"format": 0.0, "correct": 0.0, "progress": min(rewards.get("progress", 0.0), 0.9)}
 
 
 def components(groups: Sequence[Group]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from pellucid.grow.config import GrowConfig
 
 LONG_RUN = 20.0  # minutes from which on the sources are read too: the docstrings alone would be seen many times
 MOST_BYTES = 200_000_000
+HELDOUT_BYTES = 120_000  # about 40,000 tokens: two stable digits for a second of work
 
 
 @lru_cache(maxsize=2)
@@ -30,4 +31,15 @@ def split_corpus(config: GrowConfig) -> tuple[list[str], list[str]]:
         raise BadInput(f"the corpus has only {size:,} characters", "a language model needs at least 100,000",
                        "give more text with --corpus, or leave it out to use Python's own documentation")
     train, heldout = divide(documents)
-    return [d.text for d in train], [d.text for d in heldout]
+    return [d.text for d in train], enough([d.text for d in heldout])
+
+
+def enough(texts: list[str]) -> list[str]:
+    """The first texts up to `HELDOUT_BYTES`: model and baselines are measured on the very same ones."""
+    kept, size = [], 0
+    for text in texts:
+        kept.append(text[: HELDOUT_BYTES - size])
+        size += len(kept[-1])
+        if size >= HELDOUT_BYTES:
+            break
+    return kept

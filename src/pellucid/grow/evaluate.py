@@ -15,7 +15,7 @@ K = 8
 def run(job: Job) -> Result:
     from pellucid.grow.job import Result
 
-    n = max(40, job.problems // 10)
+    n = max(8, job.problems // 10)
     rates = {}
     for name in ("sft", "grpo"):
         model = load(job.stage_folder(name))

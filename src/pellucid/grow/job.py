@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import time
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
-
-import torch
 
 from pellucid import events, tasks
 from pellucid.align.rollout import Rollouts
@@ -26,7 +25,7 @@ from pellucid.grow.plan import Plan, PlanCard, make_plan
 from pellucid.messages import say
 from pellucid.models import load
 from pellucid.nn import Decoder
-from pellucid.runtime import machine_card, peak_memory_bytes
+from pellucid.runtime import choose_threads, machine_card, peak_memory_bytes
 from pellucid.tokenizers import Tokenizer
 
 
@@ -71,6 +70,8 @@ class Job:
         self.plan: Plan
         self.report: dict[str, Any] = {}
         self.done: list[str] = []
+        self.began: dict[str, float] = {}  # stage -> `elapsed` when it first began
+        self.budgets: dict[str, float] = {}  # stage -> seconds of its loop
 
     # --- the clock ----------------------------------------------------------------------------------------------------
 
@@ -84,9 +85,20 @@ class Job:
         return self.config.minutes * 60
 
     def seconds_for(self, stage: str) -> float:
-        """The stage's share of the time that is left now."""
-        left = self.total - self.elapsed - recipe.tail_seconds(self.problems)
+        """The stage's share of the time that was left when it first began."""
+        left = self.total - self.began.setdefault(stage, self.elapsed) - recipe.tail_seconds(self.problems)
         return max(2.0, recipe.SHARES[stage] * left)
+
+    def loop_seconds(self, stage: str, after: float = 0.0) -> float:
+        """What remains of it for the stage's loop: less what was spent to get there, and `after` for what follows.
+
+        Decided once: a resumed stage has the same budget, so its schedule goes on where it was.
+        """
+        if stage not in self.budgets:
+            spent = self.elapsed - self.began.setdefault(stage, self.elapsed)
+            self.budgets[stage] = max(2.0, self.seconds_for(stage) - spent - after)
+            self._save_state()
+        return self.budgets[stage]
 
     @property
     def problems(self) -> int:
@@ -100,6 +112,8 @@ class Job:
         log = events.RunLog(self.folder / "events.jsonl")
         try:
             with events.subscribed(log):
+                if not self.done:
+                    events.emit(PlanCard(asdict(self.plan)))
                 names = [s["stage"] for s in self.plan.stages]
                 for index, stage in enumerate(names, 1):
                     if stage not in self.done:
@@ -128,12 +142,13 @@ class Job:
         self.plan = make_plan(self.config.minutes, self.config.device, self.config.threads, given)
         for old in ("events.jsonl", "state.json", "report.json", "report.html"):
             (self.folder / old).unlink(missing_ok=True)
+        for old in ("stages", "model", "model-int8"):  # what an earlier job left must not be taken for this one's
+            shutil.rmtree(self.folder / old, ignore_errors=True)
         self.report = {
             "schema": 1, "name": self.folder.name, "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": self.config.command, "seed": self.config.seed, "minutes_asked": self.config.minutes,
             "machine": machine_card(), "plan": asdict(self.plan), "stages": [], "prompts": [], "model": "model",
         }
-        events.emit(PlanCard(asdict(self.plan)))
         self._remember_prompts()
         self._save_state()
 
@@ -155,6 +170,7 @@ class Job:
                                f"it was: {state['command']}", f"run: {state['command']} --resume")
             self.plan, self.report, self.done = Plan(**state["plan"]), state["report"], state["done"]
             self.spent_before = state["elapsed"]
+            self.began, self.budgets = state["began"], state["budgets"]
             if "tokenizer" in self.done:
                 self.tokenizer = Tokenizer.load(self.stage_folder("tokenizer"))
             if self.config.model:
@@ -165,13 +181,13 @@ class Job:
         except (json.JSONDecodeError, KeyError, TypeError, OSError) as error:
             raise BadInput(f"{state_file} cannot be read", f"{type(error).__name__}: {error}",
                            f"start again: {self.config.command}") from error
-        torch.set_num_threads(self.config.threads or torch.get_num_threads())
+        choose_threads(self.config.threads)
         events.note(say("grow.resumed", done=", ".join(self.done) or "-"))
 
     def _stage(self, stage: str, index: int, count: int) -> None:
         planned = self.seconds_for(stage) if stage in recipe.SHARES else self._predicted(stage)["seconds"]
         events.emit(events.StageBegin(stage, index, count, say(f"grow.stage.{stage}"), planned))
-        began = self.elapsed
+        began = self.began.setdefault(stage, self.elapsed)
         module = importlib.import_module(f"pellucid.grow.{FILES[stage]}")
         result: Result = module.run(self)
         seconds = self.elapsed - began
@@ -198,7 +214,7 @@ class Job:
     def _save_state(self) -> None:
         if not hasattr(self, "plan"):
             return
-        state = {"command": self.config.command, "elapsed": self.elapsed, "done": self.done, "plan": asdict(self.plan),
+        state = {"command": self.config.command, "elapsed": self.elapsed, "done": self.done, "began": self.began, "budgets": self.budgets, "plan": asdict(self.plan),
                  "report": self.report}
         write_atomic(self.folder / "state.json", json.dumps(events.plain(state), ensure_ascii=False) + "\n")
 

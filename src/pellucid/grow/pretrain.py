@@ -19,13 +19,10 @@ from pellucid.train import Loop, LoopConfig, bits_per_byte, held_out_loss, token
 if TYPE_CHECKING:
     from pellucid.grow.job import Job, Result
 
-HELDOUT_TOKENS = 40_000  # enough for two stable digits, and a second of work
-
 
 def run(job: Job) -> Result:
     from pellucid.grow.job import Result
 
-    seconds_began = job.elapsed
     train, heldout = split_corpus(job.config)
     rows = training_rows(job, train)
     test = heldout_rows(job.tokenizer, heldout)
@@ -39,8 +36,7 @@ def run(job: Job) -> Result:
         return "bits per byte", bits_per_byte(nats, test.labels, sizes), {}
 
     before = evaluate()[1]
-    seconds = max(2.0, job.seconds_for("pretrain") - (job.elapsed - seconds_began))
-    config = LoopConfig("pretrain", seconds=seconds, rows=recipe.ROWS, optim=replace(recipe.PRETRAIN, dtype=job.plan.dtype),
+    config = LoopConfig("pretrain", seconds=job.loop_seconds("pretrain"), save_seconds=recipe.SAVE_SECONDS, rows=recipe.ROWS, optim=replace(recipe.PRETRAIN, dtype=job.plan.dtype),
                         schedule=recipe.PRETRAIN_SCHEDULE, seed=job.config.seed)
     loop = Loop(job.model, rows, config, evaluate=evaluate, checkpoint=job.stage_folder("pretrain-checkpoint"),
                 resume_hint=job.resume_command)
@@ -72,8 +68,7 @@ def training_rows(job: Job, train: list[str]) -> packing.Packed:
 
 
 def heldout_rows(tokenizer: Tokenizer, heldout: list[str]) -> packing.Packed:
-    rows = packing.pack_stream(tokenizer.encode_batch(heldout), recipe.ROW, remainder="pad", pad_id=tokenizer.pad_id)
-    return rows.rows(slice(0, max(1, HELDOUT_TOKENS // recipe.ROW)))
+    return packing.pack_stream(tokenizer.encode_batch(heldout), recipe.ROW, remainder="pad", pad_id=tokenizer.pad_id)
 
 
 def _baselines(train: list[str], heldout: list[str]) -> dict[str, float]:
@@ -83,6 +78,6 @@ def _baselines(train: list[str], heldout: list[str]) -> dict[str, float]:
 
 def thinned(points: list[tuple[float, float]], most: int = 200) -> list[tuple[float, float]]:
     """At most `most` points, each the mean of its neighbours."""
-    size = -(-len(points) // most)
+    size = max(1, -(-len(points) // most))
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     return [(sum(p for p, _ in g) / len(g), sum(v for _, v in g) / len(g)) for g in groups]

@@ -21,8 +21,8 @@ CONTEXT = 512
 ROW = 256  # tokens in a packed row
 ROWS = 8  # rows in a step
 FACTS_SHARE = 0.2  # of the pretraining tokens: single operations, on which the later stages build
-DEMONSTRATIONS = 10_000
 AT_A_GLANCE = 0.65  # of them: the right answer without its steps (see sft.py)
+SAVE_SECONDS = 60.0  # between resume states within a stage
 MAX_TOKENS = 88  # of a completion; demonstrations have 15 to 75
 
 # width, layers, heads, key/value heads, feed-forward: a ladder from 0.2 M to 90 M parameters
@@ -38,13 +38,18 @@ def problems(minutes: float, tokens_per_second: float) -> int:
     return int(max(24, min(1000, max(80, 125 * minutes), affordable)))
 
 
+def demonstrations(minutes: float) -> int:
+    """As many as a run of this length can look at about twice; making them takes time too."""
+    return int(max(500, min(20_000, 1250 * minutes)))
+
+
 def prompts(seconds: float, tokens_per_second: float) -> int:
     """Problems of a rollout: 32, or fewer where a large model would make less than some thirty steps of them."""
     return int(max(2, min(32, seconds / 30 * tokens_per_second / (GROUP * 60))))
 
 
 def tail_seconds(problems: int) -> float:
-    """What quantize, evaluate, tools and the report need at the end."""
+    """What quantize, evaluate, tools and the report need at the end. (A slow model has few problems, each of them slow.)"""
     return 14.0 + 0.015 * problems
 
 

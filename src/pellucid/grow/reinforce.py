@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 def run(job: Job) -> Result:
     from pellucid.grow.job import Result
 
-    began = job.elapsed
     job.model.to(job.plan.device).compute_dtype = dtype_of(job.plan.dtype)
     before = job.report["evaluation"]["sft"]["pass@1"]
 
@@ -28,9 +27,9 @@ def run(job: Job) -> Result:
         return "accuracy", scores.pass_at_1, {"format": scores.format, "length": scores.mean_length}
 
     events.note(formula(recipe.OBJECTIVE))
-    seconds = max(2.0, job.seconds_for("grpo") - (job.elapsed - began) - 0.005 * job.problems - 1.0)
+    seconds = job.loop_seconds("grpo", after=0.005 * job.problems + 1.0)
     config = OnlineConfig(
-        seconds=seconds, prompts=recipe.prompts(seconds, job.plan.tokens_per_second), group=recipe.GROUP,
+        seconds=seconds, save_seconds=recipe.SAVE_SECONDS, prompts=recipe.prompts(seconds, job.plan.tokens_per_second), group=recipe.GROUP,
         max_tokens=recipe.MAX_TOKENS, objective=recipe.OBJECTIVE, weights=recipe.REWARDS,
         optim=recipe.REAL_GRPO if job.config.model else recipe.GRPO, schedule=recipe.GRPO_SCHEDULE, seed=job.config.seed)
     loop = OnlineLoop(job.model, job.tokenizer, recipe.training_mix(), config, evaluate=evaluate,

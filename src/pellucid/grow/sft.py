@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 def run(job: Job) -> Result:
     from pellucid.grow.job import Result
 
-    began = job.elapsed
     rows = packing.pack_samples(demonstrations(job), recipe.ROW, overlong="truncate", pad_id=job.tokenizer.pad_id)
     job.model.to(job.plan.device).compute_dtype = dtype_of(job.plan.dtype)
 
@@ -38,8 +37,7 @@ def run(job: Job) -> Result:
     if job.config.model:
         job.show_samples("given")
     optimizer = recipe.REAL_SFT if job.config.model else recipe.SFT
-    seconds = max(2.0, job.seconds_for("sft") - (job.elapsed - began) - 0.005 * job.problems)
-    config = LoopConfig("sft", seconds=seconds, rows=recipe.ROWS, optim=replace(optimizer, dtype=job.plan.dtype),
+    config = LoopConfig("sft", seconds=job.loop_seconds("sft", after=0.005 * job.problems), save_seconds=recipe.SAVE_SECONDS, rows=recipe.ROWS, optim=replace(optimizer, dtype=job.plan.dtype),
                         schedule=recipe.SFT_SCHEDULE, evaluations=3, seed=job.config.seed)
     loop = Loop(job.model, rows, config, evaluate=evaluate, checkpoint=job.stage_folder("sft-checkpoint"),
                 resume_hint=job.resume_command)
@@ -50,7 +48,7 @@ def run(job: Job) -> Result:
     job.show_samples("sft")
     scores = job.measure()
     job.record_scores("sft", scores)
-    details = {"demonstrations": recipe.DEMONSTRATIONS, "tokens": history.tokens, "epochs": history.tokens / rows.tokens.numel(),
+    details = {"demonstrations": recipe.demonstrations(job.config.minutes), "tokens": history.tokens, "epochs": history.tokens / rows.tokens.numel(),
                "tokens_per_second": history.tokens / history.seconds, "steps": history.steps, "format": scores.format}
     return Result("accuracy on held-out problems", "", True, before, scores.pass_at_1, details,
                   {"loss": thinned(history.losses), "held-out accuracy": [(0.0, before), *history.evaluations]})
@@ -60,7 +58,7 @@ def demonstrations(job: Job) -> list[tuple[list[int], list[bool]]]:
     """(ids, mask) of the task demonstrations, and of one's own conversations where given."""
     rng = random.Random(job.config.seed + 1)
     samples = []
-    for _ in range(recipe.DEMONSTRATIONS):
+    for _ in range(recipe.demonstrations(job.config.minutes)):
         problem = job.mix.sample(rng, "train")
         shown = job.mix.demonstrate(problem, rng)
         if not problem.tools and rng.random() < recipe.AT_A_GLANCE:

@@ -8,7 +8,7 @@ from pellucid.errors import BadInput, nearest
 from pellucid.tasks.arithmetic import Arithmetic, ArithmeticDials
 from pellucid.tasks.calculator import Calculator, CalculatorDials
 from pellucid.tasks.countdown import Countdown, CountdownDials
-from pellucid.tasks.evaluate import Completion, Sample, TaskScores, evaluate, pass_at_k
+from pellucid.tasks.evaluate import Completion, Sample, TaskScores, evaluate, finished_only, pass_at_k
 from pellucid.tasks.facts import facts
 from pellucid.tasks.mixture import Mixture
 from pellucid.tasks.sorting import Sorting, SortingDials
@@ -30,5 +30,5 @@ def make(name: str, **dials: Any) -> Task:
 
 
 __all__ = ["CALCULATOR_SCHEMA", "Completion", "DIALS", "Mixture", "Parsed", "Problem", "Sample", "Split", "TASKS",
-           "TOOLS", "Task", "TaskScores", "Tool", "calculate", "evaluate", "facts", "is_heldout", "make",
+           "TOOLS", "Task", "TaskScores", "Tool", "calculate", "evaluate", "facts", "finished_only", "is_heldout", "make",
            "parse_completion", "pass_at_k"]

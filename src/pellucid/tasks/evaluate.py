@@ -111,7 +111,8 @@ def evaluate(task: Task, generate: Generate, n: int, k: int = 1, seed: int = 0, 
     groups = generate(problems, draws, temperature)
     if len(groups) != n or any(len(group) != draws for group in groups):
         raise ValueError(f"generate gave {[len(g) for g in groups][:5]}..., wanted {n} groups of {draws}")
-    graded = [[task.grade(problem, c.text) for c in group] for problem, group in zip(problems, groups)]
+    graded = [[finished_only(task.grade(problem, c.text), c.finished) for c in group]
+              for problem, group in zip(problems, groups)]
     rows = [_row(scores, group, k) for scores, group in zip(graded, groups)]
     names = sorted({p.task for p in problems})
     by_task = {name: _means([row for row, p in zip(rows, problems) if p.task == name]) for name in names}
@@ -120,6 +121,13 @@ def evaluate(task: Task, generate: Generate, n: int, k: int = 1, seed: int = 0, 
     means = _means(rows)
     del means["n"]
     return TaskScores(**means, n=n, k=k, draws=draws, temperature=temperature, by_task=by_task, samples=samples)
+
+
+def finished_only(scores: dict[str, float], finished: bool) -> dict[str, float]:
+    """An answer that did not end is no answer: format and correct are 0, partial credit stays below 1."""
+    if finished:
+        return scores
+    return scores | {"format": 0.0, "correct": 0.0, "progress": min(scores.get("progress", 0.0), 0.9)}
 
 
 def distinct_problems(task: Task, n: int, rng: random.Random, split: Split = "heldout") -> list[Problem]:
