@@ -1,80 +1,168 @@
-"""Batched sampling tokens/s of pellucid beside transformers' `generate`: same weights, prompts and lengths, in turns.
+"""Sampling tokens/s beside transformers' `generate`: same weights, same prompts, batch 128, one process.
 
     pellucid bench sample --out benchmarks/results/sample.json
 
-128 prompts of 32 tokens on the ~1 M parameter model. "fixed": every answer has 64 tokens. "ragged": answers end at
-different lengths, from 8 to 128 tokens, as real answers do: one pass with `generate` goes on until the longest is done,
-pellucid lets finished sequences go. Tokens counted are those asked for.
+Workloads: "fixed": every answer has the same length.  "mixed": answers end where an end token is drawn, at lengths that
+differ widely (geometric, mean about 100), as they do in reinforcement learning and in serving; the tokens of each
+library's own answers are counted. Greedy answers of both are compared token by token first.
 """
 
 from __future__ import annotations
 
-import sys
-import tempfile
+import statistics
+import time
 from collections.abc import Callable
-from dataclasses import replace
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from torch import Tensor
 
-from common import finish, options, turns
+from common import SIZES, begin, finish, options, parameters, ratios, table, twins
 from pellucid.engine import Sample, SamplingParams, run_all
-from pellucid.models import save
-from pellucid.nn import MLP, Attn, Decoder, DecoderSpec, Layer, Rope, count_parameters, init_weights
+from pellucid.engine import batch as engine_batch
+from pellucid.nn import Decoder, KVCache
 
-BATCH, PROMPT = 128, 32
+ENDS = list(range(3, 23))  # 20 of 2048 tokens: near-uniform draws end with probability of about 1 % at each token
+
+
+def prompts_of(count: int, groups: int, vocab: int) -> list[list[int]]:
+    """`groups` prompts of 16 to 32 tokens, each `count // groups` times: a problem and its samples."""
+    g = torch.Generator().manual_seed(1)
+    lengths = torch.randint(16, 33, (groups,), generator=g).tolist()
+    return [p for n in lengths for p in [torch.randint(100, vocab, (n,), generator=g).tolist()] * (count // groups)]
+
+
+def padded(prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, padded on the left."""
+    longest = max(map(len, prompts))
+    x, mask = torch.zeros(len(prompts), longest, dtype=torch.int64), torch.zeros(len(prompts), longest, dtype=torch.int64)
+    for row, p in enumerate(prompts):
+        x[row, longest - len(p) :], mask[row, longest - len(p) :] = torch.tensor(p), 1
+    return x, mask
+
+
+def ours_call(model: Decoder, prompts: list[list[int]], most: int, temperature: float, mixed: bool) -> Callable[[], list[list[int]]]:
+    def call() -> list[list[int]]:
+        params = SamplingParams(max_tokens=most, temperature=temperature, ignore_eos=not mixed)
+        call.seed += len(prompts)  # type: ignore[attr-defined]
+        samples = [Sample(p, params, call.seed + i) for i, p in enumerate(prompts)]  # type: ignore[attr-defined]
+        run_all(model, samples, ENDS if mixed else [0])
+        return [s.tokens for s in samples]
+
+    call.seed = 0  # type: ignore[attr-defined]
+    return call
+
+
+def their_call(model: Any, prompts: list[list[int]], most: int, temperature: float, mixed: bool) -> Callable[[], list[list[int]]]:
+    x, mask = padded(prompts)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+    length = {"max_new_tokens": most, "eos_token_id": ENDS} if mixed else {"max_new_tokens": most, "min_new_tokens": most, "eos_token_id": 0}
+
+    def call() -> list[list[int]]:
+        rows = model.generate(x, attention_mask=mask, pad_token_id=0, **sampling, **length)[:, x.shape[1] :].tolist()
+        return [row[: next((i + 1 for i, t in enumerate(row) if t in ENDS), len(row))] if mixed else row for row in rows]
+
+    return call
+
+
+def measure(calls: dict[str, Callable[[], list[list[int]]]], rounds: int, seconds: float) -> dict[str, dict[str, float]]:
+    """tokens/s of each contestant in turns; each round counts the tokens that it really produced."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    start = time.perf_counter()
+    for turn in range(rounds + 1):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            count = sum(map(len, call()))
+            if turn:
+                found[name].append(count / (time.perf_counter() - began))
+        if turn >= 2 and time.perf_counter() - start > seconds:
+            break
+    return {name: {"median": round(statistics.median(r), 1), "best": round(max(r), 1), "rounds": len(r)} for name, r in found.items()}
+
+
+class Stopwatch:
+    """Adds up the seconds spent in methods while it is on."""
+
+    def __init__(self, **methods: tuple[type, str]):
+        self.methods, self.seconds = methods, dict.fromkeys(methods, 0.0)
+
+    def __enter__(self) -> Stopwatch:
+        self.originals = {name: getattr(owner, method) for name, (owner, method) in self.methods.items()}
+        for name, (owner, method) in self.methods.items():
+            setattr(owner, method, self._timed(name, self.originals[name]))
+        self.start = time.perf_counter()
+        return self
+
+    def _timed(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self.seconds[name] += time.perf_counter() - began
+
+        return timed
+
+    def __exit__(self, *_: object) -> None:
+        self.total = time.perf_counter() - self.start
+        for name, (owner, method) in self.methods.items():
+            setattr(owner, method, self.originals[name])
+
+    def shares(self) -> dict[str, float]:
+        shares = {name: round(s / self.total, 3) for name, s in self.seconds.items()}
+        return shares | {"the rest": round(1 - sum(shares.values()), 3)}
+
+
+def split(call: Callable[[], Any]) -> dict[str, float]:
+    with Stopwatch(prefill=(engine_batch.Batch, "_prefill"), model=(Decoder, "forward"),
+                   sampler=(engine_batch.Sampler, "__call__"), copies=(KVCache, "keep")) as watch:
+        call()
+    return watch.shares()
+
+
+def compare(size: str, batch: int, groups: int, most: int, rounds: int, seconds: float) -> dict[str, Any]:
+    ours, theirs = twins(size)
+    ours.eval()
+    half, their_half = Decoder(ours.spec).eval(), type(theirs)(theirs.config).eval()
+    half.load_state_dict(ours.state_dict())
+    half.bfloat16()
+    their_half.load_state_dict(theirs.state_dict())
+    their_half.tie_weights()
+    their_half.to(torch.bfloat16)
+    prompts = prompts_of(batch, groups, ours.spec.vocab)
+    equal = ours_call(ours, prompts, 24, 0.0, False)() == their_call(theirs, prompts, 24, 0.0, False)()
+    if not equal:
+        raise SystemExit("greedy answers differ: nothing to compare")
+    result: dict[str, Any] = {"parameters": parameters(size), "batch": batch, "prompts": groups, "greedy_equal": equal}
+    for title, temperature, mixed, length in (("fixed length, greedy", 0.0, False, most), ("fixed length, temperature 1", 1.0, False, most),
+                                              ("mixed lengths, temperature 1", 1.0, True, 3 * most)):
+        calls = {"pellucid float32": ours_call(ours, prompts, length, temperature, mixed),
+                 "pellucid bf16": ours_call(half, prompts, length, temperature, mixed),
+                 "transformers float32": their_call(theirs, prompts, length, temperature, mixed),
+                 "transformers bf16": their_call(their_half, prompts, length, temperature, mixed)}
+        found = measure(calls, rounds, seconds)
+        table(f"{size}, batch {batch} ({groups} prompts), at most {length} tokens: {title}", found)
+        compared = ratios(found, {"float32 / float32": ("pellucid float32", "transformers float32"),
+                                  "bf16 / bf16": ("pellucid bf16", "transformers bf16"),
+                                  "float32 / bf16": ("pellucid float32", "transformers bf16")})
+        shares = {name: split(calls[f"pellucid {name}"]) for name in ("float32", "bf16")}
+        print("  where pellucid's time goes (float32): " + ", ".join(f"{k} {v:.0%}" for k, v in shares["float32"].items()), flush=True)
+        result[title] = {"max_tokens": length, "tokens_per_second": found, "ratios": compared, "split": shares}
+    return result
 
 
 def main(argv: list[str] | None = None) -> int:
-    asked = options(__doc__, argv, rounds=3)
-    layer = Layer(Attn(4, 2, 32, Rope(32), qk_norm=True), MLP(384))
-    model = init_weights(Decoder(DecoderSpec(2048, 128, (layer,) * 4, tied=True, context=512))).eval()
-    with tempfile.TemporaryDirectory() as folder:
-        save(model, f"{folder}/model")
-        theirs = AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float32)
-    half = init_weights(Decoder(model.spec)).to(torch.bfloat16).eval()
-    generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(3, 2048, (BATCH, PROMPT), generator=generator)
-    ragged = (8 + 120 * torch.rand(BATCH, generator=generator) ** 2).int().tolist()
-    rows = []
-    for lengths, kind in (([64] * BATCH, "fixed"), (ragged, "ragged")):
-        for temperature in (0.0, 1.0):
-            speeds = turns({
-                "pellucid float32": ours(model, prompts, lengths, temperature),
-                "pellucid bfloat16": ours(half, prompts, lengths, temperature),
-                "transformers": generate(theirs, prompts, lengths, temperature),
-            }, asked.rounds)
-            ratios = {k: v / speeds["transformers"] for k, v in speeds.items() if k != "transformers"}
-            rows.append({"lengths": kind, "temperature": temperature, "parameters": count_parameters(model.spec), "batch": BATCH,
-                         "tokens_per_second": speeds, "ratio": ratios})
-            print(f"{kind} T={temperature:g} " + "  ".join(f"{k} {v:,.0f}" for k, v in speeds.items())
-                  + "   times " + ", ".join(f"{k} {v:.2f}" for k, v in ratios.items()), flush=True)
-    finish("sample", rows, asked.json)
-    return 0
-
-
-def ours(model: Decoder, prompts: torch.Tensor, lengths: list[int], temperature: float) -> Callable[[], int]:
-    params = SamplingParams(temperature=temperature, ignore_eos=True)
-
-    def run() -> int:
-        samples = [Sample(p, replace(params, max_tokens=n), i) for i, (p, n) in enumerate(zip(prompts.tolist(), lengths))]
-        run_all(model, samples, [])
-        return sum(len(s.tokens) for s in samples)
-
-    return run
-
-
-def generate(model: torch.nn.Module, prompts: torch.Tensor, lengths: list[int], temperature: float) -> Callable[[], int]:
-    longest = max(lengths)
-
-    def run() -> int:
-        with torch.inference_mode():
-            model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=longest, min_new_tokens=longest,
-                           do_sample=temperature > 0, top_k=0, pad_token_id=0)
-        return sum(lengths)
-
-    return run
+    parser = options(__doc__)
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["1M"])
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--prompts", type=int, default=16, help="different prompts in the batch")
+    parser.add_argument("--max-tokens", type=int, default=96)
+    chosen = parser.parse_args(argv)
+    result = begin("sample", chosen)
+    result["sizes"] = {size: compare(size, chosen.batch, chosen.prompts, chosen.max_tokens, chosen.rounds, chosen.seconds)
+                       for size in chosen.sizes}
+    return finish(result, chosen.json)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

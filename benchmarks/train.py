@@ -1,117 +1,194 @@
-"""Training tokens/s of pellucid beside plain transformers code: same configuration, data, AdamW, machine, in turns.
+"""Training tokens/s beside plain transformers code and a nanoGPT-style loop: same rows, same sizes, AdamW, clipping.
 
     pellucid bench train --out benchmarks/results/train.json
 
-transformers: Qwen3ForCausalLM(input_ids, labels), loss.backward(), AdamW, in float32 and under bfloat16 autocast.
-nanoGPT style: a plain eager GPT (LayerNorm, GELU, learned positions, SDPA) of about the same size, bfloat16 autocast.
-pellucid: its own step in bfloat16 activations. Each turn is two optimizer steps of 16 rows x 256 tokens (4 x 256 at 30 M).
+Every contestant does whole steps: forward, loss, backward, clipping, AdamW. transformers and pellucid start from the same
+weights, and their first losses are compared. `--attention` compares the paths of `ops.attention` instead.
 """
 
 from __future__ import annotations
 
-import sys
+import math
+import statistics
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from common import finish, options, turns
-from pellucid.models.families import config_of
-from pellucid.nn import MLP, Attn, Decoder, DecoderSpec, Layer, Rope, count_parameters, init_weights
-from pellucid.ops import chunked_cross_entropy
+from common import SIZES, begin, finish, in_turns, options, parameters, rates, ratios, spec_of, table, twins
+from pellucid.nn import Decoder
+from pellucid.ops import (
+    attention_reference,
+    attention_sdpa,
+    attention_tiled,
+    bias_of,
+    choose_attention,
+    chunked_cross_entropy,
+)
+from pellucid.optim import OptimConfig, build_optimizer
 
-SIZES = {"1M": (128, 4, 4, 2, 384, 2048, 16), "5M": (256, 5, 8, 2, 704, 4096, 16), "30M": (512, 8, 8, 4, 1408, 8192, 4)}
-LENGTH, STEPS = 256, 2
+LR = 3e-4
+
+
+class PlainGPT(nn.Module):
+    """GPT-2's block as nanoGPT-style code writes it: learned positions, LayerNorm, one product for q, k and v, SDPA, GELU."""
+
+    def __init__(self, vocab: int, dim: int, layers: int, heads: int, context: int):
+        super().__init__()
+        self.heads = heads
+        self.wte, self.wpe = nn.Embedding(vocab, dim), nn.Embedding(context, dim)
+        self.blocks = nn.ModuleList(nn.ModuleDict({
+            "ln1": nn.LayerNorm(dim), "attn": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim),
+            "ln2": nn.LayerNorm(dim), "up": nn.Linear(dim, 4 * dim), "down": nn.Linear(4 * dim, dim)}) for _ in range(layers))
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, vocab, bias=False)
+        self.head.weight = self.wte.weight
+        nn.init.normal_(self.wte.weight, std=0.02)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        B, T = x.shape
+        h = self.wte(x) + self.wpe(torch.arange(T))
+        for b in self.blocks:
+            q, k, v = (t.view(B, T, self.heads, -1).transpose(1, 2) for t in b["attn"](b["ln1"](h)).chunk(3, -1))
+            h = h + b["proj"](F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+            h = h + b["down"](F.gelu(b["up"](b["ln2"](h))))
+        logits = self.head(self.norm(h))
+        return F.cross_entropy(logits.view(-1, logits.shape[-1]), labels.flatten())
+
+
+def plain_step(model: nn.Module, loss_of: Callable[[], Tensor], bf16: bool) -> Callable[[], float]:
+    """One step as training scripts write it."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+
+    def step() -> float:
+        with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
+            loss = loss_of()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+class OurStep:
+    """One step of pellucid, with the seconds of its parts."""
+
+    def __init__(self, model: Decoder, rows: Tensor, labels: Tensor, dtype: torch.dtype | None, documents: Tensor | None = None):
+        self.model, self.rows, self.labels, self.documents = model, rows, labels.flatten(), documents
+        model.compute_dtype = dtype
+        self.optimizer = build_optimizer(model, OptimConfig("adamw", lr=LR))
+        self.parts: dict[str, list[float]] = {}
+
+    def __call__(self) -> float:
+        clock, marks = time.perf_counter, [time.perf_counter()]
+        hidden = self.model.hidden(self.rows, documents=self.documents).flatten(0, 1)
+        marks.append(clock())
+        loss = chunked_cross_entropy(hidden, self.model.head_weight, self.labels) / len(self.labels)
+        marks.append(clock())
+        loss.backward()
+        marks.append(clock())
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        marks.append(clock())
+        for name, a, b in zip(("layers forward", "head, loss and its gradient", "layers backward", "clip and AdamW"), marks, marks[1:]):
+            self.parts.setdefault(name, []).append(b - a)
+        return loss.item()
+
+    def split(self) -> dict[str, float]:
+        """Share of the step's median parts."""
+        middle = {name: statistics.median(t[1:]) for name, t in self.parts.items()}
+        return {name: round(t / sum(middle.values()), 3) for name, t in middle.items()}
+
+
+def compare(size: str, rows: int, T: int, rounds: int, seconds: float) -> dict[str, Any]:
+    tokens = torch.randint(0, spec_of(size).vocab, (rows, T + 1))
+    x, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    ends = torch.rand(rows, T) < 1 / 100
+    documents = ends.cumsum(-1) - ends.long()  # packed rows: documents of about 100 tokens
+    ours, theirs = twins(size)
+    D, layers, H, *_ = SIZES[size]
+    steps: dict[str, Callable[[], float]] = {}
+    for name, dtype in (("bf16", torch.bfloat16), ("float32", None)):
+        for kind, ids in (("", None), (", packed documents", documents))[: 2 if dtype else 1]:
+            twin = Decoder(ours.spec)
+            twin.load_state_dict(ours.state_dict())
+            steps[f"pellucid {name}{kind}"] = OurStep(twin, x, labels, dtype, ids)
+        model = type(theirs)(theirs.config)
+        model.load_state_dict(theirs.state_dict())
+        model.tie_weights()
+        # transformers shifts the labels itself: position t is trained on token t + 1, the last one on nothing
+        steps[f"transformers {name}"] = plain_step(model, lambda m=model: m(input_ids=x, labels=x, use_cache=False).loss, dtype is not None)
+        gpt = PlainGPT(ours.spec.vocab, D, layers, H, T)
+        steps[f"nanoGPT-style {name}"] = plain_step(gpt, lambda m=gpt: m(x, labels), dtype is not None)
+    check_first_losses(ours, theirs, x)
+    times = in_turns(steps, rounds, seconds)
+    found = rates(times, rows * T)
+    table(f"{size} ({parameters(size) / 1e6:.2f}M parameters), {rows} x {T} tokens a step", found)
+    compared = ratios(found, {
+        "bf16 / transformers bf16": ("pellucid bf16", "transformers bf16"),
+        "bf16 / transformers float32": ("pellucid bf16", "transformers float32"),
+        "float32 / transformers float32": ("pellucid float32", "transformers float32"),
+        "bf16 / nanoGPT-style bf16": ("pellucid bf16", "nanoGPT-style bf16")})
+    split = steps["pellucid bf16"].split()  # type: ignore[attr-defined]
+    print("  where pellucid's bf16 step goes: " + ", ".join(f"{name} {share:.0%}" for name, share in split.items()))
+    return {"parameters": parameters(size), "rows": rows, "tokens_per_row": T, "tokens_per_second": found,
+            "ratios": compared, "split": split}
+
+
+def check_first_losses(ours: Decoder, theirs: Any, x: Tensor) -> None:
+    """Both libraries compute the same thing before they are timed."""
+    with torch.no_grad():
+        want = theirs(input_ids=x[:2], labels=x[:2]).loss.item()
+        total = chunked_cross_entropy(ours.hidden(x[:2])[:, :-1].flatten(0, 1), ours.head_weight, x[:2, 1:].flatten())
+    got = total.item() / x[:2, 1:].numel()
+    if not math.isclose(got, want, abs_tol=1e-4):
+        raise SystemExit(f"the losses differ before the first step: {got} and {want}")
+
+
+def forward_and_back(attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> None:
+    attention(q, k, v, mask=bias).sum().backward()
+
+
+def compare_attention(rounds: int, seconds: float) -> dict[str, Any]:
+    """Milliseconds of one call, forward and backward, of each path of `ops.attention`, with document masks."""
+    found: dict[str, Any] = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        for B, H, K, T, d in ((32, 4, 2, 128, 32), (16, 4, 2, 256, 32), (16, 8, 4, 256, 64), (4, 8, 4, 1024, 64), (1, 8, 4, 4096, 64)):
+            q, k, v = (torch.randn(B, n, T, d).to(dtype).requires_grad_() for n in (H, K, K))
+            documents = (torch.arange(T) // 100).expand(B, T)
+            mask = (documents[:, None, :, None] == documents[:, None, None, :]) & torch.ones(T, T).tril().bool()
+            bias = bias_of(mask, dtype)
+            paths = {"sdpa": attention_sdpa, "tiled": attention_tiled} | ({"reference": attention_reference} if T < 512 else {})
+            calls = {name: partial(forward_and_back, f, q, k, v, bias) for name, f in paths.items()}
+            times = in_turns(calls, rounds, seconds)
+            name = f"{str(dtype).removeprefix('torch.')} B{B} H{H} K{K} T{T} d{d}"
+            found[name] = {path: round(1000 * statistics.median(t), 2) for path, t in times.items()} | {"chosen": choose_attention(q, k)[0]}
+            print(f"  {name}: {found[name]}", flush=True)
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
-    asked = options(__doc__, argv, rounds=3)
-    rows = []
-    for name, (dim, layers, heads, kv_heads, ffn, vocab, batch) in SIZES.items():
-        d = dim // heads
-        layer = Layer(Attn(heads, kv_heads, d, Rope(d), qk_norm=True), MLP(ffn))
-        spec = DecoderSpec(vocab, dim, (layer,) * layers, tied=True, context=LENGTH)
-        tokens = torch.randint(0, vocab, (batch, LENGTH + 1), generator=torch.Generator().manual_seed(0))
-        speeds = turns({
-            "pellucid": ours(spec, tokens), "transformers float32": theirs(spec, tokens, False),
-            "transformers bfloat16": theirs(spec, tokens, True), "nanoGPT style bfloat16": nano(spec, tokens),
-        }, asked.rounds)
-        ratios = {k: speeds["pellucid"] / v for k, v in speeds.items() if k != "pellucid"}
-        rows.append({"size": name, "parameters": count_parameters(spec), "tokens_per_second": speeds, "ratio": ratios})
-        print(f"{name:>4} " + "  ".join(f"{k} {v:,.0f}" for k, v in speeds.items())
-              + "   times " + ", ".join(f"{k} {v:.2f}" for k, v in ratios.items()), flush=True)
-    finish("train", rows, asked.json)
-    return 0
-
-
-def repeated(model: nn.Module, loss: Callable[[], Tensor], tokens: int) -> Callable[[], int]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-
-    def run() -> int:
-        for _ in range(STEPS):
-            loss().backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-        return STEPS * tokens
-
-    return run
-
-
-def ours(spec: DecoderSpec, tokens: Tensor) -> Callable[[], int]:
-    model = init_weights(Decoder(spec))
-    model.compute_dtype = torch.bfloat16
-    inputs, labels = tokens[:, :-1], tokens[:, 1:].flatten()
-
-    def loss() -> Tensor:
-        hidden = model.hidden(inputs).flatten(0, 1)
-        return chunked_cross_entropy(hidden, model.head_weight.to(hidden.dtype), labels) / len(labels)
-
-    return repeated(model, loss, len(labels))
-
-
-def theirs(spec: DecoderSpec, tokens: Tensor, half: bool) -> Callable[[], int]:
-    model = Qwen3ForCausalLM(Qwen3Config(**config_of(spec))).train()
-    inputs = tokens[:, :-1].contiguous()
-
-    def loss() -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            return model(input_ids=inputs, labels=inputs).loss
-
-    return repeated(model, loss, inputs.numel())
-
-
-class NanoBlock(nn.Module):
-    def __init__(self, dim: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, -1))
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
-def nano(spec: DecoderSpec, tokens: Tensor) -> Callable[[], int]:
-    dim, heads = spec.dim, spec.layers[0].mixer.heads
-    embed, positions = nn.Embedding(spec.vocab, dim), nn.Embedding(LENGTH, dim)
-    model = nn.ModuleList([embed, positions, *[NanoBlock(dim, heads) for _ in spec.layers], nn.LayerNorm(dim)])
-    inputs, labels = tokens[:, :-1], tokens[:, 1:].flatten()
-
-    def loss() -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            x = embed(inputs) + positions(torch.arange(LENGTH))
-            for block in list(model)[2:]:
-                x = block(x)
-            return F.cross_entropy(F.linear(x, embed.weight).flatten(0, 1), labels)
-
-    return repeated(model, loss, len(labels))
+    parser = options(__doc__)
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--rows", type=int, default=16, help="rows of a step")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a row")
+    parser.add_argument("--attention", action="store_true", help="compare the attention paths instead")
+    chosen = parser.parse_args(argv)
+    result = begin("attention" if chosen.attention else "train", chosen)
+    if chosen.attention:
+        result["milliseconds"] = compare_attention(chosen.rounds, chosen.seconds / 10)
+    else:
+        result["sizes"] = {size: compare(size, chosen.rows, chosen.length, chosen.rounds, chosen.seconds)
+                           for size in chosen.sizes}
+    return finish(result, chosen.json)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())
