@@ -17,7 +17,7 @@ CASES: dict[str, LlamaConfig | Qwen3Config] = {
     "qwen3": Qwen3Config(**BASE, head_dim=16),
     "qwen3-tied": Qwen3Config(**BASE, head_dim=8, tie_word_embeddings=True,
                               rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
-    "qwen3-biases": Qwen3Config(**BASE, head_dim=12, attention_bias=True, rms_norm_eps=1e-5),
+    "qwen3-biases": Qwen3Config(**BASE, head_dim=20, attention_bias=True, rms_norm_eps=1e-5),
     "qwen3-window": Qwen3Config(**{**BASE, "num_hidden_layers": 3}, head_dim=16, use_sliding_window=True, sliding_window=6,
                                 max_window_layers=1),
     "llama3": LlamaConfig(**BASE, head_dim=16, tie_word_embeddings=True, rope_parameters=LLAMA3),

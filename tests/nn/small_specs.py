@@ -18,7 +18,7 @@ def spec(*mixers: Attn, mlp: MLP | None = None, **fields: object) -> DecoderSpec
 
 SPECS = {
     "qwen3": spec(*(Attn(4, 2, 8, ROPE, qk_norm=True),) * 2, tied=True),
-    "llama": spec(*(Attn(3, 3, 8, Rope(8, scaling=LLAMA3), qkv_bias=True, out_bias=True),) * 2, mlp=MLP(20, bias=True)),
+    "llama": spec(*(Attn(2, 2, 8, Rope(8, scaling=LLAMA3), qkv_bias=True, out_bias=True),) * 2, mlp=MLP(20, bias=True)),
     "mqa": spec(*(Attn(4, 1, 6, Rope(6, 500.0), qkv_bias=True),) * 2, mlp=MLP(30, "gelu"), eps=1e-3),
     "window": spec(Attn(4, 2, 8, ROPE, window=5), Attn(4, 2, 8, ROPE), Attn(2, 1, 8, ROPE, qk_norm=True, window=2)),
     "interleaved": spec(*(Attn(2, 2, 8, Rope(8, interleaved=True)),) * 2, family="llama"),
