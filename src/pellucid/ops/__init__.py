@@ -2,6 +2,7 @@
 
 from pellucid.ops.activation import ACTIVATIONS, swiglu
 from pellucid.ops.attention import attention, attention_reference, attention_sdpa, choose_attention
+from pellucid.ops.compiled import choose_jit
 from pellucid.ops.loss import chunked_cross_entropy, cross_entropy_reference, token_logprobs
 from pellucid.ops.norm import rms_norm, rms_norm_reference
 from pellucid.ops.rope import apply_rope, apply_rope_reference, rope_angles, rope_frequencies
@@ -20,6 +21,7 @@ __all__ = [
     "attention_tiled",
     "bias_of",
     "choose_attention",
+    "choose_jit",
     "chunked_cross_entropy",
     "cross_entropy_reference",
     "log_softmax",
