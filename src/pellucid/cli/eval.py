@@ -60,17 +60,19 @@ def text_bits(config: Eval, model: Decoder, tokenizer: Tokenizer) -> tuple[float
     rows = packing.pack_stream(tokenizer.encode_batch([d.text for d in texts]), T, remainder="pad", pad_id=tokenizer.pad_id)
     sizes = token_bytes(tokenizer)
     labels = rows.labels[rows.labels != packing.IGNORE]
-    return bits_per_byte(held_out_loss(model, rows)[0], labels, sizes), int(sizes[labels].sum())
+    return bits_per_byte(held_out_loss(model, rows.to(model.embed.weight.device))[0], labels, sizes), int(sizes[labels].sum())
 
 
 def evaluate(config: Eval) -> None:
     from pellucid import events, tasks
     from pellucid.align.rollout import Rollouts
-    from pellucid.models import load
+    from pellucid.engine.llm import open_model
     from pellucid.tokenizers import Tokenizer
 
-    device, task = prepare(config), task_of(config.tasks)
-    model, tokenizer = load(config.model, device=str(device)), Tokenizer.load(config.model)
+    prepare(config)
+    task = task_of(config.tasks)
+    # As `serve` and `chat` open it: an INT8 folder is measured with its INT8 products.
+    model, tokenizer = open_model(config.model, device=config.device), Tokenizer.load(config.model)
     rollouts = Rollouts(model, tokenizer, task, max_tokens=config.max_tokens)
     scores = tasks.evaluate(task, rollouts.for_evaluation(config.seed or 0), config.problems, config.k, config.seed or 0)
     events.emit(events.Evaluation("eval", "pass@1", scores.pass_at_1, scores.record()))

@@ -1,0 +1,58 @@
+"""eval, train and align as a person and as a program meet them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pellucid.__main__ import main
+from pellucid.models import load, save
+from pellucid.nn import MLP, Attn, Decoder, DecoderSpec, Layer, Rope, init_weights
+from pellucid.tokenizers import Tokenizer, train_bpe
+
+SPEC = DecoderSpec(450, 32, (Layer(Attn(4, 2, 8, Rope(8), qk_norm=True), MLP(48)),) * 2, tied=True, context=320)
+TEXTS = ["one two three four five six " * 40, "".join(map(chr, range(32, 700)))]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint") / "model"
+    save(init_weights(Decoder(SPEC), seed=2), path, tokenizer=train_bpe(TEXTS, SPEC.vocab))
+    return path
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(f"one two three {i} four five six" for i in range(200)))
+    return path
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> tuple[int, str, str]:
+    code = main([*map(str, argv), "--threads", "1"])
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def told(text: str, kind: str) -> list[dict[str, Any]]:
+    return [e for e in map(json.loads, text.splitlines()) if e["kind"] == kind]
+
+
+# ---- eval ---------------------------------------------------------------------------------------------------------
+
+def test_eval_measures_an_int8_folder_with_int8_products(
+        folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from pellucid.cli.eval import Eval, text_bits
+    from pellucid.engine.llm import open_model
+    from pellucid.quant import compress
+
+    compress(folder, tmp_path / "int8")
+    code, out, err = run(capsys, "eval", tmp_path / "int8", "--corpus", corpus, "--problems", "2", "--max-tokens", "4", "--json")
+    assert code == 0, err
+    (bits,) = [e["value"] for e in told(out, "evaluation") if e["name"] == "bits per byte"]
+    config, tokenizer = Eval(model="", corpus=corpus), Tokenizer.load(folder)
+    served, as_float = (text_bits(config, m, tokenizer)[0] for m in (open_model(tmp_path / "int8"), load(tmp_path / "int8")))
+    assert bits == served != as_float
