@@ -101,8 +101,7 @@ def test_impossible_settings_are_refused_before_work(wrong: list[str], tmp_path:
     assert "Traceback" not in done.stderr
 
 
-def test_config_repeats_itself_as_a_command() -> None:
-    assert GrowConfig(minutes=3, seed=4).command == "pellucid grow --minutes 3 --out runs/grow --seed 4"
+def test_not_a_number_of_minutes_is_refused() -> None:
     with pytest.raises(BadInput):
         GrowConfig(minutes=float("nan"))
 

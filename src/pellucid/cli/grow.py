@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -44,7 +45,6 @@ class Grow(Common):
 def grow(config: Grow) -> None:
     began = time.monotonic() - time.process_time()  # what starting Python and its imports took counts too
     from pellucid import events
-    from pellucid.grow import words  # noqa: F401  (its messages)
     from pellucid.grow.config import GrowConfig
 
     settings = GrowConfig(
@@ -98,7 +98,7 @@ def print_table(report: dict[str, Any], folder: Path) -> None:
         console.print(say("grow.baselines", list=", ".join(f"{k} {v:.2f}" for k, v in baselines.items())))
     console.print(say("grow.took", spent=report["minutes_spent"], asked=report["minutes_asked"]))
     console.print(say("grow.report", path=folder / "report.html"))
-    console.print(say("grow.talk", path=folder / report["model"]))
+    console.print(say("grow.talk", path=shlex.quote(str(folder / report["model"]))))
 
 
 def shown(value: float | None, unit: str) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from pellucid.errors import BadInput
+from pellucid.messages import default_language
 
 SHORTEST, LONGEST = 1.0, 24 * 60.0  # minutes
 
@@ -37,10 +39,17 @@ class GrowConfig:
                            "give raw text with --corpus, conversations with --data")
 
     @property
+    def settings(self) -> list[str]:
+        """The options that decide what the job is; a resumed job must have the same."""
+        asked = f"{self.minutes:g}" if float(f"{self.minutes:g}") == self.minutes else repr(self.minutes)
+        given = [("--minutes", asked), ("--out", self.out), ("--seed", self.seed), ("--model", self.model),
+                 ("--corpus", self.corpus), ("--data", self.data)]
+        return [word for option, value in given if value is not None for word in (option, str(value))]
+
+    @property
     def command(self) -> str:
-        """The command line that repeats this job."""
-        options = [f"--minutes {self.minutes:g}", f"--out {self.out}", f"--seed {self.seed}"]
-        options += [f"--model {self.model}"] if self.model else []
-        options += [f"--corpus {self.corpus}"] if self.corpus else []
-        options += [f"--data {self.data}"] if self.data else []
-        return " ".join(["pellucid grow", *options])
+        """The command line that repeats this job, to be pasted into a shell: also how to run it, where that was asked for."""
+        how = {"--threads": self.threads, "--device": None if self.device == "auto" else self.device,
+               "--lang": None if self.lang == default_language() else self.lang}
+        asked = [word for option, value in how.items() if value is not None for word in (option, str(value))]
+        return shlex.join(["pellucid", "grow", *self.settings, *asked])

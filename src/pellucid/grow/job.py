@@ -19,7 +19,7 @@ from pellucid import events, tasks
 from pellucid.align.rollout import Rollouts
 from pellucid.errors import BadInput, Interrupted, PellucidError
 from pellucid.files import write_atomic
-from pellucid.grow import recipe, report
+from pellucid.grow import recipe, report, words  # noqa: F401  (words: its messages)
 from pellucid.grow.config import GrowConfig
 from pellucid.grow.plan import Plan, PlanCard, make_plan
 from pellucid.messages import say
@@ -165,7 +165,7 @@ class Job:
     def _reopen(self, state_file: Path) -> None:
         try:
             state = json.loads(state_file.read_text(encoding="utf-8"))
-            if state["command"] != self.config.command:
+            if state["settings"] != self.config.settings:  # threads, device and language may differ
                 raise BadInput("--resume with other settings than the interrupted job's",
                                f"it was: {state['command']}", f"run: {state['command']} --resume")
             self.plan, self.report, self.done = Plan(**state["plan"]), state["report"], state["done"]
@@ -214,8 +214,8 @@ class Job:
     def _save_state(self) -> None:
         if not hasattr(self, "plan"):
             return
-        state = {"command": self.config.command, "elapsed": self.elapsed, "done": self.done, "began": self.began, "budgets": self.budgets, "plan": asdict(self.plan),
-                 "report": self.report}
+        state = {"command": self.config.command, "settings": self.config.settings, "elapsed": self.elapsed, "done": self.done,
+                 "began": self.began, "budgets": self.budgets, "plan": asdict(self.plan), "report": self.report}
         write_atomic(self.folder / "state.json", json.dumps(events.plain(state), ensure_ascii=False) + "\n")
 
     # --- what stages share --------------------------------------------------------------------------------------------
