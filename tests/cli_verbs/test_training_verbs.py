@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from pellucid import events, tasks
 from pellucid.__main__ import main
+from pellucid.align.rollout import Rollouts
 from pellucid.models import load, save
 from pellucid.nn import MLP, Attn, Decoder, DecoderSpec, Layer, Rope, init_weights
 from pellucid.tokenizers import Tokenizer, train_bpe
@@ -56,3 +61,30 @@ def test_eval_measures_an_int8_folder_with_int8_products(
     config, tokenizer = Eval(model="", corpus=corpus), Tokenizer.load(folder)
     served, as_float = (text_bits(config, m, tokenizer)[0] for m in (open_model(tmp_path / "int8"), load(tmp_path / "int8")))
     assert bits == served != as_float
+
+
+# ---- align --------------------------------------------------------------------------------------------------------
+
+def test_a_resumed_run_is_compared_with_the_given_weights(
+        folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """The score is a sum over the weights here, so that it tells which weights were measured."""
+    def score(task: Any, model: Decoder, *rest: Any) -> Any:
+        return SimpleNamespace(pass_at_1=float(model.embed.weight.detach().double().abs().sum()), format=0.0, mean_length=0.0)
+
+    monkeypatch.setattr(tasks, "evaluate", score)
+    monkeypatch.setattr(Rollouts, "for_evaluation", lambda self, seed: self.model)
+    monkeypatch.setattr(Rollouts, "grade", lambda self, p, sample, text: {"correct": float(sum(sample.tokens) % 2), "format": 0.0})
+    argv = ["align", "grpo", folder, "--tasks", "sorting", "--steps", "2", "--prompts", "2", "--group", "4", "--max-tokens", "4",
+            "--lr", "0.01", "--out", tmp_path / "run", "--json"]
+
+    def stop(event: Any) -> None:
+        if event.kind == "step" and event.step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with events.subscribed(stop):
+        assert run(capsys, *argv)[0] == 130
+    code, out, err = run(capsys, *argv, "--resume")
+    assert code == 0, err
+    (end,) = told(out, "stage_end")
+    assert end["before"] == score(None, load(folder)).pass_at_1 != end["after"]
+    assert end["after"] == score(None, load(tmp_path / "run" / "model")).pass_at_1

@@ -89,9 +89,9 @@ def grpo(config: Grpo) -> None:
         scores = measure(task, loop.rollouts.for_evaluation(0), config.problems, 1, 1)
         return "pass@1", scores.pass_at_1, {"format": scores.format, "mean_length": scores.mean_length}
 
+    before = evaluation()[1]  # of the given weights: measured before a resumed run's own are read
     if config.resume and not loop.resume():
         events.note(f"nothing to resume in {config.out}: starting from {config.model}", "warning")
-    before = evaluation()[1]
     history = loop.run()
     save(model, config.out / "model", tokenizer=tokenizer)
     after = history.evaluations[-1][1]
