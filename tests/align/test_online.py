@@ -278,6 +278,7 @@ def test_a_run_that_stops_and_goes_on_equals_one_that_does_not_bit_for_bit(chang
     again = broken.run()
     assert all(torch.equal(a, b) for a, b in zip(weights(straight.model), weights(broken.model)))
     assert (again.steps, again.sampled, again.evaluations) == (history.steps, history.sampled, history.evaluations)
+    assert broken.shown_groups == straight.shown_groups != []  # the report shows those of before the interruption too
     timed = {"time/sampling"}
     for (p, a), (q, b) in zip(history.metrics, again.metrics, strict=True):
         assert p == q and a.keys() == b.keys()

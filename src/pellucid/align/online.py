@@ -269,7 +269,8 @@ class OnlineLoop:
     def save(self) -> None:
         assert self.checkpoint is not None
         version, numbers, gauss = self.rng.getstate()
-        state = {"history": vars(self.history), "rng": [version, list(numbers), gauss]}
+        state = {"history": vars(self.history), "rng": [version, list(numbers), gauss], "groups": self.shown_groups,
+                 "next_show": self._next_show}
         save_checkpoint(self.checkpoint, self.model, self.stepper.optimizer, state, self.tokenizer)
 
     def resume(self) -> bool:
@@ -278,6 +279,7 @@ class OnlineLoop:
             return False
         state = load_checkpoint(self.checkpoint, self.model, self.stepper.optimizer)
         self.history = OnlineHistory.of(state["history"])
+        self.shown_groups, self._next_show = state.get("groups", []), state.get("next_show", 0.0)
         version, numbers, gauss = state["rng"]
         self.rng.setstate((version, tuple(numbers), gauss))
         events.note(f"{self.config.stage}: goes on at step {self.history.steps}")
