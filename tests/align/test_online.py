@@ -16,7 +16,8 @@ from tiny_policy import Echo, Noise, policy, token_logprobs, tokenizer, weights
 from pellucid import events
 from pellucid.align import ObjectiveConfig, objective_padded
 from pellucid.align.aggregation import count
-from pellucid.align.online import OnlineConfig, OnlineLoop, Update
+from pellucid.align.online import OnlineConfig, OnlineLoop
+from pellucid.align.update import Update
 from pellucid.errors import BadInput, Interrupted
 from pellucid.optim import OptimConfig, Optimizers, Schedule
 
@@ -169,7 +170,7 @@ def test_the_samplers_logprobs_stand_beside_the_tokens_they_belong_to(temperatur
         here = update.sequence == number
         assert flat_labels[here].tolist() == s.tokens
         assert update.sampler[here].tolist() == torch.tensor(s.logprobs).tolist()
-    logp = running._logprobs(running.model, update)
+    logp = update.logprobs(running.model, 32, temperature)
     assert (logp - update.sampler).abs().max() < 1e-4
     numbers = running._update(groups, credit, 0.5)
     assert numbers["engine/gap_max"] < 1e-4 and numbers["engine/ess"] == pytest.approx(1.0, abs=1e-6)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,11 @@ from torch import Tensor
 from pellucid import events
 from pellucid.align import metrics as tables
 from pellucid.align.advantages import Credit, assign_credit
-from pellucid.align.aggregation import Empty, count
 from pellucid.align.objective import ObjectiveConfig, objective
 from pellucid.align.rollout import Group, Rollouts, components
-from pellucid.align.rows import pack_completions
-from pellucid.data.packing import IGNORE, Packed
+from pellucid.align.update import Update, pick
 from pellucid.errors import BadInput, Interrupted
 from pellucid.nn import Decoder
-from pellucid.ops import token_logprobs
 from pellucid.optim import OptimConfig, Schedule, build_optimizer
 from pellucid.tasks import Task
 from pellucid.tokenizers import Tokenizer
@@ -190,13 +187,13 @@ class OnlineLoop:
         batches = [Update(groups, credit, part, c.objective.empty, self.model.embed.weight.device) for part in shares
                    if bool(credit.lengths[part].any())]
         for batch in batches:
-            batch.ref = self._logprobs(self.reference, batch) if self.reference else None
-            batch.old = self._logprobs(self.model, batch) if c.updates > 1 else None
+            batch.ref = batch.logprobs(self.reference, c.micro_rows, c.temperature) if self.reference else None
+            batch.old = batch.logprobs(self.model, c.micro_rows, c.temperature) if c.updates > 1 else None
         parts, entropies, gaps, norms = [], [], [], []
         self.model.train()
         for batch in batches:
             def loss_fn(micro: slice, batch: Update = batch) -> Tensor:
-                logp, entropy, where = self._forward(self.model, batch, micro, entropy=True)
+                logp, entropy, where = batch.forward(self.model, micro, c.temperature, entropy=True)
                 share, numbers = objective(
                     logp, pick(batch.old, where), pick(batch.ref, where), batch.advantages[where], batch.sequence[where],
                     c.objective, batch.counts)
@@ -210,24 +207,6 @@ class OnlineLoop:
         return (tables.merge(parts) | tables.entropy_table(torch.cat(entropies))
                 | tables.engine_table(torch.cat([a for a, _ in gaps]), torch.cat([b for _, b in gaps]))
                 | {"grad_norm": sum(norms) / len(norms), "lr": self.stepper.optimizer.lr})
-
-    def _forward(self, model: Decoder, batch: Update, micro: slice, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """log-probabilities and entropies of the micro-batch's trained tokens, and their places among the step's."""
-        rows = batch.rows.rows(micro)
-        hidden = model.hidden(rows.tokens, positions=rows.positions, documents=rows.documents).flatten(0, 1)
-        labels = rows.labels.flatten()
-        trained = labels != IGNORE
-        hidden = hidden[trained]
-        logp, h = token_logprobs(hidden, model.head_weight.to(hidden.dtype), labels[trained], self.config.temperature, entropy)
-        return logp, h if h is not None else torch.zeros(0), batch.place[micro].flatten()[trained]
-
-    @torch.no_grad()
-    def _logprobs(self, model: Decoder, batch: Update) -> Tensor:
-        out = torch.empty(len(batch.sampler), device=batch.sampler.device)
-        for micro in batch.micro(self.config.micro_rows):
-            logp, _, where = self._forward(model, batch, micro, entropy=False)
-            out[where] = logp
-        return out
 
     # --- what is shown ------------------------------------------------------------------------------------------------
 
@@ -291,36 +270,3 @@ class OnlineLoop:
         self.save()
         raise Interrupted(f"{self.config.stage}: stopped at step {self.history.steps}; everything is saved",
                           next=self.resume_hint)
-
-
-class Update:
-    """The tensors of one optimizer step. M trained tokens of S completions, in the order of `rows`.
-
-    sequence, advantages, sampler: (M,); place (N, T): where each trained position stands among the M.
-    """
-
-    def __init__(self, groups: list[Group], credit: Credit, chosen: list[int], empty: Empty, device: torch.device):
-        picked = [(i, j) for i in chosen for j in range(len(groups[i].samples)) if credit.lengths[i, j] > 0]
-        samples = [groups[i].samples[j] for i, j in picked]
-        self.rows: Packed = pack_completions(samples).to(device)
-        trained = self.rows.labels != IGNORE
-        self.place = torch.zeros_like(self.rows.labels)
-        self.place[trained] = torch.arange(int(trained.sum()), device=device)
-        self.sequence = self.rows.documents[trained]
-        advantages = torch.tensor([float(credit.advantages[i, j]) for i, j in picked], device=device)
-        self.advantages = advantages[self.sequence]
-        logprobs = torch.cat([torch.tensor(s.logprobs) for s in samples]).to(device)
-        starts = torch.tensor([0] + [len(s.tokens) for s in samples], device=device).cumsum(0)
-        offset = self.rows.positions[trained] - torch.tensor([len(s.prompt) - 1 for s in samples], device=device)[self.sequence]
-        self.sampler = logprobs[starts[self.sequence] + offset]
-        self.counts = count(credit.lengths[chosen].flatten(), empty)
-        self.old: Tensor | None = None
-        self.ref: Tensor | None = None
-
-    def micro(self, rows: int) -> Iterator[slice]:
-        for start in range(0, len(self.rows), rows):
-            yield slice(start, start + rows)
-
-
-def pick(values: Tensor | None, where: Tensor) -> Tensor | None:
-    return None if values is None else values[where]
