@@ -346,3 +346,19 @@ def test_serve_tells_what_is_wrong_first(folder: Path, tmp_path: Path, capsys: p
     for name in ("empty", "missing"):
         code, _, err = run(capsys, "serve", folder, "--port", "0", "--api-key-file", tmp_path / name)
         assert code == 2 and name in err
+
+
+@pytest.mark.parametrize(("host", "locked", "lang", "warned"), [
+    ("0.0.0.0", False, "en", "warning: everybody"), ("0.0.0.0", False, "zh", "警告"), ("0.0.0.0", True, "en", ""),
+    ("127.0.0.1", False, "en", ""), ("127.0.0.2", False, "en", ""), ("localhost", False, "en", "")])
+def test_serve_warns_where_everybody_may_ask(
+        folder: Path, tmp_path: Path, host: str, locked: bool, lang: str, warned: str, capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "key").write_text("s3cret")
+    monkeypatch.setattr("pellucid.server.run.serve_forever", lambda *args, **options: None)
+    more = ["--api-key-file", tmp_path / "key"] if locked else []
+    code, _, err = run(capsys, "serve", folder, "--host", host, "--port", "0", "--quiet", "--lang", lang, *more)
+    assert code == 0, err
+    assert ("--api-key-file" in err) == bool(warned) and warned in err
+    if warned:
+        assert all(word in err for word in {"en": ("why: --host 0.0.0.0", "next: "), "zh": ("原因: ", "下一步: ")}[lang])

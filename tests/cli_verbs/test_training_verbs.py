@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,6 +63,28 @@ def test_eval_measures_an_int8_folder_with_int8_products(
     config, tokenizer = Eval(model="", corpus=corpus), Tokenizer.load(folder)
     served, as_float = (text_bits(config, m, tokenizer)[0] for m in (open_model(tmp_path / "int8"), load(tmp_path / "int8")))
     assert bits == served != as_float
+
+
+# ---- train --------------------------------------------------------------------------------------------------------
+
+def test_pretraining_is_measured_in_bits_per_byte(folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from pellucid.data.corpora import read
+    from pellucid.data.split import divide
+
+    code, out, err = run(capsys, "train", "pretrain", folder, corpus, "--steps", "2", "--lr", "0.01", "--rows", "2", "--length",
+                         "64", "--dtype", "float32", "--out", tmp_path / "run", "--json")
+    assert code == 0, err
+    last, (end,) = told(out, "evaluation")[-1], told(out, "stage_end")
+    texts, tokenizer = [d.text for d in divide(read(corpus))[1]], Tokenizer.load(folder)
+    firsts = [tokenizer.token_bytes(tokenizer.encode(t)[0]) for t in texts]  # nothing predicts them
+    size = sum(len(t.encode()) for t in texts) - sum(map(len, firsts))
+    assert (last["name"], end["metric"], end["after"]) == ("bits per byte", "bits per byte", last["value"])
+    by_hand = last["details"]["loss"] * last["details"]["tokens"] / math.log(2) / size
+    assert last["value"] == pytest.approx(by_hand)
+    numbers = [float(n) for n in re.findall(r"\d+\.\d+", err.splitlines()[-1])]  # with --json what is printed goes to stderr
+    loss_before = math.log(2) * end["before"] * size / last["details"]["tokens"]
+    assert numbers[:4] == pytest.approx([end["before"], end["after"], loss_before, last["details"]["loss"]], abs=1e-4)
+    assert end["after"] < end["before"]
 
 
 # ---- align --------------------------------------------------------------------------------------------------------

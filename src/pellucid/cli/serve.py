@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import json
 import shlex
+import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from pellucid.cli.base import Common, Positional, prepare
 from pellucid.errors import BadInput, PellucidError
-from pellucid.events import Event, emit, note
+from pellucid.events import Event, emit
+from pellucid.messages import add, say
 
-LOCAL = {"127.0.0.1", "localhost", "::1"}
+add({
+    "serve.stop": ("Ctrl-C: stop", "Ctrl-C 停止"),
+    "serve.open": ("warning: everybody who reaches {host}:{port} can use this model",
+                   "警告：凡能访问 {host}:{port} 者均可使用此模型"),
+    "serve.open_why": ("--host {host} listens to other machines, and no key is asked for",
+                       "--host {host} 对其他机器开放，且不要求密钥"),
+    "serve.open_next": ("leave out --host to serve this machine only, or ask for a key:", "省略 --host 即只服务本机；或要求密钥："),
+})
+NEW_KEY = """python3 -c 'import secrets; print(secrets.token_urlsafe())' > key; chmod 600 key   # then: --api-key-file key"""
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,7 @@ class Serving(Event):
     kind = "serving"
     url: str
     model: str
+    locked: bool  # clients must send a key
 
 
 def serve(config: Serve) -> None:
@@ -66,12 +78,24 @@ def serve(config: Serve) -> None:
         llm = LLM(config.model, device=config.device)
         name = config.name or Path(config.model).resolve().name
         url = url_of(listener)
-        emit(Serving(f"{url}/v1", name))
-        print(f"{name}: {url}/v1   (Ctrl-C: stop)\n  {example(url, name, key is not None)}", file=sys.stderr)
-        if config.host not in LOCAL and key is None:
-            note(f"{config.host} can be reached from other machines, and no key is asked for (--api-key-file)", "warning")
+        emit(Serving(f"{url}/v1", name, key is not None))
+        print(f"{name}: {url}/v1   ({say('serve.stop')})\n  {example(url, name, key is not None)}", file=sys.stderr)
+        if key is None and not is_loopback(listener):
+            print(open_to_all(config.host, listener), file=sys.stderr)  # also with --quiet
         with contextlib.suppress(KeyboardInterrupt):  # the ordinary end of a server
             serve_forever(llm, name, listener, api_key=key, waiting=config.waiting)
+
+
+def is_loopback(listener: socket.socket) -> bool:
+    """Whether only this machine reaches it: by the address that was bound, whatever name was given."""
+    return ipaddress.ip_address(listener.getsockname()[0].split("%")[0]).is_loopback
+
+
+def open_to_all(host: str, listener: socket.socket) -> str:
+    """The warning of a server that asks nobody for a key, in three parts."""
+    return (f"{say('serve.open', host=host, port=listener.getsockname()[1])}\n"
+            f"  {say('error.why')}: {say('serve.open_why', host=host)}\n"
+            f"  {say('error.next')}: {say('serve.open_next')}\n        {NEW_KEY}")
 
 
 def read_key(path: Path) -> str:

@@ -11,7 +11,10 @@ from pellucid.cli.base import Common, Positional, prepare
 from pellucid.errors import BadInput
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pellucid.data.packing import Packed
+    from pellucid.nn import Decoder
     from pellucid.train import LoopConfig
 
 
@@ -62,7 +65,7 @@ class TrainOptions(Common):
 
 @dataclass(frozen=True)
 class Pretrain(TrainOptions):
-    """Language modelling on raw text; a share held out by content hash is measured in bits per byte.
+    """Language modelling on raw text; a share held out by content hash is measured in bits per byte, before and after.
     在原始文本上做语言建模；按内容哈希留出一部分，用每字节比特衡量。
 
     $ pellucid train pretrain runs/grow/model docs/ --minutes 2 --optimizer muon
@@ -82,6 +85,7 @@ def pretrain(config: Pretrain) -> None:
     from pellucid.data import corpora, packing
     from pellucid.data.split import divide
     from pellucid.tokenizers import Tokenizer
+    from pellucid.train import token_bytes
 
     documents = list(corpora.read(config.data))
     tokenizer = Tokenizer.load(config.model)
@@ -92,7 +96,7 @@ def pretrain(config: Pretrain) -> None:
         ids = [i + end for i in tokenizer.encode_batch([d.text for d in part])]
         return packing.pack_stream(ids, config.length, remainder=remainder, pad_id=tokenizer.pad_id)
 
-    _train(config, tokenizer, rows(train, "drop"), rows(heldout, "pad"), "pretrain")
+    _train(config, tokenizer, rows(train, "drop"), HeldOut(rows(heldout, "pad"), token_bytes(tokenizer)), "pretrain")
 
 
 def sft(config: Sft) -> None:
@@ -111,15 +115,41 @@ def sft(config: Sft) -> None:
                        "give at least two conversations")
     train, heldout = (packing.pack_samples(parts[k], config.length, overlong="truncate", pad_id=tokenizer.pad_id)
                       for k in (False, True))
-    _train(config, tokenizer, train, heldout, "sft")
+    _train(config, tokenizer, train, HeldOut(heldout), "sft")
 
 
-def _train(config: TrainOptions, tokenizer: Any, rows: Packed, heldout: Packed, stage: str) -> None:
+@dataclass
+class HeldOut:
+    """Rows that no training sees, and the number that is measured on them: for text bits per byte, which models with
+    other tokenizers can be compared by; for answers the loss in nats per token, where `sizes` (bytes a token) is None."""
+
+    rows: Packed
+    sizes: Tensor | None = None
+
+    def measure(self, model: Decoder) -> tuple[str, float, dict[str, Any]]:
+        """As an evaluation: name, value, details."""
+        from pellucid.train import bits_per_byte, held_out_loss
+
+        nats, count = held_out_loss(model, self.rows.to(model.embed.weight.device))
+        loss = nats / max(count, 1)
+        if self.sizes is None:
+            return "held-out loss per token", loss, {"tokens": count}
+        return "bits per byte", bits_per_byte(nats, self.rows.labels, self.sizes), {"loss": loss, "tokens": count}
+
+    def told(self, before: float, after: float, loss_before: float) -> str:
+        """Both values, with the raw losses beside them: on the same rows they are in the same proportion."""
+        if self.sizes is None:
+            return f"held-out loss {before:.4f} -> {after:.4f} nats per token"
+        loss_after = loss_before * after / before if before else 0.0
+        return f"held-out bits per byte {before:.4f} -> {after:.4f} (loss {loss_before:.4f} -> {loss_after:.4f} nats per token)"
+
+
+def _train(config: TrainOptions, tokenizer: Any, rows: Packed, heldout: HeldOut, stage: str) -> None:
     """Load, train with held-out measurements, save."""
     from pellucid import events
     from pellucid.models import load, save
     from pellucid.runtime import choose_dtype, dtype_of
-    from pellucid.train import Loop, held_out_loss
+    from pellucid.train import Loop
 
     device = prepare(config)
     if config.compile and device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++") or shutil.which("cl")):
@@ -132,20 +162,16 @@ def _train(config: TrainOptions, tokenizer: Any, rows: Packed, heldout: Packed, 
     model.compute_dtype = choice.value if choice else dtype_of(config.dtype)
     events.note(f"activations in {str(model.compute_dtype).removeprefix('torch.')}: {choice.reason if choice else 'asked for'}")
 
-    def evaluate() -> tuple[str, float, dict[str, Any]]:
-        nats, count = held_out_loss(model, heldout.to(device))
-        return "held-out loss per token", nats / max(count, 1), {"tokens": count}
-
-    before = evaluate()[1]
-    loop = Loop(model, rows, _loop_config(config, stage), evaluate=evaluate, checkpoint=config.out / "checkpoint",
+    name, before, details = heldout.measure(model)
+    loop = Loop(model, rows, _loop_config(config, stage), evaluate=lambda: heldout.measure(model), checkpoint=config.out / "checkpoint",
                 tokenizer=tokenizer, resume_hint="the same command with --resume")
     if config.resume and not loop.resume():
         events.note(f"nothing to resume in {config.out}: starting from {config.model}", "warning")
     history = loop.run()
     save(model, config.out / "model", tokenizer=tokenizer)
     after = history.evaluations[-1][1]
-    events.emit(events.StageEnd(stage, history.seconds, before, after, "held-out loss per token", "nats", False))
-    print(f"held-out loss {before:.4f} -> {after:.4f} nats per token; model in {config.out / 'model'}")
+    events.emit(events.StageEnd(stage, history.seconds, before, after, name, "nats" if heldout.sizes is None else "bpb", False))
+    print(f"{heldout.told(before, after, details.get('loss', before))}; model in {config.out / 'model'}")
 
 
 def _loop_config(config: TrainOptions, stage: str) -> LoopConfig:
