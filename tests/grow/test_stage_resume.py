@@ -62,12 +62,14 @@ def prepared(folder: Path, stage: str, dtype: str) -> None:
     job._save_state()
 
 
-def gone_on(folder: Path, stage: str, stop_at: int | None = None) -> tuple[Job, Any]:
+def gone_on(folder: Path, stage: str, stop_at: int | None = None, seen: list[int] | None = None) -> tuple[Job, Any]:
     """The stage in a job that is opened again, stopped in a step or run to its end: the job and the stage's result."""
     job = Job(GrowConfig(minutes=1, out=folder, threads=1, resume=True))
     job._open()
 
     def reader(event: Any) -> None:
+        if event.kind == "step" and seen is not None:
+            seen.append(event.step)
         if event.kind == "step" and event.step == stop_at:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -81,13 +83,15 @@ def test_a_stage_that_stops_and_goes_on_equals_one_that_does_not_bit_for_bit(sta
     for name in ("straight", "broken"):
         prepared(tmp_path / name, stage, dtype)
     straight, expected = gone_on(tmp_path / "straight", stage)
+    steps: list[int] = []
     for stop_at in (1, 3):
         with pytest.raises(Interrupted) as told:
-            gone_on(tmp_path / "broken", stage, stop_at)
+            gone_on(tmp_path / "broken", stage, stop_at, steps)
         assert f"step {stop_at}" in told.value.what and told.value.next.endswith("--resume")
         torch.manual_seed(stop_at)  # a new process has generators of its own
         random.seed(stop_at)
-    broken, result = gone_on(tmp_path / "broken", stage)
+    broken, result = gone_on(tmp_path / "broken", stage, seen=steps)
+    assert steps == [1, 2, 3, 4], "no step was made twice"
 
     given = init_weights(Decoder(straight.model.spec), 5)
     moved = [not torch.equal(a, b) for a, b in zip(straight.model.parameters(), given.parameters(), strict=True)]
