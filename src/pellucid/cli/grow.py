@@ -7,10 +7,14 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pellucid.cli.base import Common
+from pellucid.cli.display import duration
 from pellucid.messages import language, say
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -79,26 +83,42 @@ def show_plan(event: Any) -> None:
 
 
 def print_table(report: dict[str, Any], folder: Path) -> None:
-    """The final table, on stdout."""
-    from rich import box
+    """The final table, on stdout, and where to find what was made."""
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(highlight=False)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("stage", "metric"):
-        table.add_column(say(f"grow.column.{name}"), no_wrap=name == "stage")
-    for name in ("before", "after", "time", "planned"):
-        table.add_column(say(f"grow.column.{name}"), justify="right", no_wrap=True)
-    for s in report["stages"]:
-        table.add_row(s["title"], s["metric"].replace(" on held-out text", "").replace(" on held-out problems", ""), shown(s["before"], s["unit"]), shown(s["after"], s["unit"]),
-                      f"{s['seconds']:.0f} s", f"{s['seconds_planned']:.0f} s")
-    console.print(table)
+    console.print(table(report))
+    console.print()
+    lines = [say("grow.took", spent=report["minutes_spent"], asked=report["minutes_asked"]),
+             say("grow.report", path=folder / "report.html"),
+             say("grow.talk", path=shlex.quote(str(folder / report["model"])))]
     if baselines := report.get("baselines"):
-        console.print(say("grow.baselines", list=", ".join(f"{k} {v:.2f}" for k, v in baselines.items())))
-    console.print(say("grow.took", spent=report["minutes_spent"], asked=report["minutes_asked"]))
-    console.print(say("grow.report", path=folder / "report.html"))
-    console.print(say("grow.talk", path=shlex.quote(str(folder / report["model"]))))
+        lines.insert(0, say("grow.baselines", list=", ".join(f"{k} {v:.2f}" for k, v in baselines.items())))
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False)  # a path that is to be copied is never broken
+
+
+def table(report: dict[str, Any]) -> Table:
+    """A row a stage, each on one line of 80 columns in either language."""
+    from rich import box
+    from rich.table import Table
+
+    from pellucid.grow import words  # noqa: F401  (its messages)
+
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+    for name in ("stage", "metric"):
+        made.add_column(say(f"grow.column.{name}"), no_wrap=True)
+    for name in ("before", "after", "time", "planned"):
+        made.add_column(say(f"grow.column.{name}"), justify="right", no_wrap=True)
+    for s in report["stages"]:
+        made.add_row(say(f"grow.stage.{s['stage']}"), say(f"grow.short.{s['stage']}"), shown(s["before"], s["unit"]),
+                     shown(s["after"], s["unit"]), took(s["seconds"]), took(s["seconds_planned"]))
+    return made
+
+
+def took(seconds: float) -> str:
+    """Seconds, or where they would be many figures, hours and minutes."""
+    return f"{seconds:.0f} s" if seconds < 1000 else duration(seconds)
 
 
 def shown(value: float | None, unit: str) -> str:
