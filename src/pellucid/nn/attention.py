@@ -5,13 +5,12 @@ Legend: B batch, T new tokens, S all tokens, H query heads, K key/value heads, d
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from pellucid.nn.context import Context
 from pellucid.nn.linear import Linear, RMSNorm
 from pellucid.nn.specs import Attn
-from pellucid.ops import apply_rope, attention, rms_norm
+from pellucid.ops import attention, qkv_heads
 
 
 class Attention(nn.Module):
@@ -29,13 +28,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         B, T, _ = x.shape
         H, K, d = self.spec.heads, self.spec.kv_heads, self.spec.head_dim
-        qk, v = self.qkv(x).view(B, T, H + 2 * K, d).split((H + K, K), 2)
-        if self.spec.qk_norm:
-            weight = torch.cat((self.q_norm.weight.expand(H, d), self.k_norm.weight.expand(K, d)))
-            qk = rms_norm(qk, weight.to(x.dtype), self.q_norm.eps)
         cos, sin = ctx.rotation(self.spec.rope)
-        qk = apply_rope(qk, cos, sin, heads_last=True, interleaved=self.spec.rope.interleaved).transpose(1, 2)
-        (q, k), v = qk.split((H, K), 1), v.transpose(1, 2)
+        norms = (self.q_norm.weight, self.k_norm.weight) if self.spec.qk_norm else None
+        eps = self.q_norm.eps if self.spec.qk_norm else 0.0
+        q, k, v = qkv_heads(self.qkv(x).view(B, T, H + 2 * K, d), H, cos, sin, norms, eps, self.spec.rope.interleaved)
         end = T
         if ctx.cache is not None:
             end = ctx.cache.length + T

@@ -1,8 +1,9 @@
 """Pure functions on tensors. Each has a reference of a few lines; a fast twin, where one exists, has its signature."""
 
-from pellucid.ops.activation import ACTIVATIONS, swiglu
+from pellucid.ops.activation import ACTIVATIONS, swiglu, swiglu_reference
 from pellucid.ops.attention import attention, attention_reference, attention_sdpa, choose_attention
 from pellucid.ops.compiled import choose_jit
+from pellucid.ops.heads import qkv_heads, qkv_heads_reference
 from pellucid.ops.loss import chunked_cross_entropy, cross_entropy_reference, token_logprobs
 from pellucid.ops.norm import rms_norm, rms_norm_reference
 from pellucid.ops.rope import apply_rope, apply_rope_reference, rope_angles, rope_frequencies
@@ -26,12 +27,15 @@ __all__ = [
     "cross_entropy_reference",
     "log_softmax",
     "online_softmax",
+    "qkv_heads",
+    "qkv_heads_reference",
     "rms_norm",
     "rms_norm_reference",
     "rope_angles",
     "rope_frequencies",
     "softmax",
     "swiglu",
+    "swiglu_reference",
     "token_logprobs",
     "visible",
 ]

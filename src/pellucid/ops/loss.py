@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pellucid.ops.compiled import jit_serves
+
 IGNORE = -100
 
 
@@ -50,11 +52,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             raise IndexError(f"labels must be token ids or {IGNORE}")
         for rows in labelled.nonzero().squeeze(-1).split(chunk):
             h = hidden[rows]
-            picked = torch.arange(len(rows), device=rows.device), labels[rows]
-            logits = h @ w.mT
-            P = torch.softmax(logits, -1)
-            total -= _log_of_picked(P, logits, picked).sum()
-            P[picked] -= 1.0  # now the gradient of the logits
+            losses, P = _losses_and_gradient(h @ w.mT, labels[rows])
+            total += losses.sum()
             if d_hidden is not None:
                 d_hidden[rows] = P @ w
             if d_weight is not None:
@@ -71,6 +70,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden_grad = None if d_hidden is None else d_hidden * grad.to(d_hidden.dtype)
         weight_grad = None if d_weight is None else (d_weight * grad).to(ctx.weight_dtype)
         return hidden_grad, weight_grad, None, None
+
+
+def _losses_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """-log softmax(logits)[label] (rows,) and softmax(logits) - onehot(label) (rows, V)."""
+    if jit_serves(logits):
+        from pellucid.ops.jit import train
+        from pellucid.ops.jit.lanes import array
+
+        if bool((labels >= logits.shape[-1]).any()):
+            raise IndexError("labels must be smaller than the vocabulary")
+        losses = logits.new_empty(len(labels), dtype=torch.float32)
+        train.cross_entropy(array(logits), labels.contiguous().numpy(), array(losses))  # in place
+        return losses, logits
+    picked = torch.arange(len(labels), device=labels.device), labels
+    P = torch.softmax(logits, -1)
+    losses = -_log_of_picked(P, logits, picked)
+    P[picked] -= 1.0
+    return losses, P
 
 
 def _log_of_picked(P: Tensor, logits: Tensor, picked: tuple[Tensor, Tensor]) -> Tensor:

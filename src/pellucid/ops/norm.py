@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pellucid.ops.compiled import jit_serves
+
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """w * (x / sqrt(mean(x^2) + eps)) over the last dimension; statistics in float32, cast back, then the weight.
@@ -22,6 +24,10 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """The same in fewer passes over memory, forward and backward; rounds in the same places as the reference."""
+    if jit_serves(x, weight):
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+            return _RMSNormJit.apply(x, weight, eps)  # type: ignore[no-any-return]
+        return _kernel(x.contiguous(), weight.contiguous(), eps)[0]
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return]
     if weight.dim() == 1 and x.dtype == weight.dtype == torch.float32:
@@ -56,3 +62,38 @@ class _RMSNorm(torch.autograd.Function):
         gw = g * w if g is grads[0] else g.mul_(w)  # in place where g is a wider copy
         d_x = gw.addcmul_(n_wide, dot, value=-1 / n.shape[-1]).mul_(rstd)
         return d_x.to(n.dtype), d_weight, None
+
+
+def _kernel(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm of contiguous x, and 1 / rms(x) of each row."""
+    from pellucid.ops.jit import train
+    from pellucid.ops.jit.lanes import array
+
+    D = x.shape[-1]
+    y, rstd = torch.empty_like(x), x.new_empty(x.numel() // D, dtype=torch.float32)
+    train.norm(array(x.view(-1, D)), array(weight.view(-1, D)), eps, array(y.view(-1, D)), array(rstd))
+    return y, rstd
+
+
+class _RMSNormJit(torch.autograd.Function):
+    """`_RMSNorm` by compiled kernels: one pass over memory each way, and x is kept instead of n."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x, weight = x.contiguous(), weight.contiguous()
+        y, rstd = _kernel(x, weight, eps)
+        ctx.save_for_backward(x, weight, rstd)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        from pellucid.ops.jit import train
+        from pellucid.ops.jit.lanes import array
+
+        x, weight, rstd = ctx.saved_tensors
+        D = x.shape[-1]
+        rows, w = x.view(-1, D), weight.view(-1, D)
+        dx, dw = torch.empty_like(x), rstd.new_zeros(train.CHUNKS, *w.shape)
+        train.norm_backward(*(array(t) for t in (grads[0].contiguous().view(-1, D), rows, w, rstd, dx.view(-1, D), dw)))
+        return dx, dw.sum(0).view(weight.shape).to(weight.dtype), None

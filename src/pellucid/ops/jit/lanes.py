@@ -6,7 +6,6 @@ numba knows no bfloat16: such tensors go in as their bits (uint16), `wide` turns
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -65,10 +64,10 @@ def _narrow(value: Any, like: Any) -> Any:
 @njit(inline="always", fastmath=FAST)
 def exp(x: float) -> float:
     """e^x in float32 without a call: 2^n times a polynomial. Wrong by at most 2e-7 (1 + |x| / 4) of its value; below -87,
-    where float32 ends, it stays at e^-87."""
-    y = max(np.float32(x), np.float32(-87.0)) * np.float32(1.4426950408889634)
-    n = math.floor(y + np.float32(0.5))
-    f = np.float32(y - n)
+    where float32 ends, it stays at e^-87, and above 88 at e^88. NaN stays NaN."""
+    y = min(max(np.float32(x), np.float32(-87.0)), np.float32(88.0)) * np.float32(1.4426950408889634)
+    n = np.floor(y + np.float32(0.5))  # math.floor would make it an int64: half the lanes
+    f = y - n
     p = np.float32(1.5403530e-4)
     p = p * f + np.float32(1.3333558e-3)
     p = p * f + np.float32(9.6181291e-3)
@@ -82,3 +81,9 @@ def exp(x: float) -> float:
 def array(t: torch.Tensor) -> np.ndarray[Any, Any]:
     """The tensor's memory as numba takes it: float32 as it is, bfloat16 as uint16."""
     return t.detach().view(torch.uint16).numpy() if t.dtype == torch.bfloat16 else t.detach().numpy()
+
+
+@njit(inline="always", fastmath=FAST)
+def sigmoid(x: float) -> float:
+    """1 / (1 + e^-x). The kernel around it needs error_model="numpy": a check for division by zero has no vector lanes."""
+    return np.float32(1.0) / (np.float32(1.0) + exp(-x))
