@@ -10,8 +10,10 @@ import torch
 from tiny_decoders import SPEC, decoder
 
 from pellucid.engine import LLM, Batch, Sample, SamplingParams, run_all
+from pellucid.engine.decode import plain_step
 from pellucid.errors import BadInput
 from pellucid.nn import MLP, Attn, Layer, Rope
+from pellucid.runtime import Choice
 
 LENGTHS = (1, 2, 7, 7, 16, 31)
 
@@ -166,7 +168,13 @@ def test_a_request_does_not_depend_on_order_or_company(model, alone):
         same(made, alone)
 
 
-def test_shrinking_really_happens(model, monkeypatch):
+@pytest.fixture
+def plain(monkeypatch):
+    """Every step goes through the model itself, so that what it is given can be watched."""
+    monkeypatch.setattr("pellucid.engine.batch.choose_step", lambda model: Choice(plain_step(model), "watched"))
+
+
+def test_shrinking_really_happens(model, monkeypatch, plain):
     """The rows that the model computes in each step fall as sequences end; never below those still going."""
     widths = []
     forward = model.hidden
@@ -177,7 +185,7 @@ def test_shrinking_really_happens(model, monkeypatch):
     assert widths == [8, 8, 8, 8, 5, 5, 5, 5]  # 7 of 8 stay: not worth a copy; 5 of 8: copied together
 
 
-def test_equal_prompts_are_prefilled_once(model, monkeypatch):
+def test_equal_prompts_are_prefilled_once(model, monkeypatch, plain):
     shapes = []
     forward = model.hidden
     monkeypatch.setattr(model, "hidden", lambda tokens, *rest, **how: shapes.append(tuple(tokens.shape)) or forward(tokens, *rest, **how))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from pellucid.engine.decode import Step, choose_step
 from pellucid.engine.params import SamplingParams
 from pellucid.engine.sampler import Sampler
 from pellucid.errors import BadInput
@@ -54,6 +55,7 @@ class Batch:
         """Yields, after every step, the sequences that received a token in it."""
         if not self.active:
             return
+        step: Step = choose_step(self.model).value
         logits = self._prefill()
         while True:
             tokens, logprobs = self.sampler(logits, self.step_number)
@@ -64,7 +66,7 @@ class Batch:
             if not going:
                 return
             tokens = self._shrink(tokens, going)
-            logits = self.model(tokens[:, None], cache=self.cache)[:, -1]
+            logits = step(tokens, self.cache)
 
     def _prefill(self) -> torch.Tensor:
         device = self.model.embed.weight.device

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from pellucid.engine.params import SamplingParams
+from pellucid.ops import choose_jit
+from pellucid.ops.compiled import same_threads
 
 _MIX = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64, 0x9E3779B97F4A7C15 - 2**64)  # as signed 64-bit
 
@@ -50,10 +52,8 @@ class Sampler:
         self._plan()
 
     def _plan(self) -> None:
-        self._greedy = bool((self.temperature == 0).all())
-        self._some_greedy = bool((self.temperature == 0).any())
-        self._truncates = bool(((self.top_k > 0) | (self.top_p < 1)).any())
-        self._min_p = bool((self.min_p > 0).any())
+        cuts = (self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0)
+        self._truncating = (cuts & (self.temperature > 0)).nonzero().squeeze(-1)
 
     def keep(self, rows: Tensor) -> None:
         for name in ("temperature", "top_k", "top_p", "min_p", "seeds"):
@@ -61,24 +61,48 @@ class Sampler:
         self._plan()
 
     def __call__(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
-        """logits (B, V) -> tokens (B,) int64, and their log-probabilities (B,) if any request asked for them."""
-        logits = logits.float()
-        if self._greedy:
+        """logits (B, V) -> tokens (B,) int64, and their log-probabilities (B,) if any request asked for them.
+
+        Rows that truncate are drawn by PyTorch, all others by a compiled kernel where there is one: how a row is drawn
+        never depends on its neighbours.
+        """
+        if logits.device.type != "cpu" or logits.dtype not in (torch.float32, torch.bfloat16) or not choose_jit().value:
+            return self._draw(logits, step, slice(None))
+        tokens, logprobs = self._draw_compiled(logits, step)
+        if len(self._truncating):
+            tokens[self._truncating], some = self._draw(logits[self._truncating], step, self._truncating)
+            if some is not None:
+                logprobs[self._truncating] = some
+        return tokens, logprobs if self.logprobs else None
+
+    def _draw_compiled(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        from pellucid.ops.jit.draw import draw
+        from pellucid.ops.jit.lanes import array
+
+        same_threads()
+        tokens, logprobs = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits))
+        draw(array(logits.contiguous()), array(self.temperature), array(self.seeds), step, array(tokens), array(logprobs))
+        return tokens, logprobs
+
+    def _draw(self, logits: Tensor, step: int, rows: Tensor | slice) -> tuple[Tensor, Tensor | None]:
+        """The readable twin, and the only path that truncates. `rows`: whose settings these logits follow."""
+        logits, temperature = logits.float(), self.temperature[rows]
+        greedy = temperature == 0
+        if bool(greedy.all()):
             tokens = logits.argmax(-1)
             return tokens, self._logprob(logits, tokens) if self.logprobs else None
-        if not bool((self.temperature == 1).all()):
+        if not bool((temperature == 1).all()):
             # The largest logit first becomes 0: divided by a tiny temperature, another would overflow.
             logits = logits - logits.amax(-1, keepdim=True)
-            logits = logits / torch.where(self.temperature == 0, 1.0, self.temperature)[:, None]
+            logits = logits / torch.where(greedy, 1.0, temperature)[:, None]
         probs = torch.softmax(logits, -1)
         kept = probs
-        if self._truncates:
-            kept = truncate(kept, self.top_k, self.top_p)
-        if self._min_p:
-            kept = kept.masked_fill(probs < self.min_p[:, None] * probs.amax(-1, keepdim=True), 0.0)
-        tokens = draw(kept, uniform(self.seeds, torch.full_like(self.seeds, step)))
-        if self._some_greedy:
-            tokens = torch.where(self.temperature == 0, logits.argmax(-1), tokens)
+        if len(self._truncating):
+            kept = truncate(kept, self.top_k[rows], self.top_p[rows])
+            kept = kept.masked_fill(probs < self.min_p[rows][:, None] * probs.amax(-1, keepdim=True), 0.0)
+        seeds = self.seeds[rows]
+        tokens = draw(kept, uniform(seeds, torch.full_like(seeds, step)))
+        tokens = torch.where(greedy, logits.argmax(-1), tokens)
         return tokens, probs.gather(-1, tokens[:, None]).squeeze(-1).log() if self.logprobs else None
 
     @staticmethod

@@ -53,6 +53,10 @@ class KVCache:
         values[:, :, self.length : self.length + T] = v
         return keys[:, :, :S], values[:, :, :S]
 
+    def reserve(self, tokens: int) -> None:
+        """Room for so many more columns, for those who write them themselves."""
+        self._make_room(self.length + tokens)
+
     def advance(self, tokens: int) -> None:
         self.length += tokens
 

@@ -1,0 +1,131 @@
+"""One token for every sequence, on a CPU: the same arithmetic as `Decoder.forward` in a tenth of the calls.
+
+`Decoder` is the definition and the readable twin. Here the matrix products are PyTorch's and everything between them
+is `ops.jit.decode`; buffers are made once for a batch. `choose_step` says which of the two runs, and why.
+Legend: B sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pellucid.nn import Attn, Decoder, KVCache, Linear, Rope
+from pellucid.ops import choose_jit, rope_angles
+from pellucid.ops.compiled import same_threads
+from pellucid.ops.rope import rope_frequencies
+from pellucid.runtime import Choice
+
+Step = Callable[[Tensor, KVCache], Tensor]
+
+
+def choose_step(model: Decoder) -> Choice:
+    """A function (tokens (B,), cache) -> logits (B, V), by compiled kernels where they can serve this model."""
+    why = unsuited(model)
+    return Choice(plain_step(model), why) if why else Choice(CompiledStep(model), choose_jit().reason)
+
+
+def plain_step(model: Decoder) -> Step:
+    """The readable twin: the model itself."""
+    return lambda tokens, cache: model(tokens[:, None], cache=cache)[:, -1]
+
+
+def unsuited(model: Decoder) -> str | None:
+    """Why the compiled step cannot run this model; None if it can."""
+    weight = model.embed.weight
+    if type(model) is not Decoder:
+        return f"{type(model).__name__} may compute something else than a Decoder"
+    if weight.device.type != "cpu":
+        return f"{weight.device.type} has its own fused kernels"
+    if weight.dtype not in (torch.float32, torch.bfloat16) or model.compute_dtype not in (None, weight.dtype):
+        return f"weights of {weight.dtype} computed in {model.compute_dtype or weight.dtype}"
+    if any(layer.ffn.act != "silu" or layer.mixer.rope.interleaved for layer in model.spec.layers):
+        return "an activation or a rotary layout without a compiled kernel"
+    jit = choose_jit()
+    return None if jit.value else jit.reason
+
+
+class CompiledStep:
+    """Call it with tokens (B,) and the cache: it extends the cache by one column and returns logits (B, V).
+
+    Parameters are read where they are: a model whose weights change in place needs no new step. The logits are a
+    buffer that the next call overwrites.
+    """
+
+    def __init__(self, model: Decoder):
+        from pellucid.ops.jit import decode, lanes
+
+        self.model, self.kernels, self.array = model, decode, lanes.array
+        self.batch = 0
+        self.tables: dict[Rope, tuple[Any, Any]] = {}
+        self.rows = 0  # of the tables
+        self.nothing = self.array(torch.empty(0))
+
+    def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        model, array, kernels = self.model, self.array, self.kernels
+        cache.reserve(1)
+        self._prepare(len(tokens), cache)
+        torch.index_select(model.embed.weight, 0, tokens, out=self.delta)
+        delta = self.delta
+        self.x.zero_()
+        x, h, h_array = array(self.x), self.h, array(self.h)
+        first = self.zeros if cache.first is None else array(cache.first)
+        for i, layer in enumerate(model.layers):
+            kernels.add_and_norm(x, array(delta), array(layer.norm1.weight), layer.norm1.eps, h_array)
+            self._attend(layer.mixer, layer.mixer.spec, h, i, first, cache)
+            delta = self._product(layer.mixer.o, self.attended)
+            kernels.add_and_norm(x, array(delta), array(layer.norm2.weight), layer.norm2.eps, h_array)
+            gate_up = self._product(layer.ffn.gate_up, h)
+            gated = self._buffer("gated", layer.ffn.spec.hidden)
+            kernels.gate(array(gate_up), array(gated))
+            delta = self._product(layer.ffn.down, gated)
+        kernels.add_and_norm(x, array(delta), array(model.norm.weight), model.norm.eps, h_array)
+        cache.advance(1)
+        if model.head is None:
+            return torch.mm(h, model.embed.weight.t(), out=self._buffer("logits", model.spec.vocab))
+        return self._product(model.head, h)
+
+    def _attend(self, mixer: nn.Module, spec: Attn, h: Tensor, index: int, first: Any, cache: KVCache) -> None:
+        array = self.array
+        qkv = self._product(mixer.qkv, h)  # type: ignore[arg-type]
+        self.attended = self._buffer("attended", spec.heads * spec.head_dim)
+        norms = (mixer.q_norm.weight, mixer.k_norm.weight) if spec.qk_norm else None  # type: ignore[union-attr]
+        q_weight, k_weight = (self.nothing, self.nothing) if norms is None else map(array, norms)  # type: ignore[arg-type]
+        attend = self.kernels.attend_kernel(spec.head_dim, spec.heads // spec.kv_heads)
+        attend(
+            array(qkv), q_weight, k_weight, mixer.q_norm.eps if norms else 0.0, *self.tables[spec.rope], first,  # type: ignore[union-attr]
+            cache.length, spec.window or 0, spec.head_dim**-0.5, array(cache.keys[index]), array(cache.values[index]),
+            array(self.attended))
+
+    def _product(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """layer(x), written into a buffer where the layer is a plain matrix; INT8 layers bring their own."""
+        if not isinstance(layer, Linear):
+            return layer(x)  # type: ignore[no-any-return]
+        out = self._buffer(f"{id(layer)}", layer.weight.shape[0])
+        if layer.bias is not None:
+            return torch.addmm(layer.bias, x, layer.weight.t(), out=out)
+        return torch.mm(x, layer.weight.t(), out=out)
+
+    def _prepare(self, batch: int, cache: KVCache) -> None:
+        """Buffers for this many sequences, rotations for all positions of the cache."""
+        same_threads()
+        if batch != self.batch:
+            D, dtype = self.model.spec.dim, self.model.embed.weight.dtype
+            self.batch, self.buffers = batch, {}
+            self.x = torch.empty(batch, D)
+            self.h, self.delta = torch.empty(batch, D, dtype=dtype), torch.empty(batch, D, dtype=dtype)
+            self.zeros = self.array(torch.zeros(batch, dtype=torch.int64))
+        if cache.capacity > self.rows:
+            self.rows = cache.capacity
+            for rope in {layer.mixer.rope for layer in self.model.spec.layers}:
+                cos, sin = rope_angles(torch.arange(self.rows), rope_frequencies(rope.dim, rope.theta, rope.scaling_dict))
+                self.tables[rope] = tuple(self.array(t[:, : rope.dim // 2].contiguous()) for t in (cos, sin))  # type: ignore[assignment]
+
+    def _buffer(self, name: str, width: int) -> Tensor:
+        key = (name, width)
+        if key not in self.buffers:
+            self.buffers[key] = torch.empty(self.batch, width, dtype=self.model.embed.weight.dtype)
+        return self.buffers[key]

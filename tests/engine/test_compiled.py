@@ -1,0 +1,169 @@
+"""The compiled step and the compiled draw against their readable twins."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import pellucid.engine.sampler as sampler_module
+from pellucid.engine import Sample, SamplingParams, run_all
+from pellucid.engine.decode import CompiledStep, choose_step, plain_step
+from pellucid.engine.sampler import Sampler
+from pellucid.nn import MLP, Attn, Decoder, DecoderSpec, KVCache, Layer, Rope, init_weights
+from pellucid.ops import choose_jit
+from pellucid.quant import quantize
+from pellucid.runtime import Choice
+
+pytestmark = pytest.mark.skipif(not choose_jit().value, reason=choose_jit().reason)
+
+
+def spec(*mixers: Attn, hidden: int = 24, bias: bool = False, **fields) -> DecoderSpec:
+    layers = tuple(Layer(a, MLP(hidden, bias=bias)) for a in mixers)
+    return DecoderSpec(61, 20, layers, **{"tied": True, "context": 200, "family": "qwen3", **fields})
+
+
+ROPE = Rope(8, 1000.0)
+SPECS = {
+    "grouped": spec(*(Attn(6, 2, 8, ROPE, qk_norm=True),) * 2),
+    "one-kv-head": spec(*(Attn(4, 1, 6, Rope(6, 500.0)),) * 2, tied=False, eps=1e-3),
+    "biases": spec(*(Attn(2, 2, 8, ROPE, qkv_bias=True, out_bias=True),) * 2, bias=True, family="llama"),
+    "windows": spec(Attn(4, 2, 8, ROPE, window=5), Attn(2, 1, 8, ROPE, qk_norm=True), Attn(2, 2, 10, Rope(10), window=2)),
+    "partly-turned": spec(*(Attn(2, 2, 12, Rope(8)),) * 2),
+    "odd-widths": spec(*(Attn(3, 3, 10, Rope(10), qk_norm=True),) * 2, hidden=23),
+}
+
+
+def model_of(name: str, dtype: torch.dtype = torch.float32) -> Decoder:
+    """Random weights, norms included: ones would hide a norm that is left out."""
+    model = init_weights(Decoder(SPECS[name]), seed=3)
+    g = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 1:
+                p.copy_(torch.rand(p.shape, generator=g) + 0.5)
+    return model.to(dtype).eval()
+
+
+def last_logits(model: Decoder, step, rows: int, first: torch.Tensor | None, steps: int) -> torch.Tensor:
+    g = torch.Generator().manual_seed(5)
+    tokens = torch.randint(0, 61, (rows, 4 + steps), generator=g)
+    cache = KVCache(model.spec, rows, 4 + steps, dtype=model.embed.weight.dtype, first=first)
+    with torch.inference_mode():
+        model.hidden(tokens[:, :4], cache=cache)
+        return torch.stack([step(tokens[:, 4 + i].contiguous(), cache).clone() for i in range(steps)])
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_compiled_step_is_the_models_step(name, padded):
+    model = model_of(name)
+    step = choose_step(model).value
+    assert isinstance(step, CompiledStep)
+    first = torch.tensor([0, 3, 1]) if padded else None
+    got, want = (last_logits(model, s, 3, first, 25) for s in (step, plain_step(model)))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["grouped", "biases"])
+def test_bfloat16_is_at_least_as_close_to_float32_as_the_twin(name):
+    half, full = model_of(name, torch.bfloat16), model_of(name, torch.bfloat16).float()
+    want = last_logits(full, plain_step(full), 3, None, 25)
+    ours, twin = (last_logits(half, s, 3, None, 25).float() for s in (choose_step(half).value, plain_step(half)))
+    assert (ours - want).abs().mean() <= 1.1 * (twin - want).abs().mean()
+    assert (ours - want).abs().max() < 0.05 * want.abs().max()
+
+
+def test_int8_models_run_compiled_around_their_own_products():
+    model = quantize(model_of("grouped"))
+    step = choose_step(model).value
+    assert isinstance(step, CompiledStep)
+    got, want = (last_logits(model, s, 2, None, 12) for s in (step, plain_step(model)))
+    assert (got - want).abs().max() < 0.02 * want.abs().max()  # a value next to a rounding step may fall to its other side
+
+
+def test_weights_that_change_in_place_are_seen():
+    model = model_of("grouped")
+    step = choose_step(model).value
+    before = last_logits(model, step, 2, None, 3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.3)
+    after = last_logits(model, step, 2, None, 3)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, last_logits(model, plain_step(model), 2, None, 3), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_whole_batches_give_the_same_tokens(threads, monkeypatch):
+    """Shrinking, growing cache, shared prompts, unequal lengths: as through the twin."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        model = model_of("grouped")
+
+        def answers() -> list[list[int]]:
+            made = [Sample([7, 8, 9, 10][: 1 + i % 4], SamplingParams(max_tokens=5 + 7 * (i % 5), temperature=i % 2), i) for i in range(20)]
+            run_all(model, made, [3])
+            return [s.tokens for s in made]
+
+        compiled = answers()
+        monkeypatch.setattr("pellucid.engine.batch.choose_step", lambda m: Choice(plain_step(m), "twin"))
+        assert compiled == answers()
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("why, change", [
+    ("compute", lambda m: setattr(m, "compute_dtype", torch.bfloat16)),
+    ("float64", lambda m: m.double()),
+])
+def test_what_the_kernels_cannot_do_runs_plain_and_says_why(why, change):
+    model = model_of("grouped")
+    change(model)
+    choice = choose_step(model)
+    assert not isinstance(choice.value, CompiledStep) and why in choice.reason
+
+
+def test_other_activations_and_layouts_run_plain():
+    s = SPECS["grouped"]
+    gelu = replace(s, layers=tuple(replace(layer, ffn=MLP(24, "gelu")) for layer in s.layers))
+    pairs = replace(s, layers=(Layer(Attn(2, 2, 8, Rope(8, interleaved=True)), MLP(24)),))
+    for other in (gelu, pairs):
+        assert not isinstance(choose_step(init_weights(Decoder(other))).value, CompiledStep)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("V", [1, 5, 64, 65, 1000, 2048])
+def test_compiled_draws_are_the_twins(dtype, V, monkeypatch):
+    logits = (3 * torch.randn(400, V, generator=torch.Generator().manual_seed(V))).to(dtype)
+    params = [SamplingParams(temperature=t, logprobs=True) for t in (0.0, 0.3, 1.0, 2.5)] * 100
+    sampler = Sampler(params, [2**62 - i * 10**15 for i in range(400)])
+    tokens, logprobs = sampler(logits, 17)
+    monkeypatch.setattr(sampler_module, "choose_jit", lambda: Choice(False, "twin"))
+    want, want_logprobs = sampler(logits, 17)
+    same = tokens == want
+    assert same.float().mean() >= 0.99  # a draw on the very border of two tokens may fall to either
+    torch.testing.assert_close(logprobs[same], want_logprobs[same], rtol=1e-4, atol=2e-5)
+    greedy = torch.arange(400) % 4 == 0
+    assert torch.equal(tokens[greedy], want[greedy])
+
+
+def test_hidden_and_hopeless_logits():
+    """-inf is never drawn; a row of NaN gives some token and no crash; a tiny temperature is greedy."""
+    logits = torch.full((3, 70), -torch.inf)
+    logits[0, 66] = 0.0
+    logits[1] = torch.nan
+    logits[2] = torch.arange(70.0)
+    sampler = Sampler([SamplingParams(temperature=t) for t in (1.0, 1.0, 1e-30)], [1, 2, 3])
+    for step in range(200):
+        tokens, _ = sampler(logits, step)
+        assert tokens[0] == 66 and 0 <= tokens[1] < 70 and tokens[2] == 69
+
+
+def test_draws_follow_the_distribution():
+    p = torch.tensor([0.5, 0.25, 0.125, 0.0625, 0.0625])
+    sampler = Sampler([SamplingParams(temperature=1.0)] * 20000, range(20000))
+    tokens, _ = sampler(p.log().expand(20000, 5).contiguous(), 0)
+    torch.testing.assert_close(tokens.bincount(minlength=5) / 20000, p, atol=0.015, rtol=0)
