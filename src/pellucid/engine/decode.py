@@ -60,7 +60,8 @@ class CompiledStep:
 
         self.model, self.kernels, self.array = model, decode, lanes.array
         self.batch = 0
-        self.tables: dict[Rope, tuple[Any, Any]] = {}
+        self.buffers: dict[tuple[str, int], Tensor] = {}
+        self.tables: dict[Rope, list[Any]] = {}
         self.rows = 0  # of the tables
         self.nothing = self.array(torch.empty(0))
 
@@ -73,6 +74,7 @@ class CompiledStep:
         self.x.zero_()
         x, h, h_array = array(self.x), self.h, array(self.h)
         first = self.zeros if cache.first is None else array(cache.first)
+        layer: Any  # a Block
         for i, layer in enumerate(model.layers):
             kernels.add_and_norm(x, array(delta), array(layer.norm1.weight), layer.norm1.eps, h_array)
             self._attend(layer.mixer, layer.mixer.spec, h, i, first, cache)
@@ -88,15 +90,15 @@ class CompiledStep:
             return torch.mm(h, model.embed.weight.t(), out=self._buffer("logits", model.spec.vocab))
         return self._product(model.head, h)
 
-    def _attend(self, mixer: nn.Module, spec: Attn, h: Tensor, index: int, first: Any, cache: KVCache) -> None:
+    def _attend(self, mixer: Any, spec: Attn, h: Tensor, index: int, first: Any, cache: KVCache) -> None:
         array = self.array
-        qkv = self._product(mixer.qkv, h)  # type: ignore[arg-type]
+        qkv = self._product(mixer.qkv, h)
         self.attended = self._buffer("attended", spec.heads * spec.head_dim)
-        norms = (mixer.q_norm.weight, mixer.k_norm.weight) if spec.qk_norm else None  # type: ignore[union-attr]
-        q_weight, k_weight = (self.nothing, self.nothing) if norms is None else map(array, norms)  # type: ignore[arg-type]
+        norms = (mixer.q_norm.weight, mixer.k_norm.weight) if spec.qk_norm else None
+        q_weight, k_weight = (self.nothing, self.nothing) if norms is None else map(array, norms)
         attend = self.kernels.attend_kernel(spec.head_dim, spec.heads // spec.kv_heads)
         attend(
-            array(qkv), q_weight, k_weight, mixer.q_norm.eps if norms else 0.0, *self.tables[spec.rope], first,  # type: ignore[union-attr]
+            array(qkv), q_weight, k_weight, mixer.q_norm.eps if norms else 0.0, *self.tables[spec.rope], first,
             cache.length, spec.window or 0, spec.head_dim**-0.5, array(cache.keys[index]), array(cache.values[index]),
             array(self.attended))
 
@@ -122,7 +124,7 @@ class CompiledStep:
             self.rows = cache.capacity
             for rope in {layer.mixer.rope for layer in self.model.spec.layers}:
                 cos, sin = rope_angles(torch.arange(self.rows), rope_frequencies(rope.dim, rope.theta, rope.scaling_dict))
-                self.tables[rope] = tuple(self.array(t[:, : rope.dim // 2].contiguous()) for t in (cos, sin))  # type: ignore[assignment]
+                self.tables[rope] = [self.array(t[:, : rope.dim // 2].contiguous()) for t in (cos, sin)]
 
     def _buffer(self, name: str, width: int) -> Tensor:
         key = (name, width)

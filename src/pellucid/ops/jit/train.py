@@ -138,7 +138,7 @@ def heads_backward(
                 for i in range(d):
                     d_qkv[n, h, i] = narrow(g[i], d_qkv[n, h, i])
             for h in range(K):
-                d_qkv[n, H + K + h] = gv[n, h]
+                d_qkv[n, H + K + h] = gv[n, 0]
 
 
 @njit(cache=True, fastmath=FAST, error_model="numpy")
@@ -149,9 +149,10 @@ def largest(row: Array) -> float:
         part = row[start : start + 64]
         for i in range(64):
             best[i] = max(best[i], wide(part[i]))
-    top = np.float32(-np.inf)
-    for i in range(64):
-        top = max(top, best[i])
+    for half in (32, 16, 8, 4, 2, 1):
+        for i in range(half):
+            best[i] = max(best[i], best[i + half])
+    top = best[0]
     for i in range(whole, len(row)):
         top = max(top, wide(row[i]))
     return top
