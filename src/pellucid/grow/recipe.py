@@ -53,17 +53,18 @@ def tail_seconds(problems: int) -> float:
     return 14.0 + 0.015 * problems
 
 
-TASKS = ("countdown", "arithmetic", "sorting", "calculator")
+# Arithmetic is two tasks in one, and the one of the four that no model of this size does at a glance.
+TASKS = {"countdown": 1.0, "arithmetic": 1.5, "sorting": 1.0, "calculator": 1.0}
 
 
 def task_mix() -> tasks.Mixture:
     """Countdown with visible search, addition and subtraction with carried digits, sorting, calculator calls."""
-    return tasks.Mixture([(tasks.make(name), 1.0) for name in TASKS])
+    return tasks.Mixture([(tasks.make(name), weight) for name, weight in TASKS.items()])
 
 
 def training_mix() -> tasks.Mixture:
     """What GRPO practises: fewer calculator calls, which are known after SFT: most of their groups would teach nothing."""
-    return tasks.Mixture([(tasks.make(name), 0.3 if name == "calculator" else 1.0) for name in TASKS])
+    return tasks.Mixture([(tasks.make(name), 0.3 if name == "calculator" else weight) for name, weight in TASKS.items()])
 
 
 def model_spec(rung: Sequence[int], vocab: int = VOCAB) -> DecoderSpec:
