@@ -138,7 +138,7 @@ def heads_backward(
                 for i in range(d):
                     d_qkv[n, h, i] = narrow(g[i], d_qkv[n, h, i])
             for h in range(K):
-                d_qkv[n, H + K + h] = gv[n, 0]
+                d_qkv[n, H + K + h] = gv[n, h]
 
 
 @njit(cache=True, fastmath=FAST, error_model="numpy")
