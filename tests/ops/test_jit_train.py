@@ -1,5 +1,6 @@
 """Every compiled training kernel, forward and backward, against its readable twin in float64 (which no kernel serves)."""
 
+import os
 import threading
 
 import pytest
@@ -170,3 +171,16 @@ def test_inference_mode_and_threads():
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     with torch.inference_mode():
         assert torch.equal(swiglu(rms_norm(x, w)), want[0])
+
+
+def test_a_forked_process_does_without():
+    """numba ends a child whose parent's OpenMP threads it would need: the child takes PyTorch's operators."""
+    x = torch.randn(4, 16)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # PyTorch's own threads do not survive a fork either
+    want = swiglu(x)
+    child = os.fork()
+    if not child:
+        os._exit(0 if not choose_jit().value and torch.allclose(swiglu(x), want, atol=1e-6) else 1)
+    torch.set_num_threads(before)
+    assert os.waitpid(child, 0)[1] == 0 and choose_jit().value

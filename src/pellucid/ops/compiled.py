@@ -11,12 +11,16 @@ from torch import Tensor
 
 from pellucid.runtime import Choice
 
+_FORKED: list[bool] = []  # not empty in a child process whose parent ran kernels: numba would end it
+
 
 @cache
 def choose_jit() -> Choice:
     """True: kernels compiled by numba; False: PyTorch's operators, which compute the same. `PELLUCID_JIT=0` turns it off."""
     if os.environ.get("PELLUCID_JIT") == "0":
         return Choice(False, "turned off by PELLUCID_JIT=0")
+    if _FORKED:
+        return Choice(False, "a forked process: OpenMP's threads stayed with its parent")
     try:
         import numba
     except ImportError as error:
@@ -50,3 +54,13 @@ def jit_serves(*tensors: Tensor) -> bool:
         return False
     same_threads()
     return True
+
+
+def _after_fork() -> None:
+    if choose_jit.cache_info().currsize and choose_jit().value:
+        _FORKED.append(True)
+        choose_jit.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
