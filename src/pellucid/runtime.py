@@ -5,6 +5,7 @@ Nothing is probed at import: call `choose(...)` (or one of its parts), print `ch
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import random
@@ -122,13 +123,73 @@ def seed_everything(seed: int) -> None:
 
 
 def peak_memory_bytes() -> int | None:
-    """Largest resident size of this process so far (bytes); None where the system does not tell."""
+    """Largest resident size of this process (bytes) since the last `reset_peak_memory`, or since it began; None where
+    the system does not tell."""
+    if (peak := _status("VmHWM")) is not None:
+        return peak
     try:
         import resource
     except ImportError:  # Windows
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def resident_bytes() -> int | None:
+    """Memory that this process holds now."""
+    return _status("VmRSS")
+
+
+def reset_peak_memory() -> bool:
+    """Let the peak begin again at what is held now; False where only Linux's `clear_refs` could (then it stays the
+    peak of the whole process). What was freed is first given back to the system: it is no need of what comes next."""
+    release_memory()
+    try:
+        with open("/proc/self/clear_refs", "w") as f:
+            f.write("5")
+    except OSError:
+        return False
+    return True
+
+
+def release_memory() -> None:
+    """Collect cycles, and have the C library (glibc keeps what is freed) hand its free pages back."""
+    import ctypes
+    import gc
+
+    gc.collect()
+    if platform.system() == "Linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def available_memory_bytes() -> int | None:
+    """What this process may still take: the machine's available memory, or less where a control group sets a limit.
+    None where the system does not tell."""
+    free = _kib("/proc/meminfo", "MemAvailable")
+    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
+            room = _whole_number(f"/sys/fs/cgroup/{limit}") - _whole_number(f"/sys/fs/cgroup/{used}")
+            free = room if free is None else min(free, max(room, 0))
+    return free
+
+
+def _whole_number(path: str) -> int:
+    with open(path, encoding="ascii") as f:
+        return int(f.read())
+
+
+def _status(name: str) -> int | None:
+    return _kib("/proc/self/status", name)
+
+
+def _kib(path: str, name: str) -> int | None:
+    """The line `name: 123 kB` of one of Linux's files, in bytes."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            return next((int(line.split()[1]) * 1024 for line in f if line.startswith(f"{name}:")), None)
+    except OSError:
+        return None
 
 
 def machine_card() -> dict[str, Any]:

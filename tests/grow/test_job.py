@@ -17,8 +17,8 @@ import pellucid
 from pellucid.errors import BadInput
 from pellucid.events import read_log
 from pellucid.grow.config import GrowConfig
-from pellucid.grow.plan import choose_size, memory_of
-from pellucid.grow.recipe import LADDER, STAGES, model_spec
+from pellucid.grow.plan import choose_size
+from pellucid.grow.recipe import LADDER, STAGES
 
 STAGE_NAMES = list(STAGES)
 
@@ -66,6 +66,9 @@ def test_report_is_whole(run: tuple[Path, dict, str]) -> None:
     assert stages["sft"]["before"] == 0.0
     assert all(Path(s["file"]).is_file() for s in report["stages"])
     assert {a["stage"] for a in report["prompts"][0]["answers"]} == {"pretrain", "sft", "grpo", "int8"}
+    if sys.platform.startswith("linux"):  # where the peak of a stage can be told
+        for name, s in stages.items():
+            assert 0.5 < s["memory_predicted_bytes"] / s["memory_peak_bytes"] < 2, name  # within a third on a quiet machine
     assert report["minutes_spent"] > 0.3  # no upper bound: a busy machine is late
 
 
@@ -110,8 +113,3 @@ def test_size_follows_speed_and_time() -> None:
     slow, fast = choose_size(2e10, 480)[0], choose_size(5e12, 480)[0]
     assert LADDER.index(slow) < LADDER.index(choose_size(8e10, 480)[0]) < LADDER.index(fast)
     assert LADDER.index(choose_size(8e10, 60)[0]) < LADDER.index(choose_size(8e10, 3600)[0])
-
-
-def test_predicted_memory_grows_with_the_model() -> None:
-    sizes = [memory_of(model_spec(rung), "sft") for rung in LADDER]
-    assert sizes == sorted(sizes)

@@ -21,11 +21,12 @@ from pellucid.errors import BadInput, Interrupted, PellucidError
 from pellucid.files import write_atomic
 from pellucid.grow import recipe, report, words  # noqa: F401  (words: its messages)
 from pellucid.grow.config import GrowConfig
+from pellucid.grow.memory import StageMemory
 from pellucid.grow.plan import Plan, PlanCard, make_plan
 from pellucid.messages import say
 from pellucid.models import load
 from pellucid.nn import Decoder
-from pellucid.runtime import choose_threads, machine_card, peak_memory_bytes
+from pellucid.runtime import choose_threads, machine_card
 from pellucid.tokenizers import Tokenizer
 
 
@@ -139,7 +140,7 @@ class Job:
         if state_file.exists():
             events.note(say("grow.fresh", folder=str(self.folder)))
         given = self._given_model()
-        self.plan = make_plan(self.config.minutes, self.config.device, self.config.threads, given)
+        self.plan = make_plan(self.config, given)
         for old in ("events.jsonl", "state.json", "report.json", "report.html"):
             (self.folder / old).unlink(missing_ok=True)
         for old in ("stages", "model", "model-int8"):  # what an earlier job left must not be taken for this one's
@@ -187,14 +188,15 @@ class Job:
     def _stage(self, stage: str, index: int, count: int) -> None:
         planned = self.seconds_for(stage) if stage in recipe.SHARES else self._predicted(stage)["seconds"]
         events.emit(events.StageBegin(stage, index, count, say(f"grow.stage.{stage}"), planned))
-        began = self.began.setdefault(stage, self.elapsed)
+        began, memory = self.began.setdefault(stage, self.elapsed), StageMemory(self.plan.device)
         module = importlib.import_module(f"pellucid.grow.{FILES[stage]}")
         result: Result = module.run(self)
         seconds = self.elapsed - began
         self.report["stages"].append({
             "stage": stage, "title": say(f"grow.stage.{stage}"), "file": f"src/pellucid/grow/{FILES[stage]}.py",
             "seconds_planned": round(planned, 1), "seconds": round(seconds, 1),
-            "memory_predicted_bytes": self._predicted(stage)["memory_bytes"], "memory_peak_bytes": peak_memory_bytes(),
+            "memory_predicted_bytes": self._predicted(stage)["memory_bytes"], "memory_peak_bytes": memory.peak,
+            "memory_peak_so_far": memory.whole,
             **asdict(result),
         })
         self.done.append(stage)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from pellucid.events import Event
-from pellucid.grow import recipe
+from pellucid.grow import memory, recipe
+from pellucid.grow.config import GrowConfig
 from pellucid.nn import Decoder, DecoderSpec, count_parameters, init_weights
 from pellucid.ops import chunked_cross_entropy
 from pellucid.optim import build_optimizer
@@ -22,7 +23,6 @@ from pellucid.runtime import (
     choose_dtype,
     choose_threads,
     matmul_gflops,
-    peak_memory_bytes,
     read_bandwidth_gbs,
 )
 
@@ -50,22 +50,27 @@ class PlanCard(Event):
     plan: dict[str, Any]
 
 
-def make_plan(minutes: float, device: str, threads: int | None, given: DecoderSpec | None = None) -> Plan:
-    """Measures for about three seconds, then chooses. `given`: the spec of a checkpoint that is used as it is."""
-    where, cores = choose_device(device), choose_threads(threads)
+def make_plan(config: GrowConfig, given: DecoderSpec | None = None) -> Plan:
+    """Measures for about three seconds, then chooses. `given`: the spec of a checkpoint that is used as it is.
+    Errors: BadInput where the job would not fit into memory."""
+    where, cores = choose_device(config.device), choose_threads(config.threads)
     spec_128 = recipe.model_spec(recipe.LADDER[2])
     dtype = choose_dtype(given.dim if given else 128, where.value)
     gflops = {n: matmul_gflops(2048, 512, 512, d) for n, d in (("float32", torch.float32), ("bfloat16", torch.bfloat16))}
     speed = training_speed(spec_128, where.value, dtype.value)
     flops = 6 * count_parameters(spec_128) * speed
-    shape, why = choose_size(flops, minutes * 60)
+    shape, why = choose_size(flops, config.minutes * 60)
     spec = given or recipe.model_spec(shape)
     named = [("device", where), ("threads", cores), ("dtype", Choice(str(dtype.value).removeprefix("torch."), dtype.reason)),
              ("size", Choice(f"{count_parameters(spec):,} parameters", "the given checkpoint" if given else why))]
     own = speed * count_parameters(spec_128) / count_parameters(spec)
-    return Plan([{"name": n, "value": str(c.value), "reason": c.reason} for n, c in named], gflops, read_bandwidth_gbs(),
-                describe(spec), predict_stages(spec, minutes, bool(given), own), str(where.value), named[2][1].value,
-                list(shape), own)
+    bandwidth, base = read_bandwidth_gbs(), memory.base_bytes()
+    work = memory.work_of(config, own, dtype.value)
+    held = 4 * count_parameters(spec) if given else 0  # a given model is in memory already
+    stages = predict_stages(spec, config.minutes, own, base - held, work, bool(given))
+    memory.refuse_what_cannot_fit(stages, base, where.value, config)
+    return Plan([{"name": n, "value": str(c.value), "reason": c.reason} for n, c in named], gflops, bandwidth,
+                describe(spec), stages, str(where.value), named[2][1].value, list(shape), own)
 
 
 @torch.enable_grad()
@@ -113,9 +118,10 @@ def describe(spec: DecoderSpec) -> dict[str, Any]:
             "context": spec.context}
 
 
-def predict_stages(spec: DecoderSpec, minutes: float, given: bool, tokens_per_second: float) -> list[dict[str, Any]]:
-    """Seconds and memory of each stage. The clock is re-read when a stage begins: what one saves, the next ones get."""
-    base = peak_memory_bytes() or 0  # Python, torch and this probe
+def predict_stages(spec: DecoderSpec, minutes: float, tokens_per_second: float, base: int, work: memory.Work,
+                   given: bool = False) -> list[dict[str, Any]]:
+    """Seconds and memory of each stage. The clock is re-read when a stage begins: what one saves, the next ones get.
+    base: bytes that the process holds already."""
     left = 60 * minutes - recipe.tail_seconds(recipe.problems(minutes, tokens_per_second)) - (6 if given else 14)
     rows = []
     for stage in recipe.STAGES:
@@ -124,34 +130,6 @@ def predict_stages(spec: DecoderSpec, minutes: float, given: bool, tokens_per_se
         share = recipe.SHARES.get(stage)
         planned = {"tokenizer": 5.0, "quantize": 10.0, "evaluate": 9.0, "tools": 7.0}.get(stage) if share is None else share * left
         left -= planned if share else 0.0  # type: ignore[operator]
-        rows.append({"stage": stage, "seconds": round(max(float(planned or 0), 1.0), 1), "memory_bytes": base + memory_of(spec, stage)})
+        rows.append({"stage": stage, "seconds": round(max(float(planned or 0), 1.0), 1),
+                     "memory_bytes": base + memory.memory_of(spec, stage, work)})
     return rows
-
-
-KEPT = 450 * 2**20  # the corpus as text and rows, and what the allocator does not give back: measured once, not derived
-
-
-def memory_of(spec: DecoderSpec, stage: str) -> int:
-    """Bytes that a stage adds: weights, gradients, optimizer state, activations kept for the backward pass (and about as
-    much again for its temporaries), caches of sampling (twice: they are copied together), logits."""
-    weights = 4 * count_parameters(spec)
-    if stage == "pretrain":
-        return 4 * weights + 2 * activation_bytes(spec, recipe.ROWS * recipe.ROW, recipe.ROW) + KEPT // 3
-    if stage == "tokenizer":
-        return 150 * 2**20
-    sampling = 2 * 512 * (recipe.MAX_TOKENS + 40) * spec.kv_bytes_per_token + 6 * 4 * 512 * spec.vocab
-    if stage == "grpo":
-        tokens = 32 * 140  # a micro-batch of packed completions, of which two thirds are trained
-        logits = 5 * 4 * tokens * 2 // 3 * spec.vocab
-        return 5 * weights + sampling + 2 * activation_bytes(spec, tokens, 140) + logits + KEPT
-    return 4 * weights + sampling + 2 * activation_bytes(spec, recipe.ROWS * recipe.ROW, recipe.ROW) + KEPT
-
-
-def activation_bytes(spec: DecoderSpec, tokens: int, row: int) -> int:
-    """What the backward pass of `tokens` tokens needs: in bfloat16 per layer about 6 widths, 3 times q, k and v, the
-    attention probabilities of the row and 4 feed-forward widths; and float32 logits of one chunk."""
-    per_token = 0
-    for layer in spec.layers:
-        a, m = layer.mixer, layer.ffn
-        per_token += 2 * (6 * spec.dim + 3 * (a.heads + 2 * a.kv_heads) * a.head_dim + a.heads * row + 4 * m.hidden)
-    return tokens * per_token + 3 * 4 * 2048 * spec.vocab

@@ -162,7 +162,10 @@ def _row(s: dict[str, Any]) -> str:
         change = f'<span class="soft">{words(quantity(before, unit))}</span><span class="arrow">→</span>{change}'
     title = STAGES.get(s.get("stage", ""), s.get("title") or s.get("stage", ""))
     time = _beside(COLUMNS[3], seconds(s.get("seconds")), seconds(s.get("seconds_planned")))
-    bytes_ = _beside(COLUMNS[4], memory(s.get("memory_peak_bytes")), memory(s.get("memory_predicted_bytes")))
+    peak = memory(s.get("memory_peak_bytes"))
+    if s.get("memory_peak_so_far"):  # a system that cannot tell the peak of a stage
+        peak = f"{words(Text('so far', '至此'))} {peak}"
+    bytes_ = _beside(COLUMNS[4], peak, memory(s.get("memory_predicted_bytes")))
     return (f'<tr><td><b>{words(title)}</b>{_link(s.get("file"))}</td><td>{words(measure(s.get("metric", "")))}</td>'
             f'<td class="n">{change}</td>{time}{bytes_}</tr>')
 
