@@ -17,7 +17,7 @@ from pellucid.nn import Attn, Decoder, KVCache, Linear, Rope
 from pellucid.ops import choose_jit, rope_angles
 from pellucid.ops.compiled import same_threads
 from pellucid.ops.rope import rope_frequencies
-from pellucid.runtime import Choice
+from pellucid.runtime import Choice, keep_freed_memory
 
 Step = Callable[[Tensor, KVCache], Tensor]
 
@@ -59,6 +59,7 @@ class CompiledStep:
         from pellucid.ops.jit import decode, lanes
 
         self.model, self.kernels, self.array = model, decode, lanes.array
+        keep_freed_memory()
         self.batch = 0
         self.buffers: dict[tuple[str, int], Tensor] = {}
         self.tables: dict[Rope, list[Any]] = {}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pellucid import events
 from pellucid.optim import Optimizers, Schedule
+from pellucid.runtime import keep_freed_memory
 
 B = TypeVar("B")
 
@@ -34,6 +35,7 @@ class Stepper:
     def __init__(self, model: nn.Module, optimizer: Optimizers, schedule: Schedule, clip: float | None = 1.0):
         self.model, self.optimizer, self.schedule, self.clip = model, optimizer, schedule, clip
         self.skipped = 0
+        keep_freed_memory()
 
     def step(self, micro_batches: Iterable[B], loss_fn: Callable[[B], Tensor], progress: float) -> StepResult:
         self.optimizer.set_factor(self.schedule(progress))
