@@ -8,18 +8,23 @@ Legend: B sequences, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pellucid.nn import Attn, Decoder, KVCache, Linear, Rope
+from pellucid.nn import MLP, Attn, Decoder, DecoderSpec, KVCache, Layer, Linear, Rope
 from pellucid.ops import choose_jit, rope_angles
 from pellucid.ops.compiled import same_threads
 from pellucid.ops.rope import rope_frequencies
 from pellucid.runtime import Choice, keep_freed_memory
 
 Step = Callable[[Tensor, KVCache], Tensor]
+
+# Fields of the specs that the compiled step knows. Whoever adds a field gets the plain step until it is taught here.
+KNOWN = {"heads", "kv_heads", "head_dim", "rope", "qkv_bias", "out_bias", "qk_norm", "window", "hidden", "act", "bias", "mixer",
+         "ffn", "vocab", "dim", "layers", "eps", "tied", "context", "family", "extra"}
 
 
 def choose_step(model: Decoder) -> Choice:
@@ -42,8 +47,15 @@ def unsuited(model: Decoder) -> str | None:
         return f"{weight.device.type} has its own fused kernels"
     if weight.dtype not in (torch.float32, torch.bfloat16) or model.compute_dtype not in (None, weight.dtype):
         return f"weights of {weight.dtype} computed in {model.compute_dtype or weight.dtype}"
-    if any(layer.ffn.act != "silu" or layer.mixer.rope.interleaved for layer in model.spec.layers):
-        return "an activation or a rotary layout without a compiled kernel"
+    for layer in model.spec.layers:
+        for part, kind in ((layer.mixer, Attn), (layer.ffn, MLP), (layer, Layer), (model.spec, DecoderSpec)):
+            if type(part) is not kind:
+                return f"{type(part).__name__} has no compiled kernel"
+            unknown = [f.name for f in fields(part) if f.name not in KNOWN and getattr(part, f.name) != f.default]
+            if unknown:
+                return f"{kind.__name__} with {', '.join(unknown)} has no compiled kernel"
+        if layer.ffn.act != "silu" or layer.mixer.rope.interleaved:
+            return "an activation or a rotary layout without a compiled kernel"
     jit = choose_jit()
     return None if jit.value else jit.reason
 
