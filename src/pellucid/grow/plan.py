@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from pellucid.engine import Sample, SamplingParams, run_all
+from pellucid.engine.decode import CompiledStep, choose_step
 from pellucid.events import Event
 from pellucid.grow import memory, recipe
 from pellucid.grow.config import GrowConfig
@@ -61,7 +63,9 @@ def make_plan(config: GrowConfig, given: DecoderSpec | None = None) -> Plan:
     flops = 6 * count_parameters(spec_128) * speed
     shape, why = choose_size(flops, config.minutes * 60)
     spec = given or recipe.model_spec(shape)
+    kernels = compile_kernels(spec, where.value)
     named = [("device", where), ("threads", cores), ("dtype", Choice(str(dtype.value).removeprefix("torch."), dtype.reason)),
+             ("kernels", kernels),
              ("size", Choice(f"{count_parameters(spec):,} parameters", "the given checkpoint" if given else why))]
     own = speed * count_parameters(spec_128) / count_parameters(spec)
     bandwidth, base = read_bandwidth_gbs(), memory.base_bytes()
@@ -71,6 +75,20 @@ def make_plan(config: GrowConfig, given: DecoderSpec | None = None) -> Plan:
     memory.refuse_what_cannot_fit(stages, base, where.value, config)
     return Plan([{"name": n, "value": str(c.value), "reason": c.reason} for n, c in named], gflops, bandwidth,
                 describe(spec), stages, str(where.value), named[2][1].value, list(shape), own)
+
+
+def compile_kernels(spec: DecoderSpec, device: torch.device) -> Choice:
+    """What runs a CPU's loops. The decoding kernels of this shape are compiled now (seconds, the first time on a machine)
+    and not in the middle of a stage."""
+    if device.type != "cpu":
+        return Choice("pytorch", f"{device.type} has its own fused kernels")
+    for dtype in (torch.bfloat16, torch.float32):
+        tiny = replace(spec, vocab=64, layers=tuple(dict.fromkeys(spec.layers)))
+        model = init_weights(Decoder(tiny)).to(dtype).eval()
+        choice = choose_step(model)
+        for temperature in (0.0, 1.0):
+            run_all(model, [Sample([0, 1], SamplingParams(max_tokens=3, temperature=temperature), 0)], [])
+    return Choice("compiled" if isinstance(choice.value, CompiledStep) else "pytorch", choice.reason)
 
 
 @torch.enable_grad()

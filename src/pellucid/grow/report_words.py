@@ -60,7 +60,7 @@ CURVES = {  # clearer English for some curves
     "groups/live": "groups with unequal rewards",
 }
 UNITS = {"bytes": "字节"}
-PLAN = {"device": "设备", "threads": "线程", "dtype": "数值格式", "size": "大小"}
+PLAN = {"device": "设备", "threads": "线程", "dtype": "数值格式", "kernels": "内核", "size": "大小"}
 MODEL = {
     "family": Text("family", "模型族"), "parameters": Text("parameters", "参数量"), "layers": Text("layers", "层数"),
     "dim": Text("width", "宽度"), "heads": Text("query heads", "查询头"), "kv_heads": Text("key/value heads", "键值头"),
