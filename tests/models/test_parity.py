@@ -1,4 +1,4 @@
-"""Llama and Qwen3 against transformers: logits, loss, every gradient, greedy tokens, from its files and into them."""
+"""Every family against transformers: logits, loss, every gradient, cache, greedy tokens, from its files and into them."""
 
 import json
 
@@ -11,7 +11,7 @@ import pellucid
 from pellucid.engine import Sample, SamplingParams, run_all
 from pellucid.models import save
 from pellucid.models.hub import targets
-from pellucid.nn import count_parameters
+from pellucid.nn import KVCache, count_parameters
 from pellucid.ops import chunked_cross_entropy
 
 
@@ -44,6 +44,17 @@ def test_left_padding(pair):
         assert_equal(ours(x, mask=mask)[mask.bool()], want[mask.bool()])
         for row in range(3):  # and equal to the sequence by itself
             assert_equal(ours(x[row : row + 1, mask[row] == 1])[0], want[row, mask[row] == 1])
+
+
+@pytest.mark.parametrize("cuts", [[24], [7, 1, 9, 7], [1] * 24], ids=["whole", "chunks", "tokens"])
+def test_cache(pair, cuts):
+    theirs, ours, _ = pair
+    x = tokens(2, 24)
+    cache = KVCache(ours.spec, 2, 24)
+    with torch.no_grad():
+        got = torch.cat([ours(part, cache=cache) for part in x.split(cuts, 1)], 1)
+        assert_equal(got, theirs(input_ids=x).logits)
+    assert sum(t[:, :, :24].nbytes for t in cache.keys + cache.values) == 2 * 24 * ours.spec.kv_bytes_per_token
 
 
 def test_loss_and_the_gradient_of_every_parameter(pair):

@@ -3,17 +3,26 @@ of 0, a loader that forgets them would pass."""
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 BASE = {"vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 128, **IDS}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}
-CASES: dict[str, LlamaConfig | Qwen3Config] = {
+CASES: dict[str, PreTrainedConfig] = {
     "qwen3": Qwen3Config(**BASE, head_dim=16),
     "qwen3-tied": Qwen3Config(**BASE, head_dim=8, tie_word_embeddings=True,
                               rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
@@ -24,14 +33,21 @@ CASES: dict[str, LlamaConfig | Qwen3Config] = {
     "llama-biases": LlamaConfig(**{**BASE, "num_key_value_heads": 4}, attention_bias=True, mlp_bias=True,
                                 rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}),
     "llama-mqa": LlamaConfig(**{**BASE, "num_key_value_heads": 1}, head_dim=6, hidden_act="gelu_pytorch_tanh"),
+    "deepseek-llm": LlamaConfig(**{**BASE, "num_key_value_heads": 4}, rms_norm_eps=1e-4),
+    "qwen1.5": Qwen2Config(**{**BASE, "num_key_value_heads": 4}, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+    "qwen2": Qwen2Config(**BASE, tie_word_embeddings=True, rms_norm_eps=1e-3, sliding_window=5),  # given, but not used
+    "qwen2-window": Qwen2Config(**{**BASE, "num_hidden_layers": 3, "num_attention_heads": 6}, use_sliding_window=True,
+                                sliding_window=6, max_window_layers=1),
+    "mistral": MistralConfig(**BASE, sliding_window=6, head_dim=10, rms_norm_eps=1e-5),
+    "mistral-nemo": MistralConfig(**BASE, sliding_window=None, head_dim=16, hidden_act="gelu",
+                                  rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
 }
 
 
 def written(name: str, folder: Path, **options: object) -> PreTrainedModel:
     """The reference model of a case (eager attention, float32), after writing it to `folder`."""
     config = CASES[name]
-    model = (Qwen3ForCausalLM if config.model_type == "qwen3" else LlamaForCausalLM)(config)
-    model.set_attn_implementation("eager")
+    model = AutoModelForCausalLM.from_config(deepcopy(config), attn_implementation="eager")
     g = torch.Generator().manual_seed(len(name))
     with torch.no_grad():
         for key, tensor in model.state_dict().items():

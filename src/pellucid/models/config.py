@@ -7,8 +7,9 @@ from collections.abc import Collection
 from typing import Any
 
 from pellucid.errors import BadInput
-from pellucid.nn.specs import Rope
+from pellucid.nn.specs import DecoderSpec, Rope
 
+FULL, SLIDING = "full_attention", "sliding_attention"  # the words of `layer_types`
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -64,6 +65,12 @@ class Config:
     def head_dim(self, default: int | None = None) -> int:
         return self.whole("head_dim", default or self.dim // self.heads, high=2**14)
 
+    def window(self, default: int | None) -> int | None:
+        """`sliding_window`. The one field where null is not absence: it means no window (Mistral 0.2 and later)."""
+        if self.fields.get("sliding_window", default) is None:
+            return None
+        return self.whole("sliding_window", default or 0)
+
     def rope(self, dim: int) -> Rope:
         """`rope_parameters` (transformers 5), or `rope_theta` beside `rope_scaling` (older files)."""
         fields = self.get("rope_parameters") or self.get("rope_scaling") or {}
@@ -105,3 +112,36 @@ def wrong(name: str, value: Any, must: str) -> BadInput:
 def rope_fields(rope: Rope) -> dict[str, Any]:
     scaling = rope.scaling_dict
     return {"rope_type": scaling.pop("rope_type", "default"), "rope_theta": rope.theta, **scaling}
+
+
+def shared_fields(spec: DecoderSpec) -> dict[str, Any]:
+    """What nearly all decoders call the same."""
+    mixer, ffn = spec.layers[0].mixer, spec.layers[0].ffn
+    return {
+        "vocab_size": spec.vocab,
+        "hidden_size": spec.dim,
+        "intermediate_size": ffn.hidden,
+        "num_hidden_layers": len(spec.layers),
+        "num_attention_heads": mixer.heads,
+        "num_key_value_heads": mixer.kv_heads,
+        "hidden_act": ffn.act,
+        "rms_norm_eps": spec.eps,
+        "max_position_embeddings": spec.context,
+        "tie_word_embeddings": spec.tied,
+        "rope_parameters": rope_fields(mixer.rope),
+    }
+
+
+def head_dim_field(spec: DecoderSpec) -> dict[str, Any]:
+    """`head_dim`, for configs that know the field only as an exception: nothing where it is D / H."""
+    mixer = spec.layers[0].mixer
+    return {} if mixer.head_dim * mixer.heads == spec.dim else {"head_dim": mixer.head_dim}
+
+
+def window_fields(spec: DecoderSpec) -> dict[str, Any]:
+    """Qwen's way to say which layers have a window; nothing where none has."""
+    windows = [layer.mixer.window for layer in spec.layers]
+    if not any(windows):
+        return {}
+    return {"use_sliding_window": True, "sliding_window": next(w for w in windows if w),
+            "layer_types": [SLIDING if w else FULL for w in windows]}

@@ -1,15 +1,25 @@
-"""Llama 2 and 3 (arXiv 2307.09288, 2407.21783): pre-norm, RoPE, SwiGLU, grouped key/value heads, no biases."""
+"""Llama 2 and 3 (arXiv 2307.09288, 2407.21783): pre-norm, RoPE, SwiGLU, grouped key/value heads, no biases.
+
+DeepSeek LLM (arXiv 2401.02954) and the R1 distillations into Llama are this model under this name.
+"""
 
 from __future__ import annotations
 
-from pellucid.models.config import Config
+from typing import Any
+
+from pellucid.models.config import Config, shared_fields
 from pellucid.models.families import family
 from pellucid.models.names import LLAMA
 from pellucid.nn.specs import MLP, Attn, DecoderSpec, Layer
 from pellucid.ops import ACTIVATIONS
 
 
-@family("llama", architecture="LlamaForCausalLM", names=LLAMA)
+def fields(spec: DecoderSpec) -> dict[str, Any]:
+    mixer, ffn = spec.layers[0].mixer, spec.layers[0].ffn
+    return {**shared_fields(spec), "head_dim": mixer.head_dim, "attention_bias": mixer.qkv_bias, **({"mlp_bias": True} if ffn.bias else {})}
+
+
+@family("llama", architecture="LlamaForCausalLM", names=LLAMA, fields=fields)
 def llama(c: Config) -> DecoderSpec:
     d = c.head_dim()
     bias = bool(c.get("attention_bias", False))
