@@ -22,6 +22,9 @@ BASE = {"vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidde
         "num_key_value_heads": 2, "max_position_embeddings": 128, **IDS}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32,
+        "short_factor": [1.0, 1.1, 1.2, 1.5, 1.5, 2.0], "long_factor": [1.0, 1.5, 2.0, 3.0, 5.0, 7.0]}
 CASES: dict[str, PreTrainedConfig] = {
     "qwen3": Qwen3Config(**BASE, head_dim=16),
     "qwen3-tied": Qwen3Config(**BASE, head_dim=8, tie_word_embeddings=True,
@@ -33,11 +36,17 @@ CASES: dict[str, PreTrainedConfig] = {
     "llama-biases": LlamaConfig(**{**BASE, "num_key_value_heads": 4}, attention_bias=True, mlp_bias=True,
                                 rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}),
     "llama-mqa": LlamaConfig(**{**BASE, "num_key_value_heads": 1}, head_dim=6, hidden_act="gelu_pytorch_tanh"),
+    "llama-yarn": LlamaConfig(**BASE, rope_parameters={**YARN, "beta_fast": 4.0, "beta_slow": 0.5, "truncate": False,
+                                                       "mscale": 0.707, "mscale_all_dim": 1.4}),
+    "llama-dynamic": LlamaConfig(**{**BASE, "max_position_embeddings": 32},
+                                 rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+    "llama-longrope": LlamaConfig(**BASE, rope_parameters=LONG),
     "deepseek-llm": LlamaConfig(**{**BASE, "num_key_value_heads": 4}, rms_norm_eps=1e-4),
     "qwen1.5": Qwen2Config(**{**BASE, "num_key_value_heads": 4}, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
     "qwen2": Qwen2Config(**BASE, tie_word_embeddings=True, rms_norm_eps=1e-3, sliding_window=5),  # given, but not used
     "qwen2-window": Qwen2Config(**{**BASE, "num_hidden_layers": 3, "num_attention_heads": 6}, use_sliding_window=True,
                                 sliding_window=6, max_window_layers=1),
+    "qwen2.5-yarn": Qwen2Config(**BASE, rope_parameters=YARN),
     "mistral": MistralConfig(**BASE, sliding_window=6, head_dim=10, rms_norm_eps=1e-5),
     "mistral-nemo": MistralConfig(**BASE, sliding_window=None, head_dim=16, hidden_act="gelu",
                                   rope_parameters={"rope_type": "default", "rope_theta": 1e6}),

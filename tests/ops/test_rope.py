@@ -41,7 +41,7 @@ def test_scalings_differ():
     assert torch.equal(f["llama3"][0], f["default"][0]) and f["llama3"][-1] * 8 == f["default"][-1]
 
 
-@pytest.mark.parametrize("kind", ["yarn", "dynamic", "longrope", "Llama3"])
+@pytest.mark.parametrize("kind", ["proportional", "su", "Llama3"])
 def test_unknown_kinds_are_refused(kind):
     with pytest.raises(ValueError, match=kind):
         rope_frequencies(8, 1e4, {"rope_type": kind})

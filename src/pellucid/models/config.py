@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from pellucid.errors import BadInput
 from pellucid.nn.specs import DecoderSpec, Rope
+from pellucid.ops import rope_attention_factor
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # the words of `layer_types`
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+YARN = ("attention_factor", "beta_fast", "beta_slow", "factor", "mscale", "mscale_all_dim", "original_max_position_embeddings")
 
 
 class Config:
@@ -71,29 +73,71 @@ class Config:
             return None
         return self.whole("sliding_window", default or 0)
 
-    def rope(self, dim: int) -> Rope:
-        """`rope_parameters` (transformers 5), or `rope_theta` beside `rope_scaling` (older files)."""
+    def rope(self, head_dim: int, partial: bool = False, original: int | None = None) -> Rope:
+        """`rope_parameters` (transformers 5), or `rope_theta` beside `rope_scaling` (older files).
+
+        partial: whether this family may rotate only the first part of each head; original: the family's own default of
+        `original_max_position_embeddings`, which stands outside of these fields then (Phi-3).
+        """
         fields = self.get("rope_parameters") or self.get("rope_scaling") or {}
         if not isinstance(fields, dict):
             raise wrong("rope_parameters", fields, "an object")
+        fields = {k: v for k, v in fields.items() if v is not None}
         theta = number("rope_theta", fields.get("rope_theta") or self.get("rope_theta", 10_000.0))
+        turned = number("partial_rotary_factor", fields.get("partial_rotary_factor", self.get("partial_rotary_factor", 1)), high=1.1)
+        dim = int(head_dim * turned)
+        if (turned != 1 and not partial) or dim % 2 or not 0 < dim <= head_dim:
+            raise BadInput(f"config.json asks to rotate {turned} of heads of {head_dim}",
+                           "an even number of entries is supported" + ("" if partial else ", and only whole heads in this family"))
         kind = fields.get("rope_type") or fields.get("type") or "default"
-        turned = fields.get("partial_rotary_factor") or self.get("partial_rotary_factor", 1)
-        if turned != 1 or dim % 2:
-            raise BadInput(f"config.json asks to rotate {turned} of heads of {dim}", "only whole heads of even size are supported")
-        if kind == "default":
-            return Rope(dim, theta)
-        if kind == "linear":
-            return Rope(dim, theta, scaling=(("rope_type", kind), ("factor", number("factor", fields.get("factor")))))
-        if kind == "llama3":
-            known = {"original_max_position_embeddings": self.get("max_position_embeddings"), **fields}
-            scaling = {name: number(name, known.get(name)) for name in LLAMA3}
-            if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-                raise wrong("low_freq_factor", scaling["low_freq_factor"], "smaller than high_freq_factor")
-            return Rope(dim, theta, scaling=(("rope_type", kind), *sorted(scaling.items())))
-        raise BadInput(
-            f"config.json asks for rope_type {kind!r}", "only default, linear and llama3 are supported so far",
-            "use a checkpoint without it, or remove rope_scaling if you stay within the original context")
+        if not isinstance(kind, str) or kind not in SCALINGS:
+            raise BadInput(f"config.json asks for rope_type {kind!r}", f"only {', '.join(SCALINGS)} are supported",
+                           "use a checkpoint without it, or remove rope_scaling if you stay within the original context")
+        context = self.whole("max_position_embeddings", 2048)
+        known = self.get("original_max_position_embeddings", original) or fields.get("original_max_position_embeddings", context)
+        fields = {**fields, "original_max_position_embeddings": context if kind == "dynamic" else known}
+        if kind == "yarn":
+            fields.setdefault("factor", context / number("original_max_position_embeddings", known))
+        scaling = {"rope_type": kind, **SCALINGS[kind](fields, dim)} if kind != "default" else {}
+        if (kind == "yarn" and theta <= 1) or (kind == "dynamic" and dim < 4):
+            raise BadInput(f"config.json: rope_type {kind} has no meaning for rope_theta {theta} and {dim} rotated entries")
+        return Rope(dim, theta, scaling=tuple(scaling.items()), attention_factor=rope_attention_factor(scaling, context))
+
+
+def llama3(fields: dict[str, Any], dim: int) -> dict[str, Any]:
+    scaling = {name: number(name, fields.get(name)) for name in LLAMA3}
+    if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise wrong("low_freq_factor", scaling["low_freq_factor"], "smaller than high_freq_factor")
+    return dict(sorted(scaling.items()))
+
+
+def yarn(fields: dict[str, Any], dim: int) -> dict[str, Any]:
+    truncate = fields.get("truncate", True)
+    if not isinstance(truncate, bool):
+        raise wrong("truncate", truncate, "true or false")
+    numbers = {name: number(name, fields[name]) for name in YARN if name in fields}
+    return {**numbers, **({"truncate": truncate} if "truncate" in fields else {})}
+
+
+def longrope(fields: dict[str, Any], dim: int) -> dict[str, Any]:
+    for name in ("short_factor", "long_factor"):
+        if not isinstance(fields.get(name), list) or len(fields[name]) != dim // 2:
+            raise wrong(name, fields.get(name), f"a list of {dim // 2} numbers")
+    lists = {name: tuple(number(name, x) for x in fields[name]) for name in ("long_factor", "short_factor")}
+    known = number("original_max_position_embeddings", fields["original_max_position_embeddings"], low=1.0)
+    return {**lists, "original_max_position_embeddings": known,
+            **{name: number(name, fields[name]) for name in ("attention_factor", "factor") if name in fields}}
+
+
+SCALINGS: dict[str, Callable[[dict[str, Any], int], dict[str, Any]]] = {
+    "default": lambda fields, dim: {},
+    "linear": lambda fields, dim: {"factor": number("factor", fields.get("factor"))},
+    "dynamic": lambda fields, dim: {name: number(name, fields.get(name)) for name in ("factor", "original_max_position_embeddings")},
+    "llama3": llama3,
+    "yarn": yarn,
+    "longrope": longrope,
+}
+"""Kind of position scaling -> its fields, checked; see `ops.rope_frequencies` for what they mean."""
 
 
 def number(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> float:
@@ -110,8 +154,11 @@ def wrong(name: str, value: Any, must: str) -> BadInput:
 
 
 def rope_fields(rope: Rope) -> dict[str, Any]:
-    scaling = rope.scaling_dict
-    return {"rope_type": scaling.pop("rope_type", "default"), "rope_theta": rope.theta, **scaling}
+    scaling = {name: list(value) if isinstance(value, tuple) else value for name, value in rope.scaling}
+    kind = scaling.pop("rope_type", "default")
+    if kind == "dynamic":
+        del scaling["original_max_position_embeddings"]  # it is max_position_embeddings for this kind
+    return {"rope_type": kind, "rope_theta": rope.theta, **scaling}
 
 
 def shared_fields(spec: DecoderSpec) -> dict[str, Any]:

@@ -30,7 +30,10 @@ class Context:
     def rotation(self, rope: Rope) -> tuple[Tensor, Tensor]:
         """cos, sin (B or 1, T, r) of this pass's positions."""
         if rope not in self._angles:
-            self._angles[rope] = rope_angles(self.positions, _frequencies(rope, self.positions.device), self.dtype)
+            # the longest sequence of the batch decides, and only where it matters (on a GPU, asking is a wait)
+            length = int(self.positions.max()) + 1 if rope.by_length else 0
+            frequencies = _frequencies(rope, self.positions.device, length)
+            self._angles[rope] = rope_angles(self.positions, frequencies, self.dtype, rope.attention_factor)
         return self._angles[rope]
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
@@ -43,9 +46,9 @@ class Context:
 
 
 @lru_cache(maxsize=16)
-def _frequencies(rope: Rope, device: torch.device) -> Tensor:
+def _frequencies(rope: Rope, device: torch.device, length: int) -> Tensor:
     with torch.inference_mode(False):  # a tensor made in inference mode could not be used for training later
-        return rope_frequencies(rope.dim, rope.theta, rope.scaling_dict).to(device)
+        return rope_frequencies(rope.dim, rope.theta, rope.scaling_dict, length).to(device)
 
 
 def document_mask(documents: Tensor) -> Tensor:

@@ -9,19 +9,28 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from pellucid.ops import BY_LENGTH
+
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding: rotated width `dim`, base `theta`, `scaling` as in config.json's rope_parameters."""
+    """Rotary embedding: rotated width `dim` (the first ones of a head), base `theta`, `scaling` as in config.json's
+    rope_parameters."""
 
     dim: int
     theta: float = 10_000.0
     interleaved: bool = False
     scaling: tuple[tuple[str, Any], ...] = ()  # sorted items, so that a spec stays hashable and comparable
+    attention_factor: float = 1.0  # cos and sin are multiplied by it (YaRN, LongRoPE)
 
     @property
     def scaling_dict(self) -> dict[str, Any]:
         return dict(self.scaling)
+
+    @property
+    def by_length(self) -> bool:
+        """Whether the frequencies depend on the length of the sequence."""
+        return self.scaling_dict.get("rope_type") in BY_LENGTH
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,12 @@ class Attn:
     out_bias: bool = False
     qk_norm: bool = False  # RMS norm of each query and key head, before the rotation (Qwen3)
     window: int | None = None
+    # Derived: whether cos and sin are more than those of position x frequency. A field, so that a fast path that does
+    # not know it steps aside, as it does for any other.
+    special_rope: bool = field(default=False, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "special_rope", self.rope.by_length or self.rope.attention_factor != 1)
 
 
 @dataclass(frozen=True)

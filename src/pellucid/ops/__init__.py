@@ -6,13 +6,21 @@ from pellucid.ops.compiled import choose_jit
 from pellucid.ops.heads import qkv_heads, qkv_heads_reference
 from pellucid.ops.loss import chunked_cross_entropy, cross_entropy_reference, token_logprobs
 from pellucid.ops.norm import rms_norm, rms_norm_reference
-from pellucid.ops.rope import apply_rope, apply_rope_reference, rope_angles, rope_frequencies
+from pellucid.ops.rope import (
+    BY_LENGTH,
+    apply_rope,
+    apply_rope_reference,
+    rope_angles,
+    rope_attention_factor,
+    rope_frequencies,
+)
 from pellucid.ops.softmax import log_softmax, online_softmax, softmax
 from pellucid.ops.tiles import attention_one_query, attention_tiled
 from pellucid.ops.visible import bias_of, visible
 
 __all__ = [
     "ACTIVATIONS",
+    "BY_LENGTH",
     "apply_rope",
     "apply_rope_reference",
     "attention",
@@ -32,6 +40,7 @@ __all__ = [
     "rms_norm",
     "rms_norm_reference",
     "rope_angles",
+    "rope_attention_factor",
     "rope_frequencies",
     "softmax",
     "swiglu",

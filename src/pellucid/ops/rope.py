@@ -17,35 +17,86 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+BY_LENGTH = ("dynamic", "longrope")
+"""The kinds whose frequencies depend on how long the sequence is. Keys that a cache holds keep the frequencies that they
+were turned by: with a cache, logits change a little where a border is crossed, here as in transformers."""
 
-def rope_frequencies(dim: int, theta: float, scaling: Mapping[str, Any] | None = None) -> Tensor:
-    """(dim / 2,) float32 frequencies f_j = theta^(-2j/dim), after `scaling` of kind default, linear or llama3.
+
+def rope_frequencies(dim: int, theta: float, scaling: Mapping[str, Any] | None = None, length: int = 0) -> Tensor:
+    """(dim / 2,) float32 frequencies f_j = theta^(-2j/dim), after `scaling`, whose fields are config.json's.
 
     linear: f / factor (arXiv 2306.15595).  llama3: frequencies whose wavelength exceeds the original context over
     `low_freq_factor` are divided by `factor`, short ones stay, between them interpolate (Llama 3.1 release).
+    yarn: the same with a ramp over j instead of wavelengths (arXiv 2309.00071; with attention_factor 1 it is NTK by parts).
+    dynamic: a larger theta, as far as `length` exceeds the original context.  longrope: f_j over a number for each j,
+    of one list up to the original context and of another beyond (arXiv 2402.13753).
     Raises ValueError for a kind it does not know: guessing would give wrong numbers silently.
     """
+    scaling = scaling or {}
+    kind, original = scaling.get("rope_type", "default"), scaling.get("original_max_position_embeddings", 0)
+    if kind == "dynamic":
+        stretch = scaling["factor"] * max(length, original) / original - (scaling["factor"] - 1)
+        theta = theta * stretch ** (dim / (dim - 2))
     f = theta ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-    kind = (scaling or {}).get("rope_type", "default")
-    if kind == "default":
+    if kind in ("default", "dynamic"):
         return f
-    assert scaling is not None
     if kind == "linear":
         return f / scaling["factor"]
+    if kind == "longrope":
+        return f / torch.tensor(scaling["long_factor" if length > original else "short_factor"])
+    if kind == "yarn":
+        slow = _yarn_ramp(dim, theta, scaling)
+        return slow * f / scaling["factor"] + (1 - slow) * f
     if kind == "llama3":
-        original = scaling["original_max_position_embeddings"]
         turns = original * f / (2 * math.pi)  # how often the pair turns within the original context
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slow pair, fully scaled; 1: fast pair, untouched
         return (1 - keep) * f / scaling["factor"] + keep * f
-    raise ValueError(f"rope_type {kind!r} is not supported (default, linear, llama3 are)")
+    raise ValueError(f"rope_type {kind!r} is not supported (default, linear, llama3, yarn, dynamic, longrope are)")
 
 
-def rope_angles(positions: Tensor, frequencies: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """positions (..., T) int -> cos, sin (..., T, dim): each angle stands twice, once for each half."""
+def _yarn_ramp(dim: int, theta: float, scaling: Mapping[str, Any]) -> Tensor:
+    """(dim / 2,) 0 for fast pairs, which stay; 1 for slow ones, which are scaled. The ramp runs between the pairs that
+    turn beta_fast and beta_slow times within the original context."""
+    original = scaling["original_max_position_embeddings"]
+    low, high = (dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+                 for turns in (scaling.get("beta_fast", 32), scaling.get("beta_slow", 1)))
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    return ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low or 0.001)).clamp(0, 1)
+
+
+def rope_attention_factor(scaling: Mapping[str, Any], context: int) -> float:
+    """What cos and sin are multiplied by, so that attention over longer contexts stays as sharp: YaRN's 1/sqrt(t) = 0.1
+    ln factor + 1 (equation 22), LongRoPE's sqrt(1 + ln factor / ln original). 1 for all other kinds.
+
+    context: `max_position_embeddings`, whose ratio to the original context is LongRoPE's factor if none is given.
+    """
+    kind, original = scaling.get("rope_type", "default"), scaling.get("original_max_position_embeddings", 0)
+    if kind not in ("yarn", "longrope"):
+        return 1.0
+    if "attention_factor" in scaling:
+        return float(scaling["attention_factor"])
+    factor = scaling.get("factor") or context / original
+    if factor <= 1:
+        return 1.0
+    if kind == "longrope":
+        return math.sqrt(1 + math.log(factor) / math.log(original))
+    above, below = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    if above and below:  # DeepSeek; its attention then scales all of the scores by the lower one's square
+        return (0.1 * above * math.log(factor) + 1) / (0.1 * below * math.log(factor) + 1)
+    return 0.1 * math.log(factor) + 1
+
+
+def rope_angles(
+    positions: Tensor, frequencies: Tensor, dtype: torch.dtype = torch.float32, factor: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """positions (..., T) int -> cos, sin (..., T, dim), times `factor`: each angle stands twice, once for each half."""
     angles = positions[..., None].float() * frequencies
     angles = torch.cat((angles, angles), -1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = (angles.cos(), angles.sin()) if factor == 1 else (angles.cos() * factor, angles.sin() * factor)
+    return cos.to(dtype), sin.to(dtype)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, heads_last: bool = False, interleaved: bool = False) -> Tensor:
