@@ -20,6 +20,7 @@ from torch import Tensor
 from common import SIZES, begin, finish, options, parameters, ratios, table, twins
 from pellucid.engine import Sample, SamplingParams, run_all
 from pellucid.engine import batch as engine_batch
+from pellucid.engine.decode import CompiledStep
 from pellucid.nn import Decoder, KVCache
 
 ENDS = list(range(3, 23))  # 20 of 2048 tokens: near-uniform draws end with probability of about 1 % at each token
@@ -56,7 +57,7 @@ def ours_call(model: Decoder, prompts: list[list[int]], most: int, temperature: 
 def their_call(model: Any, prompts: list[list[int]], most: int, temperature: float, mixed: bool) -> Callable[[], list[list[int]]]:
     x, mask = padded(prompts)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
-    length = {"max_new_tokens": most, "eos_token_id": ENDS} if mixed else {"max_new_tokens": most, "min_new_tokens": most, "eos_token_id": 0}
+    length = {"max_new_tokens": most, "eos_token_id": ENDS} if mixed else {"max_new_tokens": most, "eos_token_id": None}
 
     def call() -> list[list[int]]:
         rows = model.generate(x, attention_mask=mask, pad_token_id=0, **sampling, **length)[:, x.shape[1] :].tolist()
@@ -114,7 +115,7 @@ class Stopwatch:
 
 
 def split(call: Callable[[], Any]) -> dict[str, float]:
-    with Stopwatch(prefill=(engine_batch.Batch, "_prefill"), model=(Decoder, "forward"),
+    with Stopwatch(prefill=(engine_batch.Batch, "_prefill"), model=(CompiledStep, "__call__"),
                    sampler=(engine_batch.Sampler, "__call__"), copies=(KVCache, "keep")) as watch:
         call()
     return watch.shares()

@@ -62,7 +62,7 @@ class PlainGPT(nn.Module):
 
 def plain_step(model: nn.Module, loss_of: Callable[[], Tensor], bf16: bool) -> Callable[[], float]:
     """One step as training scripts write it."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
     def step() -> float:
         with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():

@@ -12,6 +12,7 @@ import random
 import time
 from dataclasses import dataclass
 from functools import cache
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from pellucid.errors import BadInput
@@ -223,8 +224,16 @@ def machine_card() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "numba": _version("numba") if os.environ.get("PELLUCID_JIT") != "0" else None,  # compiles the CPU kernels
         "pellucid": pellucid.__version__,
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_name() -> str:

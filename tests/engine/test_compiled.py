@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -11,7 +14,8 @@ import pellucid.engine.sampler as sampler_module
 from pellucid.engine import Sample, SamplingParams, run_all
 from pellucid.engine.decode import CompiledStep, choose_step, plain_step
 from pellucid.engine.sampler import Sampler
-from pellucid.nn import MLP, Attn, Decoder, DecoderSpec, KVCache, Layer, Rope, init_weights
+from pellucid.errors import PellucidError
+from pellucid.nn import MLP, Attn, Decoder, DecoderSpec, KVCache, Layer, Linear, Rope, init_weights
 from pellucid.ops import choose_jit
 from pellucid.quant import quantize
 from pellucid.runtime import Choice
@@ -150,16 +154,71 @@ def test_compiled_draws_are_the_twins(dtype, V, monkeypatch):
     assert torch.equal(tokens[greedy], want[greedy])
 
 
-def test_hidden_and_hopeless_logits():
-    """-inf is never drawn; a row of NaN gives some token and no crash; a tiny temperature is greedy."""
-    logits = torch.full((3, 70), -torch.inf)
+def test_hidden_logits_are_never_drawn_and_a_tiny_temperature_is_greedy():
+    logits = torch.full((2, 70), -torch.inf)
     logits[0, 66] = 0.0
-    logits[1] = torch.nan
-    logits[2] = torch.arange(70.0)
-    sampler = Sampler([SamplingParams(temperature=t) for t in (1.0, 1.0, 1e-30)], [1, 2, 3])
+    logits[1] = torch.arange(70.0)
+    sampler = Sampler([SamplingParams(temperature=t) for t in (1.0, 1e-30)], [1, 3])
     for step in range(200):
-        tokens, _ = sampler(logits, step)
-        assert tokens[0] == 66 and 0 <= tokens[1] < 70 and tokens[2] == 69
+        assert sampler(logits, step)[0].tolist() == [66, 69]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_numbers_are_told(temperature):
+    logits = torch.zeros(3, 70)
+    logits[1] = torch.nan
+    with pytest.raises(PellucidError, match="not numbers"):
+        Sampler([SamplingParams(temperature=temperature)] * 3, [1, 2, 3])(logits, 0)
+
+
+def test_a_model_with_hooks_or_layers_of_its_own_runs_plain():
+    hooked, replaced = model_of("grouped"), model_of("grouped")
+    hooked.layers[0].mixer.register_forward_hook(lambda module, args, out: out * 0)
+
+    class Adapted(Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    replaced.layers[1].ffn.down.__class__ = Adapted
+    for model, word in ((hooked, "hooks"), (replaced, "Adapted")):
+        choice = choose_step(model)
+        assert not isinstance(choice.value, CompiledStep) and word in choice.reason
+
+
+RUN = """
+import torch
+from pellucid.engine.decode import choose_step
+from pellucid.nn import MLP, Attn, Decoder, DecoderSpec, KVCache, Layer, Rope, init_weights
+from pellucid.ops import choose_jit
+model = init_weights(Decoder(DecoderSpec(32, 16, (Layer(Attn(2, 2, 8, Rope(8)), MLP(16)),)))).eval()
+choice = choose_step(model)
+with torch.inference_mode():
+    logits = choice.value(torch.tensor([1]), KVCache(model.spec, 1, 4))
+print(type(choice.value).__name__, choose_jit().reason)
+if choose_jit().value:
+    from pellucid.ops.jit.decode import attend_kernel
+    stats = attend_kernel(8, 1).stats
+    print("hits", sum(stats.cache_hits.values()), "misses", sum(stats.cache_misses.values()))
+"""
+
+
+def in_a_process(**variables: str) -> str:
+    done = subprocess.run([sys.executable, "-c", RUN], env={**os.environ, **variables}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_second_process_compiles_nothing(tmp_path):
+    first, second = (in_a_process(NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2))
+    assert "hits 0 misses 1" in first and "hits 1 misses 0" in second
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variables", [{"PELLUCID_JIT": "0"}, {"NUMBA_DISABLE_JIT": "1"}, {"NUMBA_THREADING_LAYER": "nonsense"}], ids=lambda v: next(iter(v)))
+def test_where_numba_cannot_run_the_twin_does_and_says_why(variables):
+    said = in_a_process(**variables)
+    assert "CompiledStep" not in said and ("turned off" in said or "cannot be used" in said), said
 
 
 def test_draws_follow_the_distribution():

@@ -50,6 +50,7 @@ class Quantize(Common):
 def quantize(config: Quantize) -> None:
     from pellucid import events, quant
     from pellucid.cli.eval import Eval, task_of, text_bits
+    from pellucid.engine.decode import choose_step
     from pellucid.engine.llm import open_model
     from pellucid.models import load
     from pellucid.models.hub import local_folder
@@ -61,7 +62,7 @@ def quantize(config: Quantize) -> None:
     quant.compress(folder, config.out)
     models = {"float32": load(folder), "int8": open_model(config.out)}  # what was written is what is measured
     tokenizer = Tokenizer.load(folder)
-    measured = quant.measure(models["float32"], models["int8"])
+    measured = quant.measure(models["float32"], models["int8"], step_of=lambda m: choose_step(m).value)
     text = Eval(model=config.model, corpus=config.corpus)
     measured["bits_per_byte"] = {name: text_bits(text, m, tokenizer)[0] for name, m in models.items()}
     if config.tasks:

@@ -1,6 +1,7 @@
-"""One token for every sequence, on a CPU: the same arithmetic as `Decoder.forward` in a tenth of the calls.
+"""One token for every sequence, on a CPU: what `Decoder.forward` computes, in a tenth of the calls.
 
-`Decoder` is the definition and the readable twin. Here the matrix products are PyTorch's and everything between them
+`Decoder` is the definition and the readable twin. In bfloat16 this is the finer of the two: the residual, norms and
+rotations stay in float32 between the products. Here the matrix products are PyTorch's and everything between them
 is `ops.jit.decode`; buffers are made once for a batch. `choose_step` says which of the two runs, and why.
 Legend: B sequences, V vocabulary.
 """
@@ -15,9 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from pellucid.nn import MLP, Attn, Decoder, DecoderSpec, KVCache, Layer, Linear, Rope
+from pellucid.nn.attention import Attention
+from pellucid.nn.decoder import Block
+from pellucid.nn.feedforward import FeedForward
+from pellucid.nn.linear import RMSNorm
 from pellucid.ops import choose_jit, rope_angles
 from pellucid.ops.compiled import same_threads
 from pellucid.ops.rope import rope_frequencies
+from pellucid.quant import Int8Linear
 from pellucid.runtime import Choice, keep_freed_memory
 
 Step = Callable[[Tensor, KVCache], Tensor]
@@ -25,6 +31,9 @@ Step = Callable[[Tensor, KVCache], Tensor]
 # Fields of the specs that the compiled step knows. Whoever adds a field gets the plain step until it is taught here.
 KNOWN = {"heads", "kv_heads", "head_dim", "rope", "qkv_bias", "out_bias", "qk_norm", "window", "hidden", "act", "bias", "mixer",
          "ffn", "vocab", "dim", "layers", "eps", "tied", "context", "family", "extra"}
+
+
+PLAIN = {Decoder, Block, Attention, FeedForward, Linear, RMSNorm, Int8Linear, nn.Embedding, nn.ModuleList}
 
 
 def choose_step(model: Decoder) -> Choice:
@@ -41,8 +50,11 @@ def plain_step(model: Decoder) -> Step:
 def unsuited(model: Decoder) -> str | None:
     """Why the compiled step cannot run this model; None if it can."""
     weight = model.embed.weight
-    if type(model) is not Decoder:
-        return f"{type(model).__name__} may compute something else than a Decoder"
+    for name, module in model.named_modules():
+        if type(module) not in PLAIN or "forward" in vars(module) or "hidden" in vars(module):
+            return f"{name or 'the model'} ({type(module).__name__}) may compute something of its own"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"{name or 'the model'} has hooks, which only its own forward calls"
     if weight.device.type != "cpu":
         return f"{weight.device.type} has its own fused kernels"
     if weight.dtype not in (torch.float32, torch.bfloat16) or model.compute_dtype not in (None, weight.dtype):
@@ -117,7 +129,7 @@ class CompiledStep:
 
     def _product(self, layer: nn.Module, x: Tensor) -> Tensor:
         """layer(x), written into a buffer where the layer is a plain matrix; INT8 layers bring their own."""
-        if not isinstance(layer, Linear):
+        if type(layer) is not Linear:
             return layer(x)  # type: ignore[no-any-return]
         out = self._buffer(f"{id(layer)}", layer.weight.shape[0])
         if layer.bias is not None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pellucid.engine.params import SamplingParams
+from pellucid.errors import PellucidError
 from pellucid.ops import choose_jit
 from pellucid.ops.compiled import same_threads
 
@@ -69,6 +70,9 @@ class Sampler:
         if logits.device.type != "cpu" or logits.dtype not in (torch.float32, torch.bfloat16) or not choose_jit().value:
             return self._draw(logits, step, slice(None))
         tokens, logprobs = self._draw_compiled(logits, step)
+        if bool((tokens < 0).any()):
+            raise PellucidError("the model's logits are not numbers", "its weights diverged in training, or are damaged",
+                                "check them with `pellucid eval`, or go back to an earlier checkpoint")
         if len(self._truncating):
             tokens[self._truncating], some = self._draw(logits[self._truncating], step, self._truncating)
             if some is not None:

@@ -26,7 +26,7 @@ from pellucid.grow.plan import Plan, PlanCard, make_plan
 from pellucid.messages import say
 from pellucid.models import load
 from pellucid.nn import Decoder
-from pellucid.runtime import choose_threads, machine_card
+from pellucid.runtime import choose_device, choose_threads, machine_card
 from pellucid.tokenizers import Tokenizer
 
 
@@ -55,6 +55,9 @@ class Report(events.Event):
 
 FILES = {"tokenizer": "tokenizer", "pretrain": "pretrain", "sft": "sft", "grpo": "reinforce", "quantize": "quantize",
          "evaluate": "evaluate", "tools": "tools"}
+
+
+FINAL = 20261124  # of the final evaluation's problems; changed whenever a recipe has been chosen by looking at them
 
 
 class Job:
@@ -137,8 +140,7 @@ class Job:
         state_file = self.folder / "state.json"
         if self.config.resume and state_file.exists():
             return self._reopen(state_file)
-        if state_file.exists():
-            events.note(say("grow.fresh", folder=str(self.folder)))
+        self._refuse_to_overwrite(state_file)
         given = self._given_model()
         self.plan = make_plan(self.config, given)
         for old in ("events.jsonl", "state.json", "report.json", "report.html"):
@@ -152,6 +154,17 @@ class Job:
         }
         self._remember_prompts()
         self._save_state()
+
+    def _refuse_to_overwrite(self, state_file: Path) -> None:
+        """An earlier job in this folder makes place; nothing else does."""
+        if self.config.model and Path(self.config.model).resolve().is_relative_to(self.folder.resolve()):
+            raise BadInput(f"the model {self.config.model} lies inside the job's own folder {self.folder}",
+                           "a new job replaces what lies there", "give another folder with --out")
+        if state_file.exists():
+            events.note(say("grow.fresh", folder=str(self.folder)))
+        elif self.folder.is_dir() and any(self.folder.iterdir()):
+            raise BadInput(f"--out {self.folder} is not empty, and no job of pellucid made it",
+                           "a new job would replace what lies there", "give a new folder with --out")
 
     def _given_model(self) -> Any:
         if not self.config.model:
@@ -170,6 +183,8 @@ class Job:
                 raise BadInput("--resume with other settings than the interrupted job's",
                                f"it was: {state['command']}", f"run: {state['command']} --resume")
             self.plan, self.report, self.done = Plan(**state["plan"]), state["report"], state["done"]
+            if self.config.device != "auto":
+                self.plan.device = str(choose_device(self.config.device).value)
             self.spent_before = state["elapsed"]
             self.began, self.budgets = state["began"], state["budgets"]
             if "tokenizer" in self.done:
@@ -194,7 +209,7 @@ class Job:
         seconds = self.elapsed - began
         self.report["stages"].append({
             "stage": stage, "title": say(f"grow.stage.{stage}"), "file": f"src/pellucid/grow/{FILES[stage]}.py",
-            "seconds_planned": round(planned, 1), "seconds": round(seconds, 1),
+            "seconds_planned": self._predicted(stage)["seconds"], "seconds": round(seconds, 1),
             "memory_predicted_bytes": self._predicted(stage)["memory_bytes"], "memory_peak_bytes": memory.peak,
             "memory_peak_so_far": memory.whole,
             **asdict(result),
@@ -228,9 +243,9 @@ class Job:
     def rollouts(self, model: Decoder | None = None) -> Rollouts:
         return Rollouts(model or self.model, self.tokenizer, self.mix, max_tokens=recipe.MAX_TOKENS)
 
-    def measure(self, model: Decoder | None = None, n: int | None = None, k: int = 1, seed: int = 1) -> tasks.TaskScores:
+    def measure(self, model: Decoder | None = None, n: int | None = None, k: int = 1, seed: int = FINAL) -> tasks.TaskScores:
         """Held-out problems; greedy for k = 1, else k samples of each at temperature 1. `seed` chooses the problems:
-        those of the final evaluation (seed 1) are looked at by no earlier decision."""
+        those of the final evaluation are looked at neither by the curves nor by the choice of the recipe."""
         return tasks.evaluate(self.mix, self.rollouts(model).for_evaluation(0), n or self.problems, k, seed)
 
     def _remember_prompts(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pellucid import quant
+from pellucid.engine.decode import choose_step
 from pellucid.grow.corpus import split_corpus
 from pellucid.grow.pretrain import heldout_rows
 from pellucid.models import save
@@ -25,9 +26,9 @@ def run(job: Job) -> Result:
     quant.compress(job.folder / "model", job.folder / "model-int8")
     rows, sizes = heldout_rows(job.tokenizer, split_corpus(job.config)[1]), token_bytes(job.tokenizer)
     bpb = {name: bits_per_byte(held_out_loss(m, rows)[0], rows.labels, sizes) for name, m in (("float32", job.model), ("int8", small))}
-    scores = job.measure(small)
+    before, scores = job.measure(job.model), job.measure(small)
     job.record_scores("int8", scores)
     job.show_samples("int8", small)
-    details = {"bits_per_byte": bpb, **quant.measure(job.model, small)}
-    before = job.report["evaluation"]["grpo"]["pass@1"]
-    return Result("accuracy on held-out problems, INT8 weights", "", True, before, scores.pass_at_1, details)
+    details = {"bits_per_byte": bpb, **quant.measure(job.model, small, step_of=lambda m: choose_step(m).value)}
+    job.record_scores("float32", before)
+    return Result("accuracy on held-out problems, INT8 weights", "", True, before.pass_at_1, scores.pass_at_1, details)

@@ -33,7 +33,7 @@ def run(job: Job) -> Result:
         scores = job.measure(n=min(120, job.problems), seed=2)
         return "accuracy", scores.pass_at_1, {"format": scores.format, "by_task": scores.by_task}
 
-    before = evaluate()[1]
+    before = job.measure().pass_at_1
     if job.config.model:
         job.show_samples("given")
     optimizer = recipe.REAL_SFT if job.config.model else recipe.SFT

@@ -14,19 +14,28 @@ from pellucid.quant.int8 import Int8Linear, quantize, stored_bytes
 from pellucid.quant.kernels import choose_kernel
 
 PROMPT = 32
+Step = Callable[[torch.Tensor, KVCache], torch.Tensor]  # tokens (B,), cache -> logits (B, V)
+
+
+def plain_step(model: Decoder) -> Step:
+    return lambda tokens, cache: model(tokens[:, None], cache=cache)[:, -1]
 
 
 @torch.no_grad()
-def measure(model: Decoder, small: Decoder | None = None, seconds: float = 3.0, batches: tuple[int, ...] = (1, 64)) -> dict[str, Any]:
+def measure(
+    model: Decoder, small: Decoder | None = None, seconds: float = 3.0, batches: tuple[int, ...] = (1, 64),
+    step_of: Callable[[Decoder], Step] | None = None,
+) -> dict[str, Any]:
     """Size and decoding speed of a float32 model and its INT8 form.
 
     Returns plain values: "bytes" {float32, int8}, "size_ratio", "kernel", "relative_error" (of one product, over all
     layers), "tokens_per_second" {batch: {float32, bfloat16, int8}}, "speedup" {batch: int8 / float32}. Takes about
     `seconds`: the variants take turns, and the best round of each counts, so that load on the machine hurts all alike.
+    `step_of`: how a model decodes one token, as in `engine.decode` (default: its own forward).
     """
     small = quantize(model) if small is None else small
     variants = {"float32": plain(model, torch.float32), "bfloat16": plain(model, torch.bfloat16), "int8": small}
-    speeds = {str(b): decode_speeds(variants, b, seconds / len(batches)) for b in batches}
+    speeds = {str(b): decode_speeds(variants, b, seconds / len(batches), step_of or plain_step) for b in batches}
     sizes = {"float32": stored_bytes(variants["float32"]), "int8": stored_bytes(small)}
     return {
         "bytes": sizes,
@@ -47,9 +56,11 @@ def plain(model: Decoder, dtype: torch.dtype) -> Decoder:
     return changed
 
 
-def decode_speeds(variants: dict[str, Decoder], batch: int, seconds: float) -> dict[str, float]:
+def decode_speeds(
+    variants: dict[str, Decoder], batch: int, seconds: float, step_of: Callable[[Decoder], Step],
+) -> dict[str, float]:
     """Tokens/s of greedy decoding after a prompt of 32 tokens, `batch` sequences at once."""
-    rounds = {name: decoder_round(model, batch) for name, model in variants.items()}
+    rounds = {name: decoder_round(model, batch, step_of(model)) for name, model in variants.items()}
     best = dict.fromkeys(rounds, float("inf"))
     for number in range(1000):
         if number == 1:  # the first round only warms up
@@ -63,7 +74,7 @@ def decode_speeds(variants: dict[str, Decoder], batch: int, seconds: float) -> d
     return {name: batch / step for name, step in best.items()}
 
 
-def decoder_round(model: Decoder, batch: int, steps: int = 8) -> Callable[[], int]:
+def decoder_round(model: Decoder, batch: int, step: Step, steps: int = 8) -> Callable[[], int]:
     """A function that decodes `steps` tokens for each sequence, always from the same state, and returns their number."""
     steps = min(steps, model.spec.context - 1)
     prompt = min(PROMPT, model.spec.context - steps)
@@ -76,7 +87,7 @@ def decoder_round(model: Decoder, batch: int, steps: int = 8) -> Callable[[], in
     def run() -> int:
         cache.length, token = prompt, first
         for _ in range(steps):
-            token = model(token[:, None], cache=cache)[:, -1].argmax(-1)
+            token = step(token, cache).argmax(-1)
         return steps
 
     return run

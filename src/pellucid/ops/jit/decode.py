@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
+from pellucid.ops.compiled import kernel_cache
 from pellucid.ops.jit.lanes import FAST, exp, narrow, sigmoid, wide
 
 Array = np.ndarray[Any, Any]
@@ -75,49 +76,57 @@ def exp_from_top(scores: Array) -> float:
     return total
 
 
+@njit(fastmath=FAST, cache=True, inline="always")
+def dots(head: Array, rows: Array, start: int, scores: Array, d: int) -> None:
+    """scores[s] = head . rows[start + s]; four rows at a time, so that their sums run side by side."""
+    n, s = scores.size, 0
+    while s + 4 <= n:
+        a = b = c = e = np.float32(0)
+        for i in range(d):
+            x = head[i]
+            a += x * wide(rows[start + s, i])
+            b += x * wide(rows[start + s + 1, i])
+            c += x * wide(rows[start + s + 2, i])
+            e += x * wide(rows[start + s + 3, i])
+        scores[s], scores[s + 1], scores[s + 2], scores[s + 3] = a, b, c, e
+        s += 4
+    while s < n:
+        a = np.float32(0)
+        for i in range(d):
+            a += head[i] * wide(rows[start + s, i])
+        scores[s] = a
+        s += 1
+
+
+@njit(fastmath=FAST, cache=True, inline="always")
+def mix(shares: Array, rows: Array, start: int, mixed: Array, d: int) -> None:
+    """mixed (d,) = sum over s of shares[s] * rows[start + s], four rows at a time."""
+    mixed[:] = np.float32(0)
+    n, s = shares.size, 0
+    while s + 4 <= n:
+        a, b, c, e = shares[s], shares[s + 1], shares[s + 2], shares[s + 3]
+        for i in range(d):
+            mixed[i] += (a * wide(rows[start + s, i]) + b * wide(rows[start + s + 1, i])
+                         + c * wide(rows[start + s + 2, i]) + e * wide(rows[start + s + 3, i]))
+        s += 4
+    while s < n:
+        for i in range(d):
+            mixed[i] += shares[s] * wide(rows[start + s, i])
+        s += 1
+
+
 @cache
 def attend_kernel(d: int, G: int) -> Callable[..., None]:
     """`attend` for heads of d entries and G query heads to a key/value head.
 
-    Both are compiled in: loops of a known length run on whole vectors (as arguments they cost a third of the speed).
+    Both are compiled in: loops of a known length run on whole vectors (as arguments they cost a third of the speed). The
+    kernel may close over numbers only: numba finds a closure in its cache by what it closes over.
     """
+    with kernel_cache():
+        return _attend_kernel(d, G)
 
-    @njit(fastmath=FAST, inline="always")
-    def dots(head: Array, rows: Array, start: int, scores: Array) -> None:
-        """scores[s] = head . rows[start + s]; four rows at a time, so that their sums run side by side."""
-        n, s = scores.size, 0
-        while s + 4 <= n:
-            a = b = c = e = np.float32(0)
-            for i in range(d):
-                x = head[i]
-                a += x * wide(rows[start + s, i])
-                b += x * wide(rows[start + s + 1, i])
-                c += x * wide(rows[start + s + 2, i])
-                e += x * wide(rows[start + s + 3, i])
-            scores[s], scores[s + 1], scores[s + 2], scores[s + 3] = a, b, c, e
-            s += 4
-        while s < n:
-            a = np.float32(0)
-            for i in range(d):
-                a += head[i] * wide(rows[start + s, i])
-            scores[s] = a
-            s += 1
 
-    @njit(fastmath=FAST, inline="always")
-    def mix(shares: Array, rows: Array, start: int, mixed: Array) -> None:
-        """mixed (d,) = sum over s of shares[s] * rows[start + s], four rows at a time."""
-        mixed[:] = np.float32(0)
-        n, s = shares.size, 0
-        while s + 4 <= n:
-            a, b, c, e = shares[s], shares[s + 1], shares[s + 2], shares[s + 3]
-            for i in range(d):
-                mixed[i] += (a * wide(rows[start + s, i]) + b * wide(rows[start + s + 1, i])
-                             + c * wide(rows[start + s + 2, i]) + e * wide(rows[start + s + 3, i]))
-            s += 4
-        while s < n:
-            for i in range(d):
-                mixed[i] += shares[s] * wide(rows[start + s, i])
-            s += 1
+def _attend_kernel(d: int, G: int) -> Callable[..., None]:
 
     @njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
     def attend(
@@ -144,9 +153,9 @@ def attend_kernel(d: int, G: int) -> Callable[..., None]:
             mixed = np.empty(d, np.float32)
             for g in range(G):
                 _read_head(row, (kh * G + g) * d, q_weight, eps, cos[position], sin[position], scale, head, d)
-                dots(head, mine, start, scores)
+                dots(head, mine, start, scores, d)
                 total = exp_from_top(scores)
-                mix(scores, theirs, start, mixed)
+                mix(scores, theirs, start, mixed, d)
                 for i in range(d):
                     out[b, (kh * G + g) * d + i] = narrow(mixed[i] / total, out[b, i])
 

@@ -34,7 +34,7 @@ def uniform(seed: int, step: int) -> float:
 @njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
 def draw(logits: Array, temperature: Array, seeds: Array, step: int, tokens: Array, logprobs: Array) -> None:
     """tokens (B,) int64 of logits (B, V), and their log-probabilities (B,) at that temperature; temperature 0: the largest
-    logit, at temperature 1. The sums are float64 over blocks of float32: a row's draw never depends on other rows."""
+    logit, at temperature 1. A row without a finite largest logit gives token -1. The sums are float64 over blocks of float32: a row's draw never depends on other rows."""
     B, V = logits.shape
     blocks = (V + BLOCK - 1) // BLOCK
     for b in prange(B):
@@ -67,5 +67,5 @@ def draw(logits: Array, temperature: Array, seeds: Array, step: int, tokens: Arr
                 token += 1
             while token > 0 and weights[token] == 0:  # rounding may have led past the last token that has any weight
                 token -= 1
-        tokens[b] = token
+        tokens[b] = token if top > -np.inf and weights[token] > 0 else -1
         logprobs[b] = (wide(row[token]) - top) * scale - np.log(whole)
