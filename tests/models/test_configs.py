@@ -2,8 +2,9 @@
 
 import pytest
 from tiny_checkpoints import BASE
-from transformers import MistralConfig, Qwen2Config, Qwen3Config
+from transformers import GPT2Config, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
 
+from pellucid.errors import BadInput
 from pellucid.models import spec_of
 
 SMALL = {k: v for k, v in BASE.items() if not k.endswith("token_id")}
@@ -29,10 +30,31 @@ def test_null_is_not_absence_for_mistrals_window(fields):
     assert {layer.mixer.window for layer in spec_of({"model_type": "mistral", **SMALL, **fields}).layers} == {theirs.sliding_window}
 
 
-@pytest.mark.parametrize("config", [MistralConfig, Qwen2Config, Qwen3Config])
+@pytest.mark.parametrize("config", [MistralConfig, Phi3Config, Qwen2Config, Qwen3Config])
 def test_defaults(config):
     """A config.json that states sizes only."""
     theirs, ours = config(**SMALL), spec_of({"model_type": config.model_type, **SMALL})
     mixer = ours.layers[0].mixer
     assert mixer.head_dim == getattr(theirs, "head_dim", 12) and mixer.rope.theta == theirs.rope_parameters["rope_theta"]
+    assert mixer.window == getattr(theirs, "sliding_window", None) and ours.context == BASE["max_position_embeddings"]
     assert (ours.eps, ours.tied, ours.layers[0].ffn.act) == (theirs.rms_norm_eps, theirs.tie_word_embeddings, theirs.hidden_act)
+
+
+def test_defaults_of_gpt2():
+    theirs = GPT2Config()
+    ours = spec_of({"model_type": "gpt2", "vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12})
+    assert (ours.context, ours.eps, ours.tied) == (theirs.n_positions, theirs.layer_norm_epsilon, theirs.tie_word_embeddings)
+    assert (ours.layers[0].ffn.hidden, ours.layers[0].ffn.act) == (4 * 768, theirs.activation_function)
+    for fields in ({"scale_attn_weights": False}, {"scale_attn_by_inverse_layer_idx": True}, {"n_head": 7}, {"n_inner": 0}):
+        with pytest.raises(BadInput, match=next(iter(fields)) if "n_head" not in fields else "n_embd"):
+            spec_of({"model_type": "gpt2", "vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12, **fields})
+
+
+@pytest.mark.parametrize("word", ["su", "yarn", "longrope"])
+def test_phi3s_words_for_longrope(word):
+    lists = {"short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
+    theirs = Phi3Config(**SMALL, rope_scaling={"type": "longrope", **lists}, original_max_position_embeddings=32)
+    rope = spec_of({"model_type": "phi3", **SMALL, "rope_scaling": {"type": word, **lists},
+                    "original_max_position_embeddings": 32}).layers[0].mixer.rope
+    assert theirs.rope_parameters["rope_type"] == rope.scaling_dict["rope_type"] == "longrope"
+    assert theirs.rope_parameters["original_max_position_embeddings"] == rope.scaling_dict["original_max_position_embeddings"]

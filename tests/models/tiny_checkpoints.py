@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    GPT2Config,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -25,6 +27,8 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_fac
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32,
         "short_factor": [1.0, 1.1, 1.2, 1.5, 1.5, 2.0], "long_factor": [1.0, 1.5, 2.0, 3.0, 5.0, 7.0]}
+GPT2 = {"vocab_size": 96, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 128, "layer_norm_epsilon": 1e-3, **IDS}
+# every config takes its own copy of a dict: Phi-3 writes into what it is given
 CASES: dict[str, PreTrainedConfig] = {
     "qwen3": Qwen3Config(**BASE, head_dim=16),
     "qwen3-tied": Qwen3Config(**BASE, head_dim=8, tie_word_embeddings=True,
@@ -40,16 +44,23 @@ CASES: dict[str, PreTrainedConfig] = {
                                                        "mscale": 0.707, "mscale_all_dim": 1.4}),
     "llama-dynamic": LlamaConfig(**{**BASE, "max_position_embeddings": 32},
                                  rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
-    "llama-longrope": LlamaConfig(**BASE, rope_parameters=LONG),
+    "llama-longrope": LlamaConfig(**BASE, rope_parameters={**LONG}),
     "deepseek-llm": LlamaConfig(**{**BASE, "num_key_value_heads": 4}, rms_norm_eps=1e-4),
     "qwen1.5": Qwen2Config(**{**BASE, "num_key_value_heads": 4}, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
     "qwen2": Qwen2Config(**BASE, tie_word_embeddings=True, rms_norm_eps=1e-3, sliding_window=5),  # given, but not used
     "qwen2-window": Qwen2Config(**{**BASE, "num_hidden_layers": 3, "num_attention_heads": 6}, use_sliding_window=True,
                                 sliding_window=6, max_window_layers=1),
-    "qwen2.5-yarn": Qwen2Config(**BASE, rope_parameters=YARN),
+    "qwen2.5-yarn": Qwen2Config(**BASE, rope_parameters={**YARN}),
     "mistral": MistralConfig(**BASE, sliding_window=6, head_dim=10, rms_norm_eps=1e-5),
     "mistral-nemo": MistralConfig(**BASE, sliding_window=None, head_dim=16, hidden_act="gelu",
                                   rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+    "phi3": Phi3Config(**BASE, sliding_window=7, rms_norm_eps=1e-4),
+    "phi3.5": Phi3Config(**BASE, original_max_position_embeddings=32, rope_parameters={**LONG}),
+    "phi4-mini": Phi3Config(**{**BASE, "hidden_size": 64, "num_key_value_heads": 4}, original_max_position_embeddings=32,
+                            tie_word_embeddings=True, rope_parameters={**LONG, "partial_rotary_factor": 0.75}),
+    "gpt2": GPT2Config(**GPT2),
+    "gpt2-wide": GPT2Config(**{**GPT2, "n_head": 3}, n_inner=72, activation_function="relu",
+                            tie_word_embeddings=False),
 }
 
 
@@ -61,7 +72,8 @@ def written(name: str, folder: Path, **options: object) -> PreTrainedModel:
     with torch.no_grad():
         for key, tensor in model.state_dict().items():
             noise = torch.randn(tensor.shape, generator=g)
-            tensor.copy_(1 + 0.3 * noise if "norm" in key else 0.2 * noise)
+            scale = key.endswith("weight") and ("norm" in key or ".ln_" in key)
+            tensor.copy_(1 + 0.3 * noise if scale else 0.2 * noise)
     model.tie_weights()
     model.save_pretrained(folder, **options)
     return model.eval()

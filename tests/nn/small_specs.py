@@ -8,6 +8,7 @@ from pellucid.nn import MLP, Attn, Decoder, DecoderSpec, Layer, Rope
 
 LLAMA3 = (("rope_type", "llama3"), ("factor", 4.0), ("high_freq_factor", 4.0), ("low_freq_factor", 1.0),
           ("original_max_position_embeddings", 16))
+YARN = (("rope_type", "yarn"), ("factor", 4.0), ("original_max_position_embeddings", 16))
 ROPE = Rope(8)
 
 
@@ -21,6 +22,9 @@ SPECS = {
     "llama": spec(*(Attn(2, 2, 8, Rope(8, scaling=LLAMA3), qkv_bias=True, out_bias=True),) * 2, mlp=MLP(20, bias=True)),
     "mqa": spec(*(Attn(4, 1, 6, Rope(6, 500.0), qkv_bias=True),) * 2, mlp=MLP(30, "gelu"), eps=1e-3),
     "window": spec(Attn(4, 2, 8, ROPE, window=5), Attn(4, 2, 8, ROPE), Attn(2, 1, 8, ROPE, qk_norm=True, window=2)),
+    "gpt2": spec(*(Attn(3, 3, 8, Rope(0), qkv_bias=True, out_bias=True),) * 2, mlp=MLP(20, "gelu_new", True, gated=False),
+                 norm="layer", positions="learned"),
+    "yarn": spec(*(Attn(4, 2, 8, Rope(6, scaling=YARN, attention_factor=1.3)),) * 2, mlp=MLP(20, gated=False)),
     "interleaved": spec(*(Attn(2, 2, 8, Rope(8, interleaved=True)),) * 2, family="llama"),
 }
 

@@ -24,7 +24,7 @@ def test_parameters(name):
     assert count_parameters(SPECS[name]) == sum(p.numel() for p in built(name).parameters())
 
 
-@pytest.mark.parametrize("name", ["qwen3", "llama", "mqa"])
+@pytest.mark.parametrize("name", ["qwen3", "llama", "mqa", "gpt2", "yarn"])
 def test_flops_of_one_token(name):
     """Against PyTorch's own counter, which sees the products that were really run."""
     model, n = built(name), 16  # the cache has room in steps of 16: none is empty here

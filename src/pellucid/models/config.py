@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from pellucid.errors import BadInput
@@ -73,11 +73,13 @@ class Config:
             return None
         return self.whole("sliding_window", default or 0)
 
-    def rope(self, head_dim: int, partial: bool = False, original: int | None = None) -> Rope:
+    def rope(
+        self, head_dim: int, partial: bool = False, original: int | None = None, aliases: Mapping[str, str] | None = None,
+    ) -> Rope:
         """`rope_parameters` (transformers 5), or `rope_theta` beside `rope_scaling` (older files).
 
-        partial: whether this family may rotate only the first part of each head; original: the family's own default of
-        `original_max_position_embeddings`, which stands outside of these fields then (Phi-3).
+        partial: whether this family may rotate only the first part of each head. original: the family's own default of
+        `original_max_position_embeddings`, which stands outside of these fields then. aliases: its own words for kinds.
         """
         fields = self.get("rope_parameters") or self.get("rope_scaling") or {}
         if not isinstance(fields, dict):
@@ -90,6 +92,8 @@ class Config:
             raise BadInput(f"config.json asks to rotate {turned} of heads of {head_dim}",
                            "an even number of entries is supported" + ("" if partial else ", and only whole heads in this family"))
         kind = fields.get("rope_type") or fields.get("type") or "default"
+        if aliases and isinstance(kind, str):
+            kind = aliases.get(kind, kind)
         if not isinstance(kind, str) or kind not in SCALINGS:
             raise BadInput(f"config.json asks for rope_type {kind!r}", f"only {', '.join(SCALINGS)} are supported",
                            "use a checkpoint without it, or remove rope_scaling if you stay within the original context")

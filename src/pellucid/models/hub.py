@@ -22,7 +22,7 @@ from pellucid.errors import BadInput
 from pellucid.files import atomic_folder, write_atomic
 from pellucid.models.config import Config
 from pellucid.models.families import config_of, find
-from pellucid.models.names import expand
+from pellucid.models.names import Piece, expand, pieces
 from pellucid.nn import Decoder, DecoderSpec, Linear
 from pellucid.runtime import choose_device, dtype_of
 
@@ -43,7 +43,7 @@ def load(path_or_id: str | os.PathLike[str], dtype: str | torch.dtype = "float32
     with torch.device("meta"):
         model = Decoder(spec)
     with ExitStack() as stack:
-        weights = Weights(folder, stack)
+        weights = Weights(folder, stack, spec)
         weights.check(model)  # before any memory is taken for what config.json claims
         model.to(dtype_of(dtype)).to_empty(device=where)
         weights.fill(model)
@@ -90,42 +90,56 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 class Weights:
-    """All safetensors files of a folder as one mapping from tensor name to (lazily read) tensor."""
+    """All safetensors files of a folder as one mapping from tensor name to (lazily read) tensor.
 
-    def __init__(self, folder: Path, stack: ExitStack):
+    Files of a bare base model lack its prefix (`model.`, `transformer.`: GPT-2's own files); it is added then.
+    """
+
+    def __init__(self, folder: Path, stack: ExitStack, spec: DecoderSpec):
         self.folder = folder
-        self.where: dict[str, Any] = {}
+        self.where: dict[str, tuple[Any, str]] = {}  # name -> the file's handle, the name in it
         for path in self._files(folder):
             try:
                 handle = stack.enter_context(safe_open(path, framework="pt"))
             except (SafetensorError, OSError) as error:
                 raise BadInput(f"{path.name} is not a whole safetensors file", str(error), "fetch the file again") from error
-            self.where.update(dict.fromkeys(handle.keys(), handle))
+            self.where.update({name: (handle, name) for name in handle.keys()})
+        prefix = find(spec.family).names["embed.weight"][0].split(".")[0] + "."
+        if not any(name.startswith(prefix) for name in self.where):
+            self.where = {name if name.startswith("lm_head.") else prefix + name: at for name, at in self.where.items()}
+
+    def read(self, name: str) -> Tensor:
+        handle, stored = self.where[name]
+        tensor: Tensor = handle.get_tensor(stored)
+        return tensor
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        handle, stored = self.where[name]
+        return tuple(handle.get_slice(stored).get_shape())
 
     def get(self, name: str) -> Tensor:
         """The tensor; INT8 codes that stand beside their row scales (see quant/) are multiplied by them."""
-        tensor: Tensor = self.where[name].get_tensor(name)
+        tensor = self.read(name)
         scale = f"{name}_scale"
         if tensor.is_floating_point() and scale not in self.where:
             return tensor
-        found = tuple(self.where[scale].get_slice(scale).get_shape()) if scale in self.where else None
+        found = self.shape(scale) if scale in self.where else None
         if found != (len(tensor), 1):
             raise BadInput(f"{name} holds {tensor.dtype} codes, and {scale} is {found or 'missing'}",
                            f"there should be a scale for each row: {(len(tensor), 1)}", "quantize the checkpoint again")
-        return tensor.float() * self.where[scale].get_tensor(scale)
+        return tensor.float() * self.read(scale)
 
     def check(self, model: Decoder) -> None:
         """BadInput that names every tensor that is missing, unused or of another shape. Reads headers only."""
         missing, wrong, used = [], [], set()
-        for _, parameter, names, parts in targets(model):
-            for name, rows in zip(names, parts):
-                if name not in self.where:
-                    missing.append(name)
-                    continue
-                used |= {name, f"{name}_scale"}
-                found, must = tuple(self.where[name].get_slice(name).get_shape()), (rows, *parameter.shape[1:])
-                if found != must:
-                    wrong.append(f"{name} {found} instead of {must}")
+        for _, parameter, piece in targets(model):
+            if piece.name not in self.where:
+                missing.append(piece.name)
+                continue
+            used |= {piece.name, f"{piece.name}_scale"}
+            found, must = self.shape(piece.name), tuple(piece.of(parameter).shape)
+            if found != must:
+                wrong.append(f"{piece.name} {found} instead of {must}")
         spare = {"lm_head.weight"} if model.spec.tied else set()
         unused = [n for n in self.where if n not in used | spare and not n.endswith(IGNORED)]
         problems = [f"{label}: {', '.join(sorted(names)[:8])}{' ...' if len(names) > 8 else ''} ({len(names)})"
@@ -136,9 +150,8 @@ class Weights:
 
     @torch.no_grad()
     def fill(self, model: Decoder) -> None:
-        for _, parameter, names, parts in targets(model):
-            for name, piece in zip(names, parameter.split(parts)):
-                piece.copy_(self.get(name))
+        for _, parameter, piece in targets(model):
+            piece.of(parameter).copy_(self.get(piece.name))
 
     @staticmethod
     def _files(folder: Path) -> list[Path]:
@@ -165,18 +178,19 @@ class Weights:
         return [folder / name for name in sorted(names)]
 
 
-def targets(model: Decoder) -> Iterator[tuple[str, Tensor, tuple[str, ...], tuple[int, ...]]]:
-    """(our name, parameter, Hub names, rows of each part) of every parameter."""
+def targets(model: Decoder) -> Iterator[tuple[str, Tensor, Piece]]:
+    """(our name, parameter, piece of it) for every tensor of the Hub."""
     table = expand(find(model.spec.family).names, len(model.spec.layers))
     parts = {f"{n}.{w}": m.parts for n, m in model.named_modules() if isinstance(m, Linear) for w in ("weight", "bias")}
     for name, parameter in model.named_parameters():
-        yield name, parameter, table[name], parts.get(name, (parameter.shape[0],))
+        for piece in pieces(table[name], parts.get(name, (parameter.shape[0],))):
+            yield name, parameter, piece
 
 
 def fill(model: Decoder, folder: Path) -> None:
     """Every parameter pulls its tensors; anything missing, unused or of another shape is an error with its name."""
     with ExitStack() as stack:
-        weights = Weights(folder, stack)
+        weights = Weights(folder, stack, model.spec)
         weights.check(model)
         weights.fill(model)
 
@@ -194,11 +208,11 @@ def save(model: Decoder, folder: str | os.PathLike[str], *, tokenizer: Any = Non
 
 def write_model(model: Decoder, folder: Path, generation: dict[str, Any] | None = None) -> None:
     tensors: dict[str, Tensor] = {}
-    for _, parameter, names, parts in targets(model):
-        for name, piece in zip(names, parameter.detach().split(parts)):
-            tensors[name] = piece.to("cpu").contiguous().clone()  # safetensors refuses views that share storage
+    for _, parameter, piece in targets(model):
+        # safetensors refuses views that share storage
+        tensors[piece.name] = piece.of(parameter.detach()).to("cpu").clone(memory_format=torch.contiguous_format)
     with torch.device("meta"):
-        whole = {name for _, _, names, _ in targets(Decoder(model.spec)) for name in names}
+        whole = {piece.name for _, _, piece in targets(Decoder(model.spec))}
     if whole != set(tensors):
         raise BadInput("this model cannot be saved as a float checkpoint", f"it lacks {min(whole ^ set(tensors))} as such",
                        "an INT8 folder is made from the float one: pellucid quantize")

@@ -1,8 +1,9 @@
 """Names as data: which Hub tensors fill each of our parameters.
 
-A table maps our parameter name to the Hub names whose tensors, stacked by rows, make it up; `{i}` is the layer.
-Loading pulls along the table, saving walks it backwards, and "missing" and "unused" are exact because both lists come
-from it.
+A table maps our parameter name to the Hub names whose tensors, stacked by rows, make it up; `{i}` is the layer. One
+name for a matrix that we stack from several parts means that the Hub stores the stack. A name that ends in `^T` stands
+for a tensor that the Hub stores transposed. Loading pulls along the table, saving walks it backwards, and "missing" and
+"unused" are exact because both lists come from it.
 
     >>> expand({"layers.{i}.mixer.qkv.weight": ("model.layers.{i}.q.weight", "model.layers.{i}.k.weight")}, 1)
     {'layers.0.mixer.qkv.weight': ('model.layers.0.q.weight', 'model.layers.0.k.weight')}
@@ -11,6 +12,9 @@ from it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
 
 Names = Mapping[str, tuple[str, ...]]
 
@@ -36,6 +40,28 @@ LLAMA: Names = {
 """Llama's names, shared by Mistral and every Qwen since 1.5. Rows that a model lacks are simply not asked for."""
 
 
+PHI3: Names = {
+    **LLAMA,
+    "layers.{i}.mixer.qkv.weight": ("model.layers.{i}.self_attn.qkv_proj.weight",),
+    "layers.{i}.ffn.gate_up.weight": ("model.layers.{i}.mlp.gate_up_proj.weight",),
+}
+
+GPT2: Names = {
+    "embed.weight": ("transformer.wte.weight",),
+    "positions.weight": ("transformer.wpe.weight",),
+    **{
+        f"layers.{{i}}.{ours}.{w}": (f"transformer.h.{{i}}.{theirs}.{w}{transposed if w == 'weight' else ''}",)
+        for ours, theirs, transposed in (
+            ("norm1", "ln_1", ""), ("mixer.qkv", "attn.c_attn", "^T"), ("mixer.o", "attn.c_proj", "^T"),
+            ("norm2", "ln_2", ""), ("ffn.up", "mlp.c_fc", "^T"), ("ffn.down", "mlp.c_proj", "^T"))
+        for w in ("weight", "bias")
+    },
+    **{f"norm.{w}": (f"transformer.ln_f.{w}",) for w in ("weight", "bias")},
+    "head.weight": ("lm_head.weight",),
+}
+"""Its matrices stand as (in, out), because TensorFlow's did."""
+
+
 def expand(names: Names, layers: int) -> dict[str, tuple[str, ...]]:
     """The table with `{i}` written out for every layer."""
     table: dict[str, tuple[str, ...]] = {}
@@ -43,3 +69,27 @@ def expand(names: Names, layers: int) -> dict[str, tuple[str, ...]]:
         for i in range(layers) if "{i}" in ours else [0]:
             table[ours.replace("{i}", str(i))] = tuple(t.replace("{i}", str(i)) for t in theirs)
     return table
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The tensor `name` of the Hub: the rows from `start` to `stop` of a parameter of ours, perhaps transposed."""
+
+    name: str
+    start: int
+    stop: int
+    transposed: bool
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """The view of our parameter (or of its gradient) that looks like the Hub's tensor; writing into it loads."""
+        rows = parameter[self.start : self.stop]
+        return rows.T if self.transposed else rows
+
+
+def pieces(names: tuple[str, ...], parts: tuple[int, ...]) -> list[Piece]:
+    """parts: the row counts of what we stack."""
+    if len(names) == 1:
+        parts = (sum(parts),)
+    starts = [sum(parts[:i]) for i in range(len(parts))]
+    return [Piece(name.removesuffix("^T"), start, start + rows, name.endswith("^T"))
+            for name, start, rows in zip(names, starts, parts, strict=True)]

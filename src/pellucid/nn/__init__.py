@@ -3,7 +3,7 @@
 from pellucid.nn.cache import KVCache
 from pellucid.nn.decoder import Decoder
 from pellucid.nn.init import init_weights
-from pellucid.nn.linear import Linear, RMSNorm
+from pellucid.nn.linear import LayerNorm, Linear, RMSNorm
 from pellucid.nn.specs import MLP, Attn, DecoderSpec, Layer, Rope, count_parameters, forward_flops
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "DecoderSpec",
     "KVCache",
     "Layer",
+    "LayerNorm",
     "Linear",
     "RMSNorm",
     "Rope",

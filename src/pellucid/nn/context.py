@@ -27,8 +27,10 @@ class Context:
     _angles: dict[Rope, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _bias: dict[torch.dtype, Tensor] = field(default_factory=dict)
 
-    def rotation(self, rope: Rope) -> tuple[Tensor, Tensor]:
-        """cos, sin (B or 1, T, r) of this pass's positions."""
+    def rotation(self, rope: Rope) -> tuple[Tensor | None, Tensor | None]:
+        """cos, sin (B or 1, T, r) of this pass's positions; None where nothing is turned."""
+        if rope.dim == 0:
+            return None, None
         if rope not in self._angles:
             # the longest sequence of the batch decides, and only where it matters (on a GPU, asking is a wait)
             length = int(self.positions.max()) + 1 if rope.by_length else 0

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from pellucid.nn.attention import Attention
 from pellucid.nn.cache import KVCache
 from pellucid.nn.context import Context, document_mask, padding_positions
-from pellucid.nn.feedforward import FeedForward
-from pellucid.nn.linear import Linear, RMSNorm
+from pellucid.nn.feedforward import feed_forward
+from pellucid.nn.linear import NORMS, Linear
 from pellucid.nn.specs import DecoderSpec, Layer
 from pellucid.ops import visible
 
@@ -23,10 +23,10 @@ class Block(nn.Module):
 
     def __init__(self, layer: Layer, spec: DecoderSpec, index: int):
         super().__init__()
-        self.norm1 = RMSNorm(spec.dim, spec.eps)
+        self.norm1 = NORMS[spec.norm](spec.dim, spec.eps)
         self.mixer = Attention(layer.mixer, spec.dim, spec.eps, index)
-        self.norm2 = RMSNorm(spec.dim, spec.eps)
-        self.ffn = FeedForward(layer.ffn, spec.dim)
+        self.norm2 = NORMS[spec.norm](spec.dim, spec.eps)
+        self.ffn = feed_forward(layer.ffn, spec.dim)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         x = x + self.mixer(self.norm1(x), ctx)
@@ -47,8 +47,9 @@ class Decoder(nn.Module):
         self.spec = spec
         self.compute_dtype: torch.dtype | None = None
         self.embed = nn.Embedding(spec.vocab, spec.dim)
+        self.positions = nn.Embedding(spec.context, spec.dim) if spec.positions == "learned" else None
         self.layers = nn.ModuleList(Block(layer, spec, i) for i, layer in enumerate(spec.layers))
-        self.norm = RMSNorm(spec.dim, spec.eps)
+        self.norm = NORMS[spec.norm](spec.dim, spec.eps)
         self.head = None if spec.tied else Linear(spec.dim, spec.vocab)
 
     @property
@@ -64,6 +65,8 @@ class Decoder(nn.Module):
         x = F.embedding(tokens, self.embed.weight)
         x = x if self.compute_dtype is None else x.to(self.compute_dtype)
         ctx = self._context(tokens, positions, documents, cache, mask, x.dtype)
+        if self.positions is not None:
+            x = x + F.embedding(ctx.positions, self.positions.weight).to(x.dtype)
         for layer in self.layers:
             x = layer(x, ctx)
         if cache is not None:

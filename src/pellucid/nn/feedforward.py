@@ -1,4 +1,4 @@
-"""The gated feed-forward layer, built from an `MLP` spec."""
+"""The feed-forward layer, with a gate and without, built from an `MLP` spec."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from torch import Tensor, nn
 from pellucid.nn.linear import Linear
 from pellucid.nn.specs import MLP
 from pellucid.ops import ACTIVATIONS, swiglu
+
+
+def feed_forward(spec: MLP, dim: int) -> nn.Module:
+    return FeedForward(spec, dim) if spec.gated else PlainFeedForward(spec, dim)
 
 
 class FeedForward(nn.Module):
@@ -24,3 +28,16 @@ class FeedForward(nn.Module):
             return self.down(swiglu(gate_up))
         gate, up = gate_up.chunk(2, -1)
         return self.down(ACTIVATIONS[self.spec.act](gate) * up)
+
+
+class PlainFeedForward(nn.Module):
+    """x (B, T, D) -> (B, T, D): down(act(up x)), as in the original Transformer and in GPT-2."""
+
+    def __init__(self, spec: MLP, dim: int):
+        super().__init__()
+        self.spec = spec
+        self.up = Linear(dim, spec.hidden, spec.bias)
+        self.down = Linear(spec.hidden, dim, spec.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(ACTIVATIONS[self.spec.act](self.up(x)))

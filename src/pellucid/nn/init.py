@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from pellucid.nn.decoder import Decoder
-from pellucid.nn.linear import Linear, RMSNorm
+from pellucid.nn.linear import LayerNorm, Linear, RMSNorm
 
 
 @torch.no_grad()
@@ -24,6 +24,8 @@ def init_weights(model: Decoder, seed: int = 0) -> Decoder:
                 module.bias.zero_()
         elif isinstance(module, nn.Embedding):
             module.weight.normal_(0, 0.02, generator=g)
-        elif isinstance(module, RMSNorm):
+        elif isinstance(module, RMSNorm | LayerNorm):
             module.weight.fill_(1.0)
+            if isinstance(module, LayerNorm):
+                module.bias.zero_()
     return model

@@ -1,4 +1,4 @@
-"""The linear layer: one matrix that may be several of the Hub's (q, k, v; gate, up) stacked by rows."""
+"""Linear layers, each one matrix that may be several of the Hub's (q, k, v; gate, up) stacked by rows, and norms."""
 
 from __future__ import annotations
 
@@ -41,3 +41,20 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight.to(x.dtype), self.eps)
+
+
+class LayerNorm(nn.Module):
+    """w (x - mean) / sqrt(variance + eps) + b (arXiv 1607.06450); statistics in float32."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rms": RMSNorm, "layer": LayerNorm}
+"""The norms by the names that specs use."""

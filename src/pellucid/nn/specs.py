@@ -14,7 +14,7 @@ from pellucid.ops import BY_LENGTH
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding: rotated width `dim` (the first ones of a head), base `theta`, `scaling` as in config.json's
+    """Rotary embedding: rotated width `dim` (the first entries of a head; 0: none), base `theta`, `scaling` as in config.json's
     rope_parameters."""
 
     dim: int
@@ -55,11 +55,12 @@ class Attn:
 
 @dataclass(frozen=True)
 class MLP:
-    """Gated feed-forward: down(act(gate x) * up x)."""
+    """Feed-forward: down(act(gate x) * up x), or without a gate down(act(up x))."""
 
     hidden: int
     act: str = "silu"
     bias: bool = False
+    gated: bool = True
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ class DecoderSpec:
     eps: float = 1e-6
     tied: bool = False
     context: int = 2048
+    norm: str = "rms"  # of every norm outside attention: rms, or layer (mean taken off, with a bias)
+    positions: str = "rope"  # or learned: a vector for each of `context` positions, added to the embedding
     family: str = "qwen3"  # which function of models/ writes the config.json back
     extra: tuple[tuple[str, Any], ...] = field(default=(), compare=False)  # config.json fields that change no number
 
@@ -91,13 +94,15 @@ class DecoderSpec:
 
 def count_parameters(spec: DecoderSpec) -> int:
     """Parameters (a tied head counted once), from the spec alone; equals the built model's own count."""
-    total = spec.vocab * spec.dim * (1 if spec.tied else 2) + spec.dim
+    norm = spec.dim * (2 if spec.norm == "layer" else 1)
+    total = spec.vocab * spec.dim * (1 if spec.tied else 2) + norm
+    total += spec.context * spec.dim * (spec.positions == "learned")
     for layer in spec.layers:
         a, m = layer.mixer, layer.ffn
         q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
-        total += spec.dim * (q + 2 * kv) + q * spec.dim + 3 * spec.dim * m.hidden + 2 * spec.dim
+        total += spec.dim * (q + 2 * kv) + q * spec.dim + (2 + m.gated) * spec.dim * m.hidden + 2 * norm
         total += (q + 2 * kv) * a.qkv_bias + spec.dim * a.out_bias + 2 * a.head_dim * a.qk_norm
-        total += (2 * m.hidden + spec.dim) * m.bias
+        total += ((1 + m.gated) * m.hidden + spec.dim) * m.bias
     return total
 
 
@@ -106,6 +111,6 @@ def forward_flops(spec: DecoderSpec, context: int) -> int:
     total = 2 * spec.vocab * spec.dim
     for layer in spec.layers:
         a, m = layer.mixer, layer.ffn
-        total += 2 * spec.dim * a.head_dim * (2 * a.heads + 2 * a.kv_heads) + 6 * spec.dim * m.hidden
+        total += 2 * spec.dim * a.head_dim * (2 * a.heads + 2 * a.kv_heads) + 2 * (2 + m.gated) * spec.dim * m.hidden
         total += 4 * a.heads * a.head_dim * min(context, a.window or context)
     return total

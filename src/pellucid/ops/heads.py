@@ -17,26 +17,27 @@ from pellucid.ops.rope import apply_rope
 
 
 def qkv_heads_reference(
-    qkv: Tensor, heads: int, cos: Tensor, sin: Tensor, norms: tuple[Tensor, Tensor] | None = None, eps: float = 1e-6,
-    interleaved: bool = False,
+    qkv: Tensor, heads: int, cos: Tensor | None, sin: Tensor | None, norms: tuple[Tensor, Tensor] | None = None,
+    eps: float = 1e-6, interleaved: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """rope(norm(q)) (B, H, T, d), rope(norm(k)) (B, K, T, d), v (B, K, T, d).  norms: the weights (d,) of q's and k's norm,
-    None for models without (norms before the scores: arXiv 2302.05442)."""
+    None for models without (norms before the scores: arXiv 2302.05442); cos, sin: None where nothing is turned."""
     K, d = (qkv.shape[2] - heads) // 2, qkv.shape[-1]
     qk, v = qkv.split((heads + K, K), 2)
     if norms is not None:
         qk = rms_norm(qk, torch.cat((norms[0].expand(heads, d), norms[1].expand(K, d))).to(qkv.dtype), eps)
-    qk = apply_rope(qk, cos, sin, heads_last=True, interleaved=interleaved).transpose(1, 2)
-    q, k = qk.split((heads, K), 1)
+    if cos is not None and sin is not None:
+        qk = apply_rope(qk, cos, sin, heads_last=True, interleaved=interleaved)
+    q, k = qk.transpose(1, 2).split((heads, K), 1)
     return q, k, v.transpose(1, 2)
 
 
 def qkv_heads(
-    qkv: Tensor, heads: int, cos: Tensor, sin: Tensor, norms: tuple[Tensor, Tensor] | None = None, eps: float = 1e-6,
-    interleaved: bool = False,
+    qkv: Tensor, heads: int, cos: Tensor | None, sin: Tensor | None, norms: tuple[Tensor, Tensor] | None = None,
+    eps: float = 1e-6, interleaved: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same; on a CPU in one pass over q and k each way, in float32 until the end."""
-    if interleaved or not jit_serves(qkv, cos, sin):
+    if cos is None or sin is None or interleaved or not jit_serves(qkv, cos, sin):
         return qkv_heads_reference(qkv, heads, cos, sin, norms, eps, interleaved)
     q_norm, k_norm = (None, None) if norms is None else norms
     return _Heads.apply(qkv, heads, cos, sin, q_norm, k_norm, eps)  # type: ignore[no-any-return]
