@@ -1,6 +1,7 @@
 """Every family against transformers: logits, loss, every gradient, cache, greedy tokens, from its files and into them."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from tiny_checkpoints import CASES, assert_equal, tokens, written
 from transformers import AutoModelForCausalLM
 
 import pellucid
+from pellucid.cli.inspect import Inspect, inspect
 from pellucid.engine import Sample, SamplingParams, run_all
 from pellucid.models import save
 from pellucid.models.hub import targets
@@ -121,19 +123,26 @@ def test_transformers_opens_what_we_write(pair, tmp_path):
     before, after = theirs.config.to_dict(), back.config.to_dict()
     for field in ("rope_parameters", "layer_types", "sliding_window", "head_dim", "attention_bias", "mlp_bias",
                   "tie_word_embeddings", "rms_norm_eps", "max_position_embeddings", "vocab_size", "eos_token_id", "hidden_act",
-                  "original_max_position_embeddings", "n_positions", "activation_function", "layer_norm_epsilon"):
+                  "original_max_position_embeddings", "n_positions", "query_pre_attn_scalar", "hidden_activation", "activation_function", "layer_norm_epsilon"):
         assert before.get(field) == after.get(field), field
 
 
-def test_older_spelling_of_the_config(pair, tmp_path):
+def test_older_spelling_of_the_config(pair, tmp_path, request):
     """rope_theta beside rope_scaling, torch_dtype: what most files on the Hub say."""
     theirs, _, folder = pair
+    name = request.node.callspec.params["opened"]
     fields = json.loads((folder / "config.json").read_text())
     fields["torch_dtype"] = fields.pop("dtype")
-    if rope := fields.pop("rope_parameters", None):
+    rope = fields.pop("rope_parameters", None)
+    if rope and "full_attention" in rope:
+        fields |= {"rope_local_base_freq": rope["sliding_attention"]["rope_theta"],
+                   "sliding_window_pattern": fields["layer_types"].index("full_attention") + 1}
+        rope = rope["full_attention"]
+    if rope:
         fields |= {name: rope.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in rope}
         fields["rope_scaling"] = None if rope["rope_type"] == "default" else {"type": rope.pop("rope_type"), **rope}
-    fields.pop("layer_types", None)
+    if name != "gemma3-biases":  # a pattern ends in the layer without a window
+        fields.pop("layer_types", None)
     assert pellucid.models.spec_of(fields) == pellucid.models.spec_of(json.loads((folder / "config.json").read_text()))
     (tmp_path / "config.json").write_text(json.dumps(fields))
     (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
@@ -142,9 +151,12 @@ def test_older_spelling_of_the_config(pair, tmp_path):
         assert_equal(pellucid.load(tmp_path, dtype="auto")(x), theirs(input_ids=x).logits)
 
 
-def test_counts_and_flops_from_the_spec(pair):
-    theirs, ours, _ = pair
-    assert count_parameters(ours.spec) == sum(p.numel() for p in ours.parameters()) == theirs.num_parameters()
+def test_counts_from_the_spec(pair, capsys):
+    theirs, ours, folder = pair
+    count = count_parameters(ours.spec)
+    assert count == sum(p.numel() for p in ours.parameters()) == theirs.num_parameters()
+    inspect(Inspect(str(folder)))
+    assert re.search(rf"^parameters +{count:,}$", capsys.readouterr().out, re.M)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen2"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
@@ -61,6 +62,12 @@ CASES: dict[str, PreTrainedConfig] = {
     "gpt2": GPT2Config(**GPT2),
     "gpt2-wide": GPT2Config(**{**GPT2, "n_head": 3}, n_inner=72, activation_function="relu",
                             tie_word_embeddings=False),
+    "gemma3": Gemma3TextConfig(**{**BASE, "num_hidden_layers": 3}, head_dim=16, sliding_window=6, query_pre_attn_scalar=24,
+                               rms_norm_eps=1e-4, layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+                               rope_parameters={"full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                                                "sliding_attention": {"rope_type": "default", "rope_theta": 5e3}}),
+    "gemma3-biases": Gemma3TextConfig(**BASE, head_dim=10, sliding_window=9, tie_word_embeddings=False, attention_bias=True,
+                                      layer_types=["full_attention", "sliding_attention"], hidden_activation="silu"),
 }
 
 
@@ -72,7 +79,7 @@ def written(name: str, folder: Path, **options: object) -> PreTrainedModel:
     with torch.no_grad():
         for key, tensor in model.state_dict().items():
             noise = torch.randn(tensor.shape, generator=g)
-            scale = key.endswith("weight") and ("norm" in key or ".ln_" in key)
+            scale = "gemma" not in config.model_type and key.endswith("weight") and ("norm" in key or ".ln_" in key)
             tensor.copy_(1 + 0.3 * noise if scale else 0.2 * noise)
     model.tie_weights()
     model.save_pretrained(folder, **options)

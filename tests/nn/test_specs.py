@@ -24,7 +24,7 @@ def test_parameters(name):
     assert count_parameters(SPECS[name]) == sum(p.numel() for p in built(name).parameters())
 
 
-@pytest.mark.parametrize("name", ["qwen3", "llama", "mqa", "gpt2", "yarn"])
+@pytest.mark.parametrize("name", ["qwen3", "llama", "mqa", "gpt2", "yarn", "gemma3-full"])
 def test_flops_of_one_token(name):
     """Against PyTorch's own counter, which sees the products that were really run."""
     model, n = built(name), 16  # the cache has room in steps of 16: none is empty here
@@ -79,6 +79,15 @@ def test_initial_weights():
     x = torch.randint(0, 512, (4, 32))
     loss = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), torch.randint(0, 512, (128,)))
     assert loss.item() == pytest.approx(torch.log(torch.tensor(512.0)).item(), abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma3"])
+def test_initial_norms_change_nothing(name):
+    """A scale of 1, stored as such or less 1, and no shift."""
+    model = init_weights(built(name))
+    x = torch.randn(3, model.spec.dim)
+    unit = (x - x.mean(-1, keepdim=True) if name == "gpt2" else x)
+    assert_equal(model.layers[0].norm1(x), unit / unit.square().mean(-1, keepdim=True).sqrt())
 
 
 def test_positions_can_be_given():

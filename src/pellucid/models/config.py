@@ -157,6 +157,15 @@ def wrong(name: str, value: Any, must: str) -> BadInput:
                     "check that the folder is a complete Hugging Face checkpoint")
 
 
+def layer_types(c: Config) -> list[str] | None:
+    kinds = c.get("layer_types")
+    if kinds is None:
+        return None
+    if not isinstance(kinds, list) or len(kinds) != c.layers or not all(kind in (FULL, SLIDING) for kind in kinds):
+        raise wrong("layer_types", kinds, f"a list of {c.layers}, each {FULL} or {SLIDING}")
+    return kinds
+
+
 def rope_fields(rope: Rope) -> dict[str, Any]:
     scaling = {name: list(value) if isinstance(value, tuple) else value for name, value in rope.scaling}
     kind = scaling.pop("rope_type", "default")

@@ -37,7 +37,7 @@ def family(
 
 
 def find(model_type: str) -> Family:
-    from pellucid.models import gpt2, llama, mistral, phi, qwen  # noqa: F401  (they register themselves)
+    from pellucid.models import gemma, gpt2, llama, mistral, phi, qwen  # noqa: F401  (they register themselves)
 
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = sorted(FAMILIES)

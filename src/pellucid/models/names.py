@@ -46,6 +46,13 @@ PHI3: Names = {
     "layers.{i}.ffn.gate_up.weight": ("model.layers.{i}.mlp.gate_up_proj.weight",),
 }
 
+GEMMA3: Names = {
+    **LLAMA,
+    "layers.{i}.post1.weight": ("model.layers.{i}.post_attention_layernorm.weight",),
+    "layers.{i}.norm2.weight": ("model.layers.{i}.pre_feedforward_layernorm.weight",),
+    "layers.{i}.post2.weight": ("model.layers.{i}.post_feedforward_layernorm.weight",),
+}
+
 GPT2: Names = {
     "embed.weight": ("transformer.wte.weight",),
     "positions.weight": ("transformer.wpe.weight",),

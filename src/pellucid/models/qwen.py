@@ -6,7 +6,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from pellucid.models.config import FULL, SLIDING, Config, head_dim_field, shared_fields, window_fields, wrong
+from pellucid.models.config import (
+    FULL,
+    SLIDING,
+    Config,
+    head_dim_field,
+    layer_types,
+    shared_fields,
+    window_fields,
+    wrong,
+)
 from pellucid.models.families import family
 from pellucid.models.names import LLAMA
 from pellucid.nn.specs import MLP, Attn, DecoderSpec, Layer
@@ -50,11 +59,6 @@ def qwen(c: Config, name: str, attn: Attn) -> DecoderSpec:
 
 def layer_kinds(c: Config) -> list[str]:
     """`layer_types`, or what older files say: a window from layer `max_window_layers` on, if it is used at all."""
-    n, kinds = c.layers, c.get("layer_types")
-    if kinds is None:
-        used = c.get("use_sliding_window", False) and c.window(default=4096) is not None
-        first = c.whole("max_window_layers", 28, low=0) if used else n
-        return [FULL if i < first else SLIDING for i in range(n)]
-    if not isinstance(kinds, list) or len(kinds) != n or not all(kind in (FULL, SLIDING) for kind in kinds):
-        raise wrong("layer_types", kinds, f"a list of {n}, each {FULL} or {SLIDING}")
-    return kinds
+    used = c.get("use_sliding_window", False) and c.window(default=4096) is not None
+    first = c.whole("max_window_layers", 28, low=0) if used else c.layers
+    return layer_types(c) or [FULL if i < first else SLIDING for i in range(c.layers)]

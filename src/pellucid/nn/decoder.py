@@ -13,24 +13,29 @@ from pellucid.nn.attention import Attention
 from pellucid.nn.cache import KVCache
 from pellucid.nn.context import Context, document_mask, padding_positions
 from pellucid.nn.feedforward import feed_forward
-from pellucid.nn.linear import NORMS, Linear
+from pellucid.nn.linear import NORMS, CentredRMSNorm, Linear, RMSNorm
 from pellucid.nn.specs import DecoderSpec, Layer
 from pellucid.ops import visible
 
 
 class Block(nn.Module):
-    """One pre-norm residual layer."""
+    """One pre-norm residual layer, with or without norms behind its parts."""
 
     def __init__(self, layer: Layer, spec: DecoderSpec, index: int):
         super().__init__()
-        self.norm1 = NORMS[spec.norm](spec.dim, spec.eps)
-        self.mixer = Attention(layer.mixer, spec.dim, spec.eps, index)
-        self.norm2 = NORMS[spec.norm](spec.dim, spec.eps)
+        Norm = NORMS[spec.norm]
+        self.norm1 = Norm(spec.dim, spec.eps)
+        self.mixer = Attention(layer.mixer, spec.dim, spec.eps, index, CentredRMSNorm if Norm is CentredRMSNorm else RMSNorm)
+        self.post1 = Norm(spec.dim, spec.eps) if layer.post_norms else None
+        self.norm2 = Norm(spec.dim, spec.eps)
         self.ffn = feed_forward(layer.ffn, spec.dim)
+        self.post2 = Norm(spec.dim, spec.eps) if layer.post_norms else None
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        x = x + self.mixer(self.norm1(x), ctx)
-        return x + self.ffn(self.norm2(x))
+        mixed = self.mixer(self.norm1(x), ctx)
+        x = x + (mixed if self.post1 is None else self.post1(mixed))
+        fed = self.ffn(self.norm2(x))
+        return x + (fed if self.post2 is None else self.post2(fed))
 
 
 class Decoder(nn.Module):
@@ -63,6 +68,8 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """The last hidden state (B, T, D), after the final norm."""
         x = F.embedding(tokens, self.embed.weight)
+        if self.spec.embed_scale != 1:
+            x = x * x.new_tensor(self.spec.embed_scale)  # the factor is rounded to the weights' dtype, as in training
         x = x if self.compute_dtype is None else x.to(self.compute_dtype)
         ctx = self._context(tokens, positions, documents, cache, mask, x.dtype)
         if self.positions is not None:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from pellucid.nn.decoder import Decoder
-from pellucid.nn.linear import LayerNorm, Linear, RMSNorm
+from pellucid.nn.linear import CentredRMSNorm, LayerNorm, Linear, RMSNorm
 
 
 @torch.no_grad()
@@ -25,7 +25,7 @@ def init_weights(model: Decoder, seed: int = 0) -> Decoder:
         elif isinstance(module, nn.Embedding):
             module.weight.normal_(0, 0.02, generator=g)
         elif isinstance(module, RMSNorm | LayerNorm):
-            module.weight.fill_(1.0)
+            module.weight.fill_(0.0 if isinstance(module, CentredRMSNorm) else 1.0)
             if isinstance(module, LayerNorm):
                 module.bias.zero_()
     return model

@@ -39,8 +39,25 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
+    @property
+    def scale(self) -> Tensor:
+        """What the normalised entries are multiplied by."""
+        return self.weight
+
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight.to(x.dtype), self.eps)
+
+
+class CentredRMSNorm(RMSNorm):
+    """Its weights are stored less 1 and applied in float32, before the one rounding (Gemma)."""
+
+    @property
+    def scale(self) -> Tensor:
+        return 1 + self.weight.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return rms_norm(x.to(wide), self.scale.to(wide), self.eps).to(x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -56,5 +73,5 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
-NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rms": RMSNorm, "layer": LayerNorm}
+NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rms": RMSNorm, "rms_centred": CentredRMSNorm, "layer": LayerNorm}
 """The norms by the names that specs use."""

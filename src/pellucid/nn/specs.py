@@ -45,6 +45,7 @@ class Attn:
     out_bias: bool = False
     qk_norm: bool = False  # RMS norm of each query and key head, before the rotation (Qwen3)
     window: int | None = None
+    scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim)
     # Derived: whether cos and sin are more than those of position x frequency. A field, so that a fast path that does
     # not know it steps aside, as it does for any other.
     special_rope: bool = field(default=False, init=False, repr=False, compare=False)
@@ -69,6 +70,7 @@ class Layer:
 
     mixer: Attn
     ffn: MLP
+    post_norms: bool = False  # a norm also on what mixer and ffn return, before it is added (sandwich; Gemma)
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,9 @@ class DecoderSpec:
     eps: float = 1e-6
     tied: bool = False
     context: int = 2048
-    norm: str = "rms"  # of every norm outside attention: rms, or layer (mean taken off, with a bias)
+    norm: str = "rms"  # of every norm outside attention: rms; rms_centred (weights are stored less 1, q and k too); layer (with mean and bias)
     positions: str = "rope"  # or learned: a vector for each of `context` positions, added to the embedding
+    embed_scale: float = 1.0  # of the embedding, in its own dtype; the tied head goes without
     family: str = "qwen3"  # which function of models/ writes the config.json back
     extra: tuple[tuple[str, Any], ...] = field(default=(), compare=False)  # config.json fields that change no number
 
@@ -100,7 +103,7 @@ def count_parameters(spec: DecoderSpec) -> int:
     for layer in spec.layers:
         a, m = layer.mixer, layer.ffn
         q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
-        total += spec.dim * (q + 2 * kv) + q * spec.dim + (2 + m.gated) * spec.dim * m.hidden + 2 * norm
+        total += spec.dim * (q + 2 * kv) + q * spec.dim + (2 + m.gated) * spec.dim * m.hidden + (4 if layer.post_norms else 2) * norm
         total += (q + 2 * kv) * a.qkv_bias + spec.dim * a.out_bias + 2 * a.head_dim * a.qk_norm
         total += ((1 + m.gated) * m.hidden + spec.dim) * m.bias
     return total
