@@ -181,9 +181,10 @@ def test_shards(name, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_files(dtype, tmp_path):
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "gpt2", "phi4-mini"])
+def test_half_precision_files(name, dtype, tmp_path):
     """The same numbers as transformers has after reading the file, and close logits when computing in that dtype."""
-    written("qwen3", tmp_path).to(getattr(torch, dtype)).save_pretrained(tmp_path)
+    written(name, tmp_path).to(getattr(torch, dtype)).save_pretrained(tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
     wide, narrow = pellucid.load(tmp_path), pellucid.load(tmp_path, dtype="auto")
     assert wide.embed.weight.dtype == torch.float32 and narrow.embed.weight.dtype == getattr(torch, dtype)

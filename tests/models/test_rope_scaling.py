@@ -19,6 +19,7 @@ KINDS = {
     "yarn-below-1": {**YARN, "factor": 0.5},
     "yarn-betas": {**YARN, "beta_fast": 3.0, "beta_slow": 0.25},
     "yarn-one-point": {**YARN, "beta_fast": 2.0, "beta_slow": 2.0, "truncate": False},
+    "yarn-ramp-beyond-the-last-pair": {**YARN, "rope_theta": 10.0, "original_max_position_embeddings": 4096},
     "yarn-untruncated": {**YARN, "beta_fast": 3.0, "truncate": False},
     "yarn-given": {**YARN, **MSCALE, "attention_factor": 1.25},
     "yarn-mscale": {**YARN, **MSCALE},
