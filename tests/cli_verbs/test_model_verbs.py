@@ -177,7 +177,7 @@ def test_chat_answers_every_line_of_a_pipe(folder: Path, monkeypatch: pytest.Mon
 
 def test_chat_on_a_terminal(folder: Path):
     """Ctrl-C stops the answer and not the program; Ctrl-D ends it."""
-    def read_until(text: str, seconds: float = 120) -> str:
+    def read_until(text: str, seconds: float = 280) -> str:
         end = time.monotonic() + seconds
         while text not in "".join(seen)[start:]:
             assert time.monotonic() < end, "".join(seen)
