@@ -70,14 +70,36 @@ def add(texts: dict[str, tuple[str, str]]) -> None:
         CATALOGUE[key] = text
 
 
-def say(key: str, **values: object) -> str:
-    """The message `key` in the language in use, its holes filled with `values`."""
+def both(key: str, **values: object) -> Text:
+    """The message `key` in both languages, its holes filled with `values`."""
     if key not in CATALOGUE:
         raise KeyError(f"no message {key!r} in the catalogue")
     text = CATALOGUE[key]
     if set(values) != fields(text.en):
         raise KeyError(f"message {key!r} has the fields {sorted(fields(text.en))}, not {sorted(values)}")
-    return pick(*text).format(**values)
+    return Text(text.en.format(**values), text.zh.format(**values))
+
+
+def say(key: str, **values: object) -> str:
+    """The message `key` in the language in use, its holes filled with `values`."""
+    return pick(*both(key, **values))
+
+
+def three_parts(key: str, **values: object) -> tuple[str, str, str]:
+    """What happened, why, what next: the messages `key`, `key.why` and `key.next`, the last two where they exist. Each
+    takes those of `values` that it has holes for; a value that none of them uses is an error, as in `say`."""
+    known = {name: fields(CATALOGUE[name].en) for name in (key, f"{key}.why", f"{key}.next") if name in CATALOGUE}
+    if key not in known or set(values) != set().union(*known.values()):
+        raise KeyError(f"messages {list(known) or key!r} do not have the fields {sorted(values)}")
+    what, why, then = (say(name, **{k: v for k, v in values.items() if k in known[name]}) if name in known else ""
+                       for name in (key, f"{key}.why", f"{key}.next"))
+    return what, why, then
+
+
+def term(name: str) -> str:
+    """A name from the event stream (a metric, a unit) as people read it: the message `term.NAME`, else as it is."""
+    text = CATALOGUE.get(f"term.{name}")
+    return name if text is None else pick(*text)
 
 
 add({

@@ -10,23 +10,48 @@ import os
 import platform
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from pellucid.errors import BadInput
+from pellucid.messages import Text, add, both, pick, three_parts
 
 if TYPE_CHECKING:
     import torch
 
+add({
+    "runtime.asked": ("asked for", "由用户指定"),
+    "runtime.gpu": ("found {name}", "找到 {name}"),
+    "runtime.no_gpu": ("no CUDA GPU found", "没有找到 CUDA GPU"),
+    "runtime.cores": ("{count} usable cores", "可用核心 {count} 个"),
+    "runtime.bf16": ("GPU with bf16", "GPU 支持 bf16"),
+    "runtime.no_bf16": ("GPU without bf16", "GPU 不支持 bf16"),
+    "runtime.dtype": ("measured bf16 {fast:.0f}, fp32 {slow:.0f} GFLOP/s at width {dim}",
+                      "宽度 {dim} 时实测 bf16 {fast:.0f}、fp32 {slow:.0f} GFLOP/s"),
+    "error.device": ("unknown device {name!r}", "未知设备 {name!r}"),
+    "error.device.why": ("PyTorch says: {text}", "PyTorch 报告：{text}"),
+    "error.device.next": ("use cpu, cuda or auto", "可用 cpu、cuda 或 auto"),
+    "error.cuda": ("device cuda was asked for", "指定了设备 cuda"),
+    "error.cuda.why": ("this machine shows no CUDA GPU to PyTorch", "PyTorch 在本机找不到 CUDA GPU"),
+    "error.cuda.next": ("use --device cpu", "请用 --device cpu"),
+    "error.threads": ("--threads {asked} is not possible", "--threads {asked} 不可行"),
+    "error.threads.next": ("give 1 or more", "至少为 1"),
+})
+
 
 @dataclass(frozen=True)
 class Choice:
-    """A resolved setting and why it was chosen."""
+    """A resolved setting and why it was chosen; `text` is the reason in both languages, where it has them."""
 
     value: Any
     reason: str
+    text: Text | None = field(default=None, compare=False)
+
+    @classmethod
+    def because(cls, value: Any, text: Text) -> Choice:
+        return cls(value, pick(*text), text)
 
     def __str__(self) -> str:
         return f"{self.value} ({self.reason})"
@@ -39,13 +64,13 @@ def choose_device(name: str = "auto") -> Choice:
         try:
             device = torch.device(name)
         except RuntimeError as error:
-            raise BadInput(f"unknown device {name!r}", str(error).split("\n")[0], "use cpu, cuda or auto") from error
+            raise BadInput(*three_parts("error.device", name=name, text=str(error).split("\n")[0])) from error
         if device.type == "cuda" and not torch.cuda.is_available():
-            raise BadInput("device cuda was asked for", "this machine shows no CUDA GPU to PyTorch", "use --device cpu")
-        return Choice(device, "asked for")
+            raise BadInput(*three_parts("error.cuda"))
+        return Choice.because(device, both("runtime.asked"))
     if torch.cuda.is_available():
-        return Choice(torch.device("cuda"), f"found {torch.cuda.get_device_name()}")
-    return Choice(torch.device("cpu"), "no CUDA GPU found")
+        return Choice.because(torch.device("cuda"), both("runtime.gpu", name=torch.cuda.get_device_name()))
+    return Choice.because(torch.device("cpu"), both("runtime.no_gpu"))
 
 
 DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16", "float16": "float16"}
@@ -67,9 +92,9 @@ def choose_threads(asked: int | None = None) -> Choice:
     import torch
 
     if asked is not None and asked < 1:
-        raise BadInput(f"--threads {asked} is not possible", next="give 1 or more")
+        raise BadInput(*three_parts("error.threads", asked=asked))
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    choice = Choice(asked, "asked for") if asked else Choice(usable, f"{usable} usable cores")
+    choice = Choice.because(asked or usable, both("runtime.asked") if asked else both("runtime.cores", count=usable))
     torch.set_num_threads(choice.value)
     return choice
 
@@ -80,12 +105,12 @@ def choose_dtype(dim: int, device: torch.device, seconds: float = 0.15) -> Choic
 
     if device.type == "cuda":
         ok = torch.cuda.is_bf16_supported()
-        return Choice(torch.bfloat16 if ok else torch.float32, "GPU with bf16" if ok else "GPU without bf16")
+        return Choice.because(torch.bfloat16 if ok else torch.float32, both("runtime.bf16" if ok else "runtime.no_bf16"))
     speed = {d: matmul_gflops(2048, dim, 3 * dim, d, seconds / 2) for d in (torch.float32, torch.bfloat16)}
     fast, slow = speed[torch.bfloat16], speed[torch.float32]
-    reason = f"measured bf16 {fast:.0f}, fp32 {slow:.0f} GFLOP/s at width {dim}"
+    reason = both("runtime.dtype", fast=fast, slow=slow, dim=dim)
     # bf16 pays for casts around every product: it must be clearly faster to win.
-    return Choice(torch.bfloat16 if fast > 1.3 * slow else torch.float32, reason)
+    return Choice.because(torch.bfloat16 if fast > 1.3 * slow else torch.float32, reason)
 
 
 def matmul_gflops(rows: int, inner: int, cols: int, dtype: torch.dtype, seconds: float = 0.1) -> float:

@@ -65,7 +65,7 @@ def test_predicted_memory_grows_with_the_work() -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs the peak of a stage")
-@pytest.mark.parametrize("rung", [3, 5])
+@pytest.mark.parametrize("rung", [2, 4])
 def test_predicted_activations_are_those_of_a_step(rung: int) -> None:
     """Weights, gradients, optimizer state and activations of a training step, within a third of what the system tells."""
     spec = model_spec(LADDER[rung])

@@ -25,6 +25,7 @@ from pellucid.align.objective import ObjectiveConfig, objective
 from pellucid.align.rollout import Group, Rollouts, components
 from pellucid.align.update import Update, pick
 from pellucid.errors import BadInput, Interrupted
+from pellucid.messages import say, three_parts
 from pellucid.nn import Decoder
 from pellucid.optim import OptimConfig, Schedule, build_optimizer
 from pellucid.tasks import Task
@@ -261,12 +262,11 @@ class OnlineLoop:
         self.shown_groups, self._next_show = state.get("groups", []), state.get("next_show", 0.0)
         version, numbers, gauss = state["rng"]
         self.rng.setstate((version, tuple(numbers), gauss))
-        events.note(f"{self.config.stage}: goes on at step {self.history.steps}")
+        events.note(say("loop.goes_on", stage=self.config.stage, step=self.history.steps))
         return True
 
     def _interrupted(self) -> None:
         if self.checkpoint is None:
-            raise Interrupted(f"{self.config.stage}: stopped", "no folder was given to save to")
+            raise Interrupted(*three_parts("loop.lost", stage=self.config.stage))
         self.save()
-        raise Interrupted(f"{self.config.stage}: stopped at step {self.history.steps}; everything is saved",
-                          next=self.resume_hint)
+        raise Interrupted(say("loop.stopped", stage=self.config.stage, step=self.history.steps), next=self.resume_hint)

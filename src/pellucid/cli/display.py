@@ -14,7 +14,15 @@ from typing import Any, TextIO
 
 from pellucid.cli.failures import is_terminal
 from pellucid.events import Event, Subscriber
+from pellucid.messages import add, term
 
+NAMES = {  # of the numbers that a step and an evaluation tell; others stand as they are
+    "loss": "损失", "tokens_per_second": "词元/秒", "grad_norm": "梯度范数", "lr": "学习率", "bits per byte": "每字节比特数",
+    "accuracy": "正确率", "format": "格式正确率", "groups/live": "有差别的组", "reward/total/mean": "平均奖励",
+    "held-out loss per token": "留出损失（每词元）", "pass@1": "pass@1", "size ratio": "大小之比", "bytes": "字节",
+    "greedy accuracy on held-out problems": "留出题目的贪心正确率",
+}
+add({f"term.{name}": (name, zh) for name, zh in NAMES.items()})
 SHOWN_METRICS = 6  # of a step; the run log has all of them
 
 
@@ -66,13 +74,13 @@ def line_fields(event: Any) -> dict[str, Any]:
             return {"stage": event.stage, "index": f"{event.index}/{event.count}", "title": event.title,
                     "planned": duration(event.seconds_planned)}
         case "stage_end":
-            return {"stage": event.stage, "seconds": event.seconds, "metric": event.metric, "before": event.before,
-                    "after": event.after, "unit": event.unit}
+            return {"stage": event.stage, "seconds": event.seconds, "metric": term(event.metric), "before": event.before,
+                    "after": event.after, "unit": term(event.unit)}
         case "step":
             return {"stage": event.stage, "step": event.step, "progress": f"{event.progress:.0%}",
                     "left": duration(event.eta_seconds), **dict(list(event.metrics.items())[:SHOWN_METRICS])}
         case "evaluation":
-            return {"stage": event.stage, "name": event.name, "value": event.value}
+            return {"stage": event.stage, "name": term(event.name), "value": event.value}
         case "sample":
             return {"stage": event.stage, "prompt": event.prompt, "completion": event.completion, **event.rewards}
         case "note":

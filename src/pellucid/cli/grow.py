@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pellucid.cli.base import Common
 from pellucid.cli.display import duration
-from pellucid.messages import language, say
+from pellucid.messages import language, say, term
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -69,6 +69,7 @@ def show_plan(event: Any) -> None:
     """The plan card, before the run."""
     if event.kind != "plan":
         return
+    from rich.cells import set_cell_size
     from rich.console import Console
 
     plan, console = event.plan, Console(file=sys.stderr, highlight=False)
@@ -76,10 +77,10 @@ def show_plan(event: Any) -> None:
     gflops = plan["gflops"]
     console.print(say("grow.machine", fp32=gflops["float32"], bf16=gflops["bfloat16"], gbs=plan["bandwidth_gbs"]))
     for choice in plan["choices"]:
-        console.print(f"  {choice['name']:<8} [bold]{choice['value']}[/]  [dim]{choice['reason']}")
+        console.print(f"  {set_cell_size(term(choice['name']), 8)} [bold]{choice['value']}[/]  [dim]{choice['reason']}")
     for stage in plan["stages"]:
-        console.print(f"  {say('grow.stage.' + stage['stage'])}: {stage['seconds']:.0f} s, "
-                      f"{say('grow.memory')} {stage['memory_bytes'] / 2**20:.0f} MiB", style="dim")
+        title = say(f"grow.stage.{stage['stage']}")
+        console.print(say("grow.needs", stage=title, seconds=stage["seconds"], mib=stage["memory_bytes"] / 2**20), style="dim")
 
 
 def print_table(report: dict[str, Any], folder: Path) -> None:

@@ -11,6 +11,7 @@ import time as clock
 from collections import deque
 from typing import Any
 
+from rich.cells import set_cell_size
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -20,7 +21,7 @@ from rich.text import Text
 
 from pellucid.cli.display import SHOWN_METRICS, duration, number, printable
 from pellucid.events import Event
-from pellucid.messages import say
+from pellucid.messages import say, term
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 LATEST, POINTS = 6, 64
@@ -87,7 +88,7 @@ class LiveView:
             case "stage_end":
                 return stage_line(event)
             case "evaluation":
-                self._latest.append(Text.assemble((f"{event.name} ", "bold"), number(event.value)))
+                self._latest.append(Text.assemble((f"{term(event.name)} ", "bold"), number(event.value)))
             case "sample":
                 self._latest.append(sample_line(event))
             case "note":
@@ -127,7 +128,7 @@ class LiveView:
     def _metrics(self) -> RenderableType:
         grid = Table.grid(padding=(0, 1))
         bars = max(8, min(POINTS, self.console.width // 2 - 32))
-        cells = [(Text(f"{name.replace('_', ' '):<18.18}", "dim"), Text(f"{number(curve.last):>8}"),
+        cells = [(Text(set_cell_size(term(name).replace("_", " "), 18), "dim"), Text(f"{number(curve.last):>8}"),
                   Text(f"{sparkline(curve.points[-bars:]):<{bars}}", "cyan"))
                  for name, curve in list(self._curves.items())[:SHOWN_METRICS]]
         for i in range(0, len(cells), 2):
@@ -149,8 +150,8 @@ def stage_line(event: Any) -> Text:
     line = Text.assemble(("✓ ", "green"), (printable(str(event.stage)), "bold"), f" {duration(event.seconds)}")
     if event.after is not None:
         better = event.before is None or (event.after >= event.before) == event.higher_is_better
-        line.append(f"  {event.metric} {number(event.before)} → ")
-        line.append(f"{number(event.after)} {event.unit or ''}".rstrip(), "green" if better else "yellow")
+        line.append(f"  {term(event.metric)} {number(event.before)} → ")
+        line.append(f"{number(event.after)} {term(event.unit or '')}".rstrip(), "green" if better else "yellow")
     return line
 
 

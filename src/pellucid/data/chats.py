@@ -9,7 +9,12 @@ from typing import Any
 
 from pellucid.data.records import records_of
 from pellucid.errors import BadInput, nearest
+from pellucid.messages import add, three_parts
 
+add({
+    "error.no_chats": ("there is no file {path}", "没有文件 {path}"),
+    "error.no_chats.next": ("check the path given to --data", "检查 --data 的路径"),
+})
 ROLES = ("system", "user", "assistant", "tool")
 FORM = ('{"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]} '
         'or {"prompt": "2+2?", "completion": "4"}')
@@ -43,7 +48,7 @@ def read_chats(file: str | Path) -> Iterator[Chat]:
     """
     file = Path(file)
     if not file.is_file():
-        raise BadInput(f"there is no file {file}", next="check the path given to --data")
+        raise BadInput(*three_parts("error.no_chats", path=file))
     if not file.name.lower().endswith((".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".parquet")):
         raise BadInput(f"{file} is neither JSONL nor Parquet", f"its name ends in {file.suffix or 'nothing'}",
                        f"write one JSON object a line into a .jsonl file: {FORM}")

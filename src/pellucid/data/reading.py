@@ -16,7 +16,12 @@ from typing import TextIO
 
 from pellucid import events
 from pellucid.errors import BadInput, nearest
+from pellucid.messages import add, three_parts
 
+add({
+    "error.no_text": ("there is no file or folder {path}", "没有文件或目录 {path}"),
+    "error.no_text.next": ("check the path given to --corpus", "检查 --corpus 的路径"),
+})
 PIECE = 1 << 20  # characters
 KINDS: dict[str, tuple[str, ...]] = {
     "text": (".txt", ".text"),
@@ -52,7 +57,7 @@ def read(path: str | Path, kinds: Iterable[str] = tuple(KINDS)) -> Iterator[Docu
         if kind not in KINDS:
             raise BadInput(f"unknown kind of file {kind!r}{nearest(kind, list(KINDS))}", next=f"one of {', '.join(KINDS)}")
     if not path.exists():
-        raise BadInput(f"there is no file or folder {path}", next="check the path given to --corpus")
+        raise BadInput(*three_parts("error.no_text", path=path))
     if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
         raise BadInput(f"cannot read the folder {path}", "no permission", "choose another folder, or change its rights")
     return _stream(path, wanted)

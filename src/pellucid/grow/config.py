@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pellucid.errors import BadInput
-from pellucid.messages import default_language
+from pellucid.grow import words  # noqa: F401  (its messages)
+from pellucid.messages import default_language, three_parts
 
 SHORTEST, LONGEST = 1.0, 24 * 60.0  # minutes
 
@@ -29,14 +30,12 @@ class GrowConfig:
 
     def __post_init__(self) -> None:
         if not SHORTEST <= self.minutes <= LONGEST:
-            raise BadInput(f"--minutes {self.minutes:g} is not possible", f"the job needs {SHORTEST:g} to {LONGEST:g}",
-                           "leave it out for 8 minutes")
+            raise BadInput(*three_parts("error.minutes", asked=f"{self.minutes:g}", least=SHORTEST, most=LONGEST))
         for name, path in (("--corpus", self.corpus), ("--data", self.data)):
             if path is not None and not path.exists():
-                raise BadInput(f"{name} {path} does not exist", next="check the path, or leave it out")
+                raise BadInput(*three_parts("error.missing", option=name, path=path))
         if self.data is not None and self.data.is_dir():
-            raise BadInput(f"--data {self.data} is a folder", "it must be one JSONL file of conversations",
-                           "give raw text with --corpus, conversations with --data")
+            raise BadInput(*three_parts("error.data_folder", path=self.data))
 
     @property
     def settings(self) -> list[str]:

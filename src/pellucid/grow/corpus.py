@@ -8,6 +8,7 @@ from pellucid.data import corpora
 from pellucid.data.split import divide
 from pellucid.errors import BadInput
 from pellucid.grow.config import GrowConfig
+from pellucid.messages import three_parts
 
 LONG_RUN = 20.0  # minutes from which on the sources are read too: the docstrings alone would be seen many times
 MOST_BYTES = 200_000_000
@@ -28,8 +29,7 @@ def split_corpus(config: GrowConfig) -> tuple[list[str], list[str]]:
         if size > MOST_BYTES:
             break
     if size < 100_000:
-        raise BadInput(f"the corpus has only {size:,} characters", "a language model needs at least 100,000",
-                       "give more text with --corpus, or leave it out to use Python's own documentation")
+        raise BadInput(*three_parts("error.corpus", size=f"{size:,}"))
     train, heldout = divide(documents)
     return [d.text for d in train], enough([d.text for d in heldout])
 

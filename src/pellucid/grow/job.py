@@ -23,7 +23,7 @@ from pellucid.grow import recipe, report, words  # noqa: F401  (words: its messa
 from pellucid.grow.config import GrowConfig
 from pellucid.grow.memory import StageMemory
 from pellucid.grow.plan import Plan, PlanCard, make_plan
-from pellucid.messages import say
+from pellucid.messages import say, three_parts
 from pellucid.models import load
 from pellucid.nn import Decoder
 from pellucid.runtime import choose_device, choose_threads, machine_card
@@ -172,16 +172,14 @@ class Job:
         self.tokenizer = Tokenizer.load(self.config.model)
         self.model = load(self.config.model)
         if self.tokenizer.end_of_turn_id is None:
-            raise BadInput(f"{self.config.model} has no chat template with an end of turn",
-                           "fine-tuning on conversations needs one", "use an instruct checkpoint")
+            raise BadInput(*three_parts("error.no_template", model=self.config.model))
         return self.model.spec
 
     def _reopen(self, state_file: Path) -> None:
         try:
             state = json.loads(state_file.read_text(encoding="utf-8"))
             if state["settings"] != self.config.settings:  # threads, device and language may differ
-                raise BadInput("--resume with other settings than the interrupted job's",
-                               f"it was: {state['command']}", f"run: {state['command']} --resume")
+                raise BadInput(*three_parts("error.settings", command=state["command"]))
             self.plan, self.report, self.done = Plan(**state["plan"]), state["report"], state["done"]
             if self.config.device != "auto":
                 self.plan.device = str(choose_device(self.config.device).value)
@@ -195,8 +193,8 @@ class Job:
             if trained:
                 self.model = load(self.stage_folder(trained[-1]), device=self.plan.device)
         except (json.JSONDecodeError, KeyError, TypeError, OSError) as error:
-            raise BadInput(f"{state_file} cannot be read", f"{type(error).__name__}: {error}",
-                           f"start again: {self.config.command}") from error
+            raise BadInput(*three_parts("error.state", file=state_file, text=f"{type(error).__name__}: {error}",
+                                  command=self.config.command)) from error
         choose_threads(self.config.threads)
         events.note(say("grow.resumed", done=", ".join(self.done) or "-"))
 
@@ -287,4 +285,4 @@ def grow(config: GrowConfig, began: float | None = None) -> dict[str, Any]:
     try:
         return Job(config, began).run()
     except MemoryError as error:
-        raise PellucidError("out of memory", str(error), "use a smaller --minutes, or close other programs") from error
+        raise PellucidError(*three_parts("error.memory", text=error)) from error

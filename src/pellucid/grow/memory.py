@@ -17,6 +17,7 @@ from pellucid.errors import BadInput
 from pellucid.grow import recipe
 from pellucid.grow.config import GrowConfig
 from pellucid.grow.corpus import LONG_RUN, MOST_BYTES
+from pellucid.messages import say, three_parts
 from pellucid.nn import DecoderSpec, count_parameters
 from pellucid.ops.loss import rows_of_chunk
 from pellucid.runtime import (
@@ -159,9 +160,9 @@ def refuse_what_cannot_fit(stages: list[dict[str, Any]], base: int, device: torc
     more = largest["memory_bytes"] - base
     if free is None or more <= free:
         return
-    change = "give a smaller checkpoint with --model" if config.model else "use a smaller --minutes: the model grows with it"
-    raise BadInput(f"this job does not fit into memory: stage {largest['stage']} would need {more / 2**30:.1f} GiB more",
-                   f"{free / 2**30:.1f} GiB are available on {device}", f"{change}; or close other programs")
+    change = say("grow.smaller_model" if config.model else "grow.smaller_job")
+    raise BadInput(*three_parts("error.does_not_fit", stage=largest["stage"], more=more / 2**30,
+                                 free=free / 2**30, device=device, change=change))
 
 
 # --- during the run ---------------------------------------------------------------------------------------------------

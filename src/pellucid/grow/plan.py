@@ -14,8 +14,9 @@ import torch
 from pellucid.engine import Sample, SamplingParams, run_all
 from pellucid.engine.decode import CompiledStep, choose_step
 from pellucid.events import Event
-from pellucid.grow import memory, recipe
+from pellucid.grow import memory, recipe, words  # noqa: F401  (words: its messages)
 from pellucid.grow.config import GrowConfig
+from pellucid.messages import Text, both, say
 from pellucid.nn import Decoder, DecoderSpec, count_parameters, init_weights
 from pellucid.ops import chunked_cross_entropy
 from pellucid.optim import build_optimizer
@@ -64,16 +65,16 @@ def make_plan(config: GrowConfig, given: DecoderSpec | None = None) -> Plan:
     shape, why = choose_size(flops, config.minutes * 60)
     spec = given or recipe.model_spec(shape)
     kernels = compile_kernels(spec, where.value)
-    named = [("device", where), ("threads", cores), ("dtype", Choice(str(dtype.value).removeprefix("torch."), dtype.reason)),
+    named = [("device", where), ("threads", cores), ("dtype", replace(dtype, value=str(dtype.value).removeprefix("torch."))),
              ("kernels", kernels),
-             ("size", Choice(f"{count_parameters(spec):,} parameters", "the given checkpoint" if given else why))]
+             ("size", Choice.because(say("grow.parameters", count=f"{count_parameters(spec):,}"), both("grow.given") if given else why))]
     own = speed * count_parameters(spec_128) / count_parameters(spec)
     bandwidth, base = read_bandwidth_gbs(), memory.base_bytes()
     work = memory.work_of(config, own, dtype.value)
     held = 4 * count_parameters(spec) if given else 0  # a given model is in memory already
     stages = predict_stages(spec, config.minutes, own, base - held, work, bool(given))
     memory.refuse_what_cannot_fit(stages, base, where.value, config)
-    return Plan([{"name": n, "value": str(c.value), "reason": c.reason} for n, c in named], gflops, bandwidth,
+    return Plan([described(n, c) for n, c in named], gflops, bandwidth,
                 describe(spec), stages, str(where.value), named[2][1].value, list(shape), own)
 
 
@@ -89,6 +90,12 @@ def compile_kernels(spec: DecoderSpec, device: torch.device) -> Choice:
         for temperature in (0.0, 1.0):
             run_all(model, [Sample([0, 1], SamplingParams(max_tokens=3, temperature=temperature), 0)], [])
     return Choice("compiled" if isinstance(choice.value, CompiledStep) else "pytorch", choice.reason)
+
+
+def described(name: str, choice: Choice) -> dict[str, str]:
+    """A choice for the plan card: its reason in the language in use, and in both for the report."""
+    reasons = {} if choice.text is None else choice.text._asdict()
+    return {"name": name, "value": str(choice.value), "reason": choice.reason, **reasons}
 
 
 @torch.enable_grad()
@@ -115,7 +122,7 @@ def training_speed(spec: DecoderSpec, device: torch.device, dtype: torch.dtype, 
     return tokens.numel() / best
 
 
-def choose_size(flops_per_second: float, seconds: float) -> tuple[tuple[int, ...], str]:
+def choose_size(flops_per_second: float, seconds: float) -> tuple[tuple[int, ...], Text]:
     """The rung of the ladder that sees about 1.7 training tokens per parameter in the pretraining and SFT time.
 
     Few tokens per parameter beside compute-optimal training (20): here the clock is the limit, the tasks are narrow,
@@ -125,8 +132,7 @@ def choose_size(flops_per_second: float, seconds: float) -> tuple[tuple[int, ...
     wanted = math.sqrt(flops_per_second * training / (6 * 1.7))
     sizes = [count_parameters(recipe.model_spec(rung)) for rung in recipe.LADDER]
     i = min(range(len(sizes)), key=lambda k: abs(math.log(sizes[k] / wanted)))
-    return recipe.LADDER[i], (f"measured {flops_per_second / 1e9:.0f} GFLOP/s in training steps; "
-                              f"{training:.0f} s of them fit {wanted / 1e6:.1f} M parameters")
+    return recipe.LADDER[i], both("grow.size", gflops=flops_per_second / 1e9, seconds=training, millions=wanted / 1e6)
 
 
 def describe(spec: DecoderSpec) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def plan(report: dict[str, Any]) -> str:
     card = report.get("plan") or {}
     rows = "".join(
         f'<tr><td>{words(Text(c.get("name", ""), PLAN.get(c.get("name", ""), c.get("name", ""))))}</td>'
-        f'<td><b>{escaped(c.get("value", ""))}</b></td><td class="soft">{escaped(c.get("reason", ""))}</td></tr>'
+        f'<td><b>{escaped(c.get("value", ""))}</b></td><td class="soft">{_reason(c)}</td></tr>'
         for c in card.get("choices") or [])
     body = f"<table><tbody>{rows}</tbody></table>" if rows else ""
     measured = {k: v for k, v in (card.get("gflops") or {}).items() if finite(v)}
@@ -115,6 +115,12 @@ def plan(report: dict[str, Any]) -> str:
         Text("Sizes and steps are derived from the minutes that were asked for and from the measured speed of the "
              "machine. Every choice has its reason.",
              "模型大小与步数由所要求的分钟数和实测速度推得；每个选择都附理由。"), body + facts(speeds) + facts(model))
+
+
+def _reason(choice: dict[str, Any]) -> str:
+    """In both languages where the plan has them, else as it stands."""
+    reason = choice.get("reason", "")
+    return words(Text(choice.get("en", reason), choice.get("zh", reason)))
 
 
 SPEAKERS = {"user": Text("user", "用户"), "assistant": Text("model", "模型"), "tool": Text("calculator", "计算器"),

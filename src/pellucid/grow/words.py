@@ -1,5 +1,6 @@
 """What the main job says to people."""
 
+from pellucid.grow.report_words import MEASURES, PLAN
 from pellucid.messages import add
 
 add({
@@ -18,12 +19,16 @@ add({
     "grow.short.quantize": ("accuracy", "正确率"),
     "grow.short.evaluate": ("pass@8, sampled", "pass@8（采样）"),
     "grow.short.tools": ("problems solved", "解出率"),
+    "grow.size": ("measured {gflops:.0f} GFLOP/s in training steps; {seconds:.0f} s of them fit {millions:.1f} M parameters",
+                  "训练步实测 {gflops:.0f} GFLOP/s；这样训练 {seconds:.0f} 秒适合 {millions:.1f} M 参数"),
+    "grow.given": ("the given checkpoint", "给定的检查点"),
+    "grow.parameters": ("{count} parameters", "{count} 参数"),
+    "grow.needs": ("  {stage}: {seconds:.0f} s, predicted memory {mib:.0f} MiB", "  {stage}：{seconds:.0f} 秒，预计内存 {mib:.0f} MiB"),
     "grow.interrupted": ("stopped; the stages that were done are saved", "已停止；完成的阶段均已保存"),
     "grow.fresh": ("{folder} holds an earlier job: it is replaced (--resume would go on with it)",
                    "{folder} 中有先前的任务：将被替换（用 --resume 可继续）"),
     "grow.resumed": ("going on; done so far: {done}", "继续；已完成：{done}"),
     "grow.plan": ("plan", "计划"),
-    "grow.memory": ("predicted memory", "预计内存"),
     "grow.machine": ("matrix products {fp32:.0f} GFLOP/s in float32, {bf16:.0f} in bfloat16; memory read at {gbs:.0f} GB/s",
                      "矩阵乘 float32 {fp32:.0f} GFLOP/s，bfloat16 {bf16:.0f} GFLOP/s；内存读取 {gbs:.0f} GB/s"),
     "grow.column.stage": ("stage", "阶段"),
@@ -36,4 +41,38 @@ add({
     "grow.report": ("report: {path}", "报告：{path}"),
     "grow.talk": ("talk to it: pellucid chat {path}", "与它对话：pellucid chat {path}"),
     "grow.took": ("{spent:.1f} of {asked:g} minutes", "用时 {spent:.1f} 分钟（计划 {asked:g} 分钟）"),
+})
+add({f"term.{name}": (name, zh) for name, zh in MEASURES.items() if "held-out" in name or "server" in name})
+add({f"term.{name}": (name, zh) for name, zh in PLAN.items()})
+add({
+    "error.minutes": ("--minutes {asked} is not possible", "--minutes {asked} 不可行"),
+    "error.minutes.why": ("the job needs {least:g} to {most:g}", "此任务需要 {least:g} 到 {most:g} 分钟"),
+    "error.minutes.next": ("leave it out for 8 minutes", "省略即为 8 分钟"),
+    "error.missing": ("{option} {path} does not exist", "{option} {path} 不存在"),
+    "error.missing.next": ("check the path, or leave it out", "检查路径，或省略此项"),
+    "error.data_folder": ("--data {path} is a folder", "--data {path} 是目录"),
+    "error.data_folder.why": ("it must be one JSONL file of conversations", "应为一个对话 JSONL 文件"),
+    "error.data_folder.next": ("give raw text with --corpus, conversations with --data", "原始文本用 --corpus，对话用 --data"),
+    "error.corpus": ("the corpus has only {size} characters", "语料只有 {size} 个字符"),
+    "error.corpus.why": ("a language model needs at least 100,000", "语言模型至少需要 100,000"),
+    "error.corpus.next": ("give more text with --corpus, or leave it out to use Python's own documentation",
+                          "用 --corpus 给出更多文本，或省略它而使用 Python 自带文档"),
+    "error.no_template": ("{model} has no chat template with an end of turn", "{model} 没有带轮次结束标记的聊天模板"),
+    "error.no_template.why": ("fine-tuning on conversations needs one", "在对话上微调需要它"),
+    "error.no_template.next": ("use an instruct checkpoint", "请用经过指令微调的检查点"),
+    "error.settings": ("--resume with other settings than the interrupted job's", "--resume 的设置与被中断的任务不同"),
+    "error.settings.why": ("it was: {command}", "原命令：{command}"),
+    "error.settings.next": ("run: {command} --resume", "请运行：{command} --resume"),
+    "error.state": ("{file} cannot be read", "无法读取 {file}"),
+    "error.state.why": ("{text}", "{text}"),
+    "error.state.next": ("start again: {command}", "重新开始：{command}"),
+    "error.memory": ("out of memory", "内存不足"),
+    "error.memory.why": ("{text}", "{text}"),
+    "error.memory.next": ("use a smaller --minutes, or close other programs", "减小 --minutes，或关闭其他程序"),
+    "error.does_not_fit": ("this job does not fit into memory: stage {stage} would need {more:.1f} GiB more",
+                           "内存容不下此任务：阶段 {stage} 还需要 {more:.1f} GiB"),
+    "error.does_not_fit.why": ("{free:.1f} GiB are available on {device}", "{device} 上可用 {free:.1f} GiB"),
+    "error.does_not_fit.next": ("{change}; or close other programs", "{change}；或关闭其他程序"),
+    "grow.smaller_job": ("use a smaller --minutes: the model grows with it", "减小 --minutes：模型随它变小"),
+    "grow.smaller_model": ("give a smaller checkpoint with --model", "用 --model 给一个更小的检查点"),
 })

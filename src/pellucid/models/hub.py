@@ -20,12 +20,21 @@ from torch import Tensor
 
 from pellucid.errors import BadInput
 from pellucid.files import atomic_folder, write_atomic
+from pellucid.messages import add, three_parts
 from pellucid.models.config import Config
 from pellucid.models.families import config_of, find
 from pellucid.models.names import Piece, expand, pieces
 from pellucid.nn import Decoder, DecoderSpec, Linear
 from pellucid.runtime import choose_device, dtype_of
 
+add({
+    "error.checkpoint": ("no checkpoint folder at {name!r}", "{name!r} 处没有检查点目录"),
+    "error.checkpoint.why": ("a folder with config.json and *.safetensors is expected", "应为含 config.json 与 *.safetensors 的目录"),
+    "error.checkpoint.next": ("check the path, or give a Hub id such as Qwen/Qwen3-0.6B", "检查路径，或给出 Hub id，如 Qwen/Qwen3-0.6B"),
+    "error.hub": ("no folder {name!r} here, and the Hub gave none", "本地没有目录 {name!r}，也未能从 Hub 取得"),
+    "error.hub.why": ("{text}", "{text}"),
+    "error.hub.next": ("check the name and the network, or give a local folder", "检查名称与网络，或给出本地目录"),
+})
 IGNORED = ("rotary_emb.inv_freq", ".position_ids", ".attn.bias", ".masked_bias")  # buffers in old files, no weights
 
 
@@ -63,8 +72,7 @@ def local_folder(path_or_id: str | os.PathLike[str]) -> Path:
     name = str(path_or_id)
     looks_local = path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1
     if looks_local:
-        raise BadInput(f"no checkpoint folder at {name!r}", "a folder with config.json and *.safetensors is expected",
-                       "check the path, or give a Hub id such as Qwen/Qwen3-0.6B")
+        raise BadInput(*three_parts("error.checkpoint", name=name))
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -72,8 +80,7 @@ def local_folder(path_or_id: str | os.PathLike[str]) -> Path:
         patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.tiktoken"]
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise BadInput(f"no folder {name!r} here, and the Hub gave none", str(error).split("\n")[0],
-                       "check the name and the network, or give a local folder") from error
+        raise BadInput(*three_parts("error.hub", name=name, text=str(error).split("\n")[0])) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -13,8 +13,14 @@ import uvicorn
 
 from pellucid.engine import LLM
 from pellucid.errors import BadInput, PellucidError
+from pellucid.messages import add, three_parts
 from pellucid.server.app import create_app
 
+add({
+    "error.listen": ("cannot listen on {host}:{port}", "无法监听 {host}:{port}"),
+    "error.listen.why": ("{text}", "{text}"),
+    "error.listen.next": ("choose another --port, or stop what uses it", "换一个 --port，或停止占用它的程序"),
+})
 GRACE = 10  # seconds that open answers get at a shutdown
 
 
@@ -27,7 +33,7 @@ def bind(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except (OSError, OverflowError) as error:
         listener.close()
-        raise BadInput(f"cannot listen on {host}:{port}", str(error), "choose another --port, or stop what uses it") from error
+        raise BadInput(*three_parts("error.listen", host=host, port=port, text=error)) from error
     return listener
 
 

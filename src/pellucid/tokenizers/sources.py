@@ -9,8 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from pellucid.errors import BadInput
+from pellucid.messages import add, three_parts
 from pellucid.tokenizers.layout import AddedToken, ByteLevelBPE, unspell, write
 from pellucid.tokenizers.patterns import GPT2_PATTERN, QWEN_PATTERN
+
+add({
+    "error.tokenizer": ("{name} does not exist", "{name} 不存在"),
+    "error.tokenizer.next": ("check the path; a Hub id looks like owner/name", "检查路径；Hub id 形如 owner/name"),
+})
 
 END_OF_TEXT = "<|endoftext|>"
 """The usual name (GPT-2, Qwen, ours) of the token between documents."""
@@ -113,7 +119,7 @@ def _from_vocabulary(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 def _from_hub(name: str) -> Path:
     """Download, or find in the cache, the tokenizer files of a Hub repository."""
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise BadInput(f"{name} does not exist", next="check the path; a Hub id looks like owner/name")
+        raise BadInput(*three_parts("error.tokenizer", name=name))
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 

@@ -5,6 +5,18 @@ from __future__ import annotations
 import time
 
 from pellucid.errors import BadInput
+from pellucid.messages import add, three_parts
+
+add({
+    "budget.which": ("a run needs either a number of steps or of seconds", "训练须给定步数或时间之一"),
+    "budget.which.next": ("give --steps or --minutes", "请用 --steps 或 --minutes"),
+    "budget.none": ("a run of {length} is not possible", "长度为 {length} 的训练不可行"),
+    "budget.none.next": ("give at least one step, or a positive time", "至少一步，或给出正的时间"),
+    "loop.stopped": ("{stage}: stopped at step {step}; everything is saved", "{stage}：已在第 {step} 步停止，全部已保存"),
+    "loop.lost": ("{stage}: stopped", "{stage}：已停止"),
+    "loop.lost.why": ("no folder was given to save to", "没有给出保存目录"),
+    "loop.goes_on": ("{stage}: goes on at step {step}", "{stage}：从第 {step} 步继续"),
+})
 
 
 class Budget:
@@ -12,10 +24,9 @@ class Budget:
 
     def __init__(self, steps: int | None = None, seconds: float | None = None, clock: object = time.monotonic):
         if (steps is None) == (seconds is None):
-            raise BadInput("a run needs either a number of steps or of seconds", next="give --steps or --minutes")
+            raise BadInput(*three_parts("budget.which"))
         if (steps is not None and steps < 1) or (seconds is not None and not 0 < seconds < 1e9):
-            raise BadInput(f"a run of {steps if seconds is None else f'{seconds} seconds'} is not possible",
-                           next="give at least one step, or a positive time")
+            raise BadInput(*three_parts("budget.none", length=f"{steps} steps" if seconds is None else f"{seconds} s"))
         self.steps, self.seconds = steps, seconds
         self._now = clock  # type: ignore[assignment]
         self.done = 0

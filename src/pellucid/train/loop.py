@@ -16,6 +16,7 @@ from typing import Any
 from pellucid import events
 from pellucid.data.packing import IGNORE, Batches, Packed
 from pellucid.errors import BadInput, Interrupted
+from pellucid.messages import say, three_parts
 from pellucid.nn import Decoder
 from pellucid.optim import OptimConfig, Schedule, build_optimizer
 from pellucid.train.budget import Budget
@@ -98,7 +99,7 @@ class Loop:
         self.batches.load_state(state["batches"])
         self.history = History.of(state["history"])
         self.budget.start(self.history.steps, self.history.seconds)
-        events.note(f"{self.config.stage}: goes on at step {self.history.steps}")
+        events.note(say("loop.goes_on", stage=self.config.stage, step=self.history.steps))
         return True
 
     def run(self) -> History:
@@ -164,10 +165,9 @@ class Loop:
 
     def _interrupted(self) -> None:
         if self.checkpoint is None:
-            raise Interrupted(f"{self.config.stage}: stopped", "no folder was given to save to", "")
+            raise Interrupted(*three_parts("loop.lost", stage=self.config.stage))
         self.save()
-        raise Interrupted(f"{self.config.stage}: stopped at step {self.history.steps}; everything is saved",
-                          next=self.resume_hint)
+        raise Interrupted(say("loop.stopped", stage=self.config.stage, step=self.history.steps), next=self.resume_hint)
 
 
 @contextlib.contextmanager
