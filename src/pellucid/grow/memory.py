@@ -36,8 +36,9 @@ MICRO_ROWS = 32  # of the online loop; also the rows of a held-out measurement
 KEPT = 20 * MIB  # that every stage leaves behind: code loaded at its first use, fragments of the allocator (measured)
 # On a CPU every new shape of a bfloat16 product leaves a compiled kernel in oneDNN's cache, which holds 1024 of them.
 KERNELS, KERNEL = 1024, 600 * 2**10  # the bytes of one are measured: about 600 MiB when it is full
-NEW_SHAPES = {"sft": 3, "grpo": 50}  # in a step: the number of trained tokens, of samples still going, differs each time
-FRAGMENTS = 2  # where tensors have another size in every step, as much again as they need is free but in pieces
+NEW_SHAPES = {"sft": 3, "grpo": 10}  # in a step: the number of trained tokens differs each time
+DECODING_SHAPES = 40  # more in a step of grpo, where decoding runs on PyTorch's operators: that of the samples still going
+FRAGMENTS = 2  # and then as much again as the tensors need is free, but in pieces: each has another size in every step
 LIBRARY = {"docs": 2_000_000, "both": 9_000_000}  # bytes of the text that comes with Python
 
 
@@ -51,13 +52,15 @@ class Work:
     corpus: int = LIBRARY["docs"]
     bytes: int = 4  # of one activation: 2 in bfloat16
     steps: int = 1000  # of fine-tuning
+    compiled: bool = True  # decoding
 
 
-def work_of(config: GrowConfig, tokens_per_second: float, dtype: torch.dtype) -> Work:
-    return Work(recipe.problems(config.minutes, tokens_per_second),
-                recipe.prompts(60 * config.minutes * 0.4, tokens_per_second), recipe.demonstrations(config.minutes),
-                corpus_bytes(config), dtype.itemsize,
-                int(recipe.SHARES["sft"] * 60 * config.minutes * tokens_per_second / (recipe.ROWS * recipe.ROW)))
+def work_of(config: GrowConfig, tokens_per_second: float, dtype: torch.dtype, compiled: bool = True) -> Work:
+    problems = recipe.problems(config.minutes, tokens_per_second)
+    left = max(10.0, 60 * config.minutes - recipe.tail_seconds(problems) - 14)
+    tuning = recipe.SHARES["sft"] * (1 - recipe.SHARES["pretrain"]) * left
+    return Work(problems, recipe.prompts(0.4 * left, tokens_per_second), recipe.demonstrations(config.minutes),
+                corpus_bytes(config), dtype.itemsize, int(tuning * tokens_per_second / (recipe.ROWS * recipe.ROW)), compiled)
 
 
 def corpus_bytes(config: GrowConfig) -> int:
@@ -92,7 +95,8 @@ def memory_of(spec: DecoderSpec, stage: str, work: Work) -> int:
         sequences = work.prompts * recipe.GROUP
         tokens, row = packed_tokens(sequences)
         training = activations(spec, tokens, row, work.bytes)
-        return kept + model + 3 * weights + FRAGMENTS * max(training, sampling(spec, max(sequences, work.problems), work.bytes))
+        most = max(training, sampling(spec, max(sequences, work.problems), work.bytes))
+        return kept + model + 3 * weights + most * (1 if work.compiled else FRAGMENTS)
     if stage == "quantize":  # float32, bfloat16 and INT8 beside each other, and the file's tensors
         held_out = forward_bytes(spec, MICRO_ROWS * recipe.ROW, recipe.ROW, 4)
         return kept + 7 * weights // 2 + max(held_out, sampling(spec, work.problems, 4))
@@ -105,7 +109,9 @@ def kernels(stage: str, work: Work) -> int:
     if work.bytes == 4:
         return 0
     before = recipe.STAGES[: recipe.STAGES.index(stage) + 1]
-    made = sum(NEW_SHAPES[s] * (work.steps if s == "sft" else work.steps // 4) for s in before if s in NEW_SHAPES)
+    made = NEW_SHAPES["sft"] * work.steps if "sft" in before else 0
+    if "grpo" in before:  # whose steps take about four times as long
+        made += (NEW_SHAPES["grpo"] + (0 if work.compiled else DECODING_SHAPES)) * (work.steps // 4)
     return KERNEL * min(KERNELS, made)
 
 

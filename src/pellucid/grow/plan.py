@@ -70,7 +70,7 @@ def make_plan(config: GrowConfig, given: DecoderSpec | None = None) -> Plan:
              ("size", Choice.because(say("grow.parameters", count=f"{count_parameters(spec):,}"), both("grow.given") if given else why))]
     own = speed * count_parameters(spec_128) / count_parameters(spec)
     bandwidth, base = read_bandwidth_gbs(), memory.base_bytes()
-    work = memory.work_of(config, own, dtype.value)
+    work = memory.work_of(config, own, dtype.value, kernels.value == "compiled")
     held = 4 * count_parameters(spec) if given else 0  # a given model is in memory already
     stages = predict_stages(spec, config.minutes, own, base - held, work, bool(given))
     memory.refuse_what_cannot_fit(stages, base, where.value, config)
