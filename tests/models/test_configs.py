@@ -6,8 +6,14 @@ from transformers import GPT2Config, MistralConfig, Phi3Config, Qwen2Config, Qwe
 
 from pellucid.errors import BadInput
 from pellucid.models import spec_of
+from pellucid.nn import count_parameters
 
 SMALL = {k: v for k, v in BASE.items() if not k.endswith("token_id")}
+
+
+def sizes(model_type, vocab, dim, layers, hidden, heads, kv_heads, **more):
+    return {"model_type": model_type, "vocab_size": vocab, "hidden_size": dim, "num_hidden_layers": layers, "intermediate_size": hidden,
+            "num_attention_heads": heads, "num_key_value_heads": kv_heads, **more}
 
 
 @pytest.mark.parametrize("config", [Qwen2Config, Qwen3Config])
@@ -58,3 +64,16 @@ def test_phi3s_words_for_longrope(word):
                     "original_max_position_embeddings": 32}).layers[0].mixer.rope
     assert theirs.rope_parameters["rope_type"] == rope.scaling_dict["rope_type"] == "longrope"
     assert theirs.rope_parameters["original_max_position_embeddings"] == rope.scaling_dict["original_max_position_embeddings"]
+
+
+@pytest.mark.parametrize(("count", "fields"), [
+    (124_439_808, {"model_type": "gpt2", "vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12}),
+    (7_241_732_096, sizes("mistral", 32000, 4096, 32, 14336, 32, 8)),
+    (6_910_365_696, sizes("llama", 102400, 4096, 30, 11008, 32, 32)),  # DeepSeek LLM 7B
+    (494_032_768, sizes("qwen2", 151936, 896, 24, 4864, 14, 2, tie_word_embeddings=True)),  # Qwen2.5-0.5B
+    (7_615_616_512, sizes("qwen2", 152064, 3584, 28, 18944, 28, 4)),  # Qwen2.5-7B
+    (3_821_079_552, sizes("phi3", 32064, 3072, 32, 8192, 32, 32)),  # Phi-3-mini
+    (999_885_952, sizes("gemma3_text", 262144, 1152, 26, 6912, 4, 1, head_dim=256)),  # Gemma 3 1B
+], ids=lambda value: f"{value:,}" if isinstance(value, int) else value["model_type"])
+def test_parameters_of_released_models(count, fields):
+    assert count_parameters(spec_of(fields)) == count
