@@ -90,7 +90,7 @@ class Job:
 
     def seconds_for(self, stage: str) -> float:
         """The stage's share of the time that was left when it first began."""
-        left = self.total - self.began.setdefault(stage, self.elapsed) - recipe.tail_seconds(self.problems)
+        left = self.total - self.began.setdefault(stage, self.elapsed) - recipe.tail_seconds(self.problems, self.plan.tokens_per_second)
         return max(2.0, recipe.SHARES[stage] * left)
 
     def loop_seconds(self, stage: str, after: float = 0.0) -> float:
@@ -108,6 +108,11 @@ class Job:
     def problems(self) -> int:
         """Held-out problems in the final evaluations: 1000 from the default dial on (standard error 1.5 points)."""
         return recipe.problems(self.config.minutes, self.plan.tokens_per_second)
+
+    @property
+    def measure_seconds(self) -> float:
+        """What one evaluation on them should take."""
+        return recipe.measure_seconds(self.problems, self.plan.tokens_per_second)
 
     # --- the run ------------------------------------------------------------------------------------------------------
 

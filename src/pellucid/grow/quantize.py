@@ -13,6 +13,7 @@ from pellucid.train import bits_per_byte, held_out_loss, token_bytes
 
 if TYPE_CHECKING:
     from pellucid.grow.job import Job, Result
+    from pellucid.nn import Decoder
 
 
 def run(job: Job) -> Result:
@@ -24,11 +25,16 @@ def run(job: Job) -> Result:
     save(job.model, job.folder / "model", tokenizer=job.tokenizer, generation=generation)
     small = quant.quantize(job.model)
     quant.compress(job.folder / "model", job.folder / "model-int8")
-    rows, sizes = heldout_rows(job.tokenizer, split_corpus(job.config)[1]), token_bytes(job.tokenizer)
-    bpb = {name: bits_per_byte(held_out_loss(m, rows)[0], rows.labels, sizes) for name, m in (("float32", job.model), ("int8", small))}
+    bpb = {} if job.config.model else text_cost(job, {"float32": job.model, "int8": small})
     before, scores = job.measure(job.model), job.measure(small)
     job.record_scores("int8", scores)
     job.show_samples("int8", small)
-    details = {"bits_per_byte": bpb, **quant.measure(job.model, small, step_of=lambda m: choose_step(m).value)}
+    details = {"bits_per_byte": bpb, **quant.measure(job.model, small, batches=(1, 8) if job.config.model else (1, 64), step_of=lambda m: choose_step(m).value)}
     job.record_scores("float32", before)
     return Result("accuracy on held-out problems, INT8 weights", "", True, before.pass_at_1, scores.pass_at_1, details)
+
+
+def text_cost(job: Job, models: dict[str, Decoder]) -> dict[str, float]:
+    """Bits per byte of the held-out text that pretraining was measured on. (A given checkpoint was not pretrained here.)"""
+    rows, sizes = heldout_rows(job.tokenizer, split_corpus(job.config)[1]), token_bytes(job.tokenizer)
+    return {name: bits_per_byte(held_out_loss(m, rows)[0], rows.labels, sizes) for name, m in models.items()}

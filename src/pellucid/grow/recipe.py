@@ -48,9 +48,16 @@ def prompts(seconds: float, tokens_per_second: float) -> int:
     return int(max(2, min(32, seconds / 30 * tokens_per_second / (GROUP * 60))))
 
 
-def tail_seconds(problems: int) -> float:
-    """What quantize, evaluate, tools and the report need at the end. (A slow model has few problems, each of them slow.)"""
-    return 14.0 + 0.015 * problems
+def measure_seconds(problems: int, tokens_per_second: float) -> float:
+    """A greedy evaluation: some 30 tokens an answer, sampled about as fast as tokens are trained on; half as much again, for
+    prompts and unequal lengths."""
+    return 1.5 * 30 * problems / tokens_per_second
+
+
+def tail_seconds(problems: int, tokens_per_second: float) -> float:
+    """What quantize (two evaluations), evaluate (eight samples of a tenth of the problems, two models), tools and the report
+    need at the end."""
+    return 14.0 + (2 + 2 * 8 / 10) * measure_seconds(problems, tokens_per_second)
 
 
 # Arithmetic is two tasks in one, and the one of the four that no model of this size does at a glance.

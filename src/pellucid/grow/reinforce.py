@@ -27,7 +27,7 @@ def run(job: Job) -> Result:
         return "accuracy", scores.pass_at_1, {"format": scores.format, "length": scores.mean_length}
 
     events.note(formula(recipe.OBJECTIVE))
-    seconds = job.loop_seconds("grpo", after=0.005 * job.problems + 1.0)
+    seconds = job.loop_seconds("grpo", after=job.measure_seconds + 1.0)
     config = OnlineConfig(
         seconds=seconds, save_seconds=recipe.SAVE_SECONDS, prompts=recipe.prompts(seconds, job.plan.tokens_per_second), group=recipe.GROUP,
         max_tokens=recipe.MAX_TOKENS, objective=recipe.OBJECTIVE, weights=recipe.REWARDS,

@@ -37,7 +37,7 @@ def run(job: Job) -> Result:
     if job.config.model:
         job.show_samples("given")
     optimizer = recipe.REAL_SFT if job.config.model else recipe.SFT
-    config = LoopConfig("sft", seconds=job.loop_seconds("sft", after=0.005 * job.problems), save_seconds=recipe.SAVE_SECONDS, rows=recipe.ROWS, optim=replace(optimizer, dtype=job.plan.dtype),
+    config = LoopConfig("sft", seconds=job.loop_seconds("sft", after=job.measure_seconds), save_seconds=recipe.SAVE_SECONDS, rows=recipe.ROWS, optim=replace(optimizer, dtype=job.plan.dtype),
                         schedule=recipe.SFT_SCHEDULE, evaluations=3, seed=job.config.seed)
     loop = Loop(job.model, rows, config, evaluate=evaluate, checkpoint=job.stage_folder("sft-checkpoint"),
                 resume_hint=job.resume_command)
