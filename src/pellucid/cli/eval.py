@@ -60,7 +60,7 @@ def text_bits(config: Eval, model: Decoder, tokenizer: Tokenizer) -> tuple[float
     rows = packing.pack_stream(tokenizer.encode_batch([d.text for d in texts]), T, remainder="pad", pad_id=tokenizer.pad_id)
     sizes = token_bytes(tokenizer)
     labels = rows.labels[rows.labels != packing.IGNORE]
-    return bits_per_byte(held_out_loss(model, rows.to(model.embed.weight.device))[0], labels, sizes), int(sizes[labels].sum())
+    return bits_per_byte(held_out_loss(model, rows)[0], labels, sizes), int(sizes[labels].sum())
 
 
 def evaluate(config: Eval) -> None:

@@ -40,7 +40,7 @@ def held_out_loss(model: Decoder, rows: Packed, batch: int = 32) -> tuple[float,
     model.eval()
     nats, count = 0.0, 0
     for start in range(0, len(rows), batch):
-        loss, n = language_loss(model, rows.rows(slice(start, start + batch)))
+        loss, n = language_loss(model, rows.rows(slice(start, start + batch)).to(model.embed.weight.device))
         nats, count = nats + float(loss), count + n
     model.train(was_training)
     return nats, count
