@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,25 +23,24 @@ from pellucid.align.advantages import Credit, assign_credit
 from pellucid.align.objective import ObjectiveConfig, objective
 from pellucid.align.rollout import Group, Rollouts, components
 from pellucid.align.update import Update, pick
-from pellucid.errors import BadInput, Interrupted
-from pellucid.messages import say, three_parts
+from pellucid.errors import BadInput
 from pellucid.nn import Decoder
-from pellucid.optim import OptimConfig, Schedule, build_optimizer
+from pellucid.optim import OptimConfig, Schedule
 from pellucid.tasks import Task
 from pellucid.tokenizers import Tokenizer
-from pellucid.train import Budget, Stepper, has_checkpoint, load_checkpoint, save_checkpoint, stop_requested
+from pellucid.train import Evaluate, Run, RunConfig, RunHistory
 
 
 @dataclass
-class OnlineConfig:
-    """How the online loop samples and updates."""
+class OnlineConfig(RunConfig):
+    """How the online loop samples and updates. A step is a rollout and what is learned from it."""
 
     stage: str = "grpo"
     """Name in events and messages."""
-    steps: int | None = None
-    """Rollouts; or give `seconds`."""
-    seconds: float | None = None
-    """Length of the run in seconds."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(name="adamw", lr=4e-4))
+    """The optimizer."""
+    schedule: Schedule = field(default_factory=lambda: Schedule("linear", warmup=0.05, floor=0.1))
+    """The learning-rate schedule."""
     prompts: int = 32
     """Problems in a rollout."""
     group: int = 8
@@ -59,44 +57,20 @@ class OnlineConfig:
     """The objective."""
     weights: dict[str, float] = field(default_factory=lambda: {"correct": 1.0, "format": 0.2, "progress": 0.3})
     """Weight of each reward component."""
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(name="adamw", lr=4e-4))
-    """The optimizer."""
-    schedule: Schedule = field(default_factory=lambda: Schedule("linear", warmup=0.05, floor=0.1))
-    """The learning-rate schedule."""
-    clip: float | None = 1.0
-    """Clip the gradient's norm to this."""
     micro_rows: int = 32
     """Rows in a micro-batch (memory only)."""
-    save_seconds: float | None = None
-    """Also write a resume state every so often; it is always written when the run is interrupted."""
-    evaluations: int = 4
-    """Evaluations on held-out problems, evenly over the run."""
     samples_shown: int = 2
     """Completions of each step that are emitted as events: the best and the worst of a group."""
-    seed: int = 0
-    """Seed of problems and samples."""
 
 
 @dataclass
-class OnlineHistory:
-    steps: int = 0
-    seconds: float = 0.0
+class OnlineHistory(RunHistory):
     sampled: int = 0  # tokens
     sampling_seconds: float = 0.0
-    metrics: list[tuple[float, dict[str, float]]] = field(default_factory=list)
-    evaluations: list[tuple[float, float]] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, saved: dict[str, Any]) -> OnlineHistory:
-        """From JSON, which knows no tuples."""
-        pairs = {name: [tuple(pair) for pair in saved[name]] for name in ("metrics", "evaluations")}
-        return cls(**(saved | pairs))
+    metrics: list[tuple[float, dict[str, float]]] = field(default_factory=list)  # (progress, the table of the step)
 
 
-Evaluate = Callable[[], tuple[str, float, dict[str, Any]]]
-
-
-class OnlineLoop:
+class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
     """`OnlineLoop(...).run()` improves the model on the task's training problems until the budget is spent."""
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer, task: Task, config: OnlineConfig, *,
@@ -107,45 +81,20 @@ class OnlineLoop:
         if not config.temperature > 0 or min(config.prompts, config.updates, config.micro_rows) < 1:
             raise BadInput("prompts, updates and micro_rows are at least 1, and the temperature is above 0",
                            "samples of one prompt must be able to differ, and be trained on", "change the one that is not")
-        self.model, self.config, self.task, self.evaluate, self.tokenizer = model, config, task, evaluate, tokenizer
+        super().__init__(model, config, OnlineHistory(), evaluate=evaluate, checkpoint=checkpoint, tokenizer=tokenizer,
+                         resume_hint=resume_hint)
+        self.task = task
         self.rollouts = Rollouts(model, tokenizer, task, max_tokens=config.max_tokens)
-        self.stepper = Stepper(model, build_optimizer(model, config.optim), config.schedule, config.clip)
-        self.budget = Budget(config.steps, config.seconds)
-        self.checkpoint, self.resume_hint = Path(checkpoint) if checkpoint else None, resume_hint
-        self.history = OnlineHistory()
         self.shown_groups: list[dict[str, Any]] = []  # the latest groups with rewards and advantages, for the report
         self.rng = random.Random(config.seed)
         self._next_show = 0.0
         # The reference is a copy of the GIVEN weights, never re-read from a file that may differ.
         self.reference = copy.deepcopy(model).requires_grad_(False).eval() if config.objective.beta else None
 
-    def run(self) -> OnlineHistory:
-        c, h = self.config, self.history
-        self.budget.start(h.steps, h.seconds)
-        next_eval, last_save = self._next_evaluation(), self.budget.elapsed
-        with stop_requested() as stop:
-            while not self.budget.over:
-                self._step()
-                if self.evaluate and c.evaluations and next_eval < 1.0 and self.budget.progress >= next_eval:
-                    self._evaluate()
-                    next_eval = self._next_evaluation()
-                if stop.is_set():
-                    self._interrupted()
-                if c.save_seconds and self.checkpoint and self.budget.elapsed - last_save >= c.save_seconds:
-                    self.save()
-                    last_save = self.budget.elapsed
-            if self.evaluate and c.evaluations and not (h.evaluations and h.evaluations[-1][0] >= 1.0):
-                self._evaluate()
-            if stop.is_set():
-                self._interrupted()
-        self.model.eval()
-        return h
-
     # --- one step -----------------------------------------------------------------------------------------------------
 
-    def _step(self) -> None:
-        c, h = self.config, self.history
-        progress, began = self.budget.progress, self.budget.elapsed
+    def step(self, progress: float) -> dict[str, float]:
+        c, h, began = self.config, self.history, self.budget.elapsed
         groups, credit = self._collect()
         h.sampling_seconds += self.budget.elapsed - began
         numbers = self._rollout_numbers(groups, credit)
@@ -153,12 +102,11 @@ class OnlineLoop:
             events.note(f"{c.stage}: no group of this step teaches anything; weights stay as they are")
         else:
             numbers |= self._update(groups, credit, progress)
-        self.budget.done += 1
-        h.steps, h.seconds = self.budget.done, self.budget.elapsed
+        self.count()
         numbers["time/sampling"] = h.sampling_seconds / max(h.seconds, 1e-9)
         h.metrics.append((progress, numbers))
-        events.emit(events.Step(c.stage, h.steps, self.budget.progress, self.budget.eta, numbers))
         self._show(groups, credit)
+        return numbers
 
     def _collect(self) -> tuple[list[Group], Credit]:
         """Rollouts until at least half of `prompts` groups teach something, or `rounds` are spent."""
@@ -234,39 +182,13 @@ class OnlineLoop:
         for j in [order[0], order[-1]][: self.config.samples_shown]:
             events.emit(events.SampleShown(self.config.stage, g.problem.prompt, g.texts[j], g.rewards[j]))
 
-    def _evaluate(self) -> None:
-        assert self.evaluate is not None
-        name, value, details = self.evaluate()
-        self.history.evaluations.append((self.budget.progress, value))
-        events.emit(events.Evaluation(self.config.stage, name, value, details))
-
-    def _next_evaluation(self) -> float:
-        n = self.config.evaluations
-        return (int(self.budget.progress * n + 1e-9) + 1) / n if n else 2.0
-
     # --- stop and go on -----------------------------------------------------------------------------------------------
 
-    def save(self) -> None:
-        assert self.checkpoint is not None
+    def state(self) -> dict[str, Any]:
         version, numbers, gauss = self.rng.getstate()
-        state = {"history": vars(self.history), "rng": [version, list(numbers), gauss], "groups": self.shown_groups,
-                 "next_show": self._next_show}
-        save_checkpoint(self.checkpoint, self.model, self.stepper.optimizer, state, self.tokenizer)
+        return {"rng": [version, list(numbers), gauss], "groups": self.shown_groups, "next_show": self._next_show}
 
-    def resume(self) -> bool:
-        """Continue from the checkpoint if there is one; returns whether there was."""
-        if self.checkpoint is None or not has_checkpoint(self.checkpoint):
-            return False
-        state = load_checkpoint(self.checkpoint, self.model, self.stepper.optimizer)
-        self.history = OnlineHistory.of(state["history"])
+    def restore(self, state: dict[str, Any]) -> None:
         self.shown_groups, self._next_show = state.get("groups", []), state.get("next_show", 0.0)
         version, numbers, gauss = state["rng"]
         self.rng.setstate((version, tuple(numbers), gauss))
-        events.note(say("loop.goes_on", stage=self.config.stage, step=self.history.steps))
-        return True
-
-    def _interrupted(self) -> None:
-        if self.checkpoint is None:
-            raise Interrupted(*three_parts("loop.lost", stage=self.config.stage))
-        self.save()
-        raise Interrupted(say("loop.stopped", stage=self.config.stage, step=self.history.steps), next=self.resume_hint)

@@ -24,10 +24,12 @@ from pellucid.grow.config import GrowConfig
 from pellucid.grow.memory import StageMemory
 from pellucid.grow.plan import Plan, PlanCard, make_plan
 from pellucid.messages import say, three_parts
-from pellucid.models import load
+from pellucid.models import load, save
 from pellucid.nn import Decoder
 from pellucid.runtime import choose_device, choose_threads, machine_card
 from pellucid.tokenizers import Tokenizer
+from pellucid.train import Run
+from pellucid.train.run import C, H
 
 
 @dataclass
@@ -273,6 +275,20 @@ class Job:
             row["answers"] = [a for a in row["answers"] if a["stage"] != stage]
             row["answers"].append({"stage": stage, "completion": g.texts[0], "rewards": g.rewards[0]})
             events.emit(events.SampleShown(stage, g.problem.prompt, g.texts[0], g.rewards[0]))
+
+    def trained(self, stage: str, loop: Run[C, H]) -> H:
+        """The loop run to its end, or on from where it was interrupted; the model saved, and its answers shown."""
+        if self.config.resume:
+            loop.resume()
+        history = loop.run()
+        save(self.model, self.stage_folder(stage), tokenizer=self.tokenizer)
+        self.show_samples(stage)
+        return history
+
+    def looked_at(self) -> tuple[str, float, dict[str, Any]]:
+        """The accuracy curve of fine-tuning and GRPO: few held-out problems, none of the final evaluation."""
+        scores = self.measure(n=min(120, self.problems), seed=2)
+        return "accuracy", scores.pass_at_1, {"format": scores.format, "length": scores.mean_length, "by_task": scores.by_task}
 
     def record_scores(self, name: str, greedy: tasks.TaskScores, sampled: tasks.TaskScores | None = None) -> None:
         row: dict[str, Any] = {

@@ -10,7 +10,6 @@ from pellucid import tasks
 from pellucid.data import baselines, packing
 from pellucid.grow import recipe
 from pellucid.grow.corpus import split_corpus
-from pellucid.models import save
 from pellucid.nn import Decoder, init_weights
 from pellucid.runtime import dtype_of
 from pellucid.tokenizers import Tokenizer
@@ -36,15 +35,11 @@ def run(job: Job) -> Result:
         return "bits per byte", bits_per_byte(nats, test.labels, sizes), {}
 
     before = evaluate()[1]
-    config = LoopConfig("pretrain", seconds=job.loop_seconds("pretrain"), save_seconds=recipe.SAVE_SECONDS, rows=recipe.ROWS, optim=replace(recipe.PRETRAIN, dtype=job.plan.dtype),
-                        schedule=recipe.PRETRAIN_SCHEDULE, seed=job.config.seed)
+    config = LoopConfig("pretrain", seconds=job.loop_seconds("pretrain"), save_seconds=recipe.SAVE_SECONDS,
+                        rows=recipe.ROWS, optim=replace(recipe.PRETRAIN, dtype=job.plan.dtype), schedule=recipe.PRETRAIN_SCHEDULE, seed=job.config.seed)
     loop = Loop(job.model, rows, config, evaluate=evaluate, checkpoint=job.stage_folder("pretrain-checkpoint"),
                 resume_hint=job.resume_command)
-    if job.config.resume:
-        loop.resume()
-    history = loop.run()
-    save(job.model, job.stage_folder("pretrain"), tokenizer=job.tokenizer)
-    job.show_samples("pretrain")
+    history = job.trained("pretrain", loop)
     details = {"tokens": history.tokens, "tokens_per_second": history.tokens / history.seconds,
                "epochs": history.tokens / rows.tokens.numel(), "steps": history.steps}
     return Result("bits per byte on held-out text", "bpb", False, before, history.evaluations[-1][1], details,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pellucid import events
 from pellucid.align import formula
 from pellucid.align.online import OnlineConfig, OnlineLoop
 from pellucid.grow import recipe
 from pellucid.grow.pretrain import thinned
-from pellucid.models import save
 from pellucid.runtime import dtype_of
 
 if TYPE_CHECKING:
@@ -22,23 +21,15 @@ def run(job: Job) -> Result:
     job.model.to(job.plan.device).compute_dtype = dtype_of(job.plan.dtype)
     before = job.report["evaluation"]["sft"]["pass@1"]
 
-    def evaluate() -> tuple[str, float, dict[str, Any]]:
-        scores = job.measure(n=min(120, job.problems), seed=2)
-        return "accuracy", scores.pass_at_1, {"format": scores.format, "length": scores.mean_length}
-
     events.note(formula(recipe.OBJECTIVE))
     seconds = job.loop_seconds("grpo", after=job.measure_seconds + 1.0)
     config = OnlineConfig(
         seconds=seconds, save_seconds=recipe.SAVE_SECONDS, prompts=recipe.prompts(seconds, job.plan.tokens_per_second), group=recipe.GROUP,
         max_tokens=recipe.MAX_TOKENS, objective=recipe.OBJECTIVE, weights=recipe.REWARDS,
         optim=recipe.REAL_GRPO if job.config.model else recipe.GRPO, schedule=recipe.GRPO_SCHEDULE, seed=job.config.seed)
-    loop = OnlineLoop(job.model, job.tokenizer, recipe.training_mix(), config, evaluate=evaluate,
+    loop = OnlineLoop(job.model, job.tokenizer, recipe.training_mix(), config, evaluate=job.looked_at,
                       checkpoint=job.stage_folder("grpo-checkpoint"), resume_hint=job.resume_command)
-    if job.config.resume:
-        loop.resume()
-    history = loop.run()
-    save(job.model, job.stage_folder("grpo"), tokenizer=job.tokenizer)
-    job.show_samples("grpo")
+    history = job.trained("grpo", loop)
     scores = job.measure()
     job.record_scores("grpo", scores)
     job.report["groups"] = loop.shown_groups

@@ -15,7 +15,6 @@ from pellucid import tasks
 from pellucid.data import chats, packing
 from pellucid.grow import recipe
 from pellucid.grow.pretrain import thinned
-from pellucid.models import save
 from pellucid.runtime import dtype_of
 from pellucid.train import Loop, LoopConfig
 
@@ -29,23 +28,15 @@ def run(job: Job) -> Result:
     rows = packing.pack_samples(demonstrations(job), recipe.ROW, overlong="truncate", pad_id=job.tokenizer.pad_id)
     job.model.to(job.plan.device).compute_dtype = dtype_of(job.plan.dtype)
 
-    def evaluate() -> tuple[str, float, dict[str, Any]]:
-        scores = job.measure(n=min(120, job.problems), seed=2)
-        return "accuracy", scores.pass_at_1, {"format": scores.format, "by_task": scores.by_task}
-
     before = job.measure().pass_at_1
     if job.config.model:
         job.show_samples("given")
     optimizer = recipe.REAL_SFT if job.config.model else recipe.SFT
-    config = LoopConfig("sft", seconds=job.loop_seconds("sft", after=job.measure_seconds), save_seconds=recipe.SAVE_SECONDS, rows=recipe.ROWS, optim=replace(optimizer, dtype=job.plan.dtype),
-                        schedule=recipe.SFT_SCHEDULE, evaluations=3, seed=job.config.seed)
-    loop = Loop(job.model, rows, config, evaluate=evaluate, checkpoint=job.stage_folder("sft-checkpoint"),
+    config = LoopConfig("sft", seconds=job.loop_seconds("sft", after=job.measure_seconds), save_seconds=recipe.SAVE_SECONDS,
+                        rows=recipe.ROWS, optim=replace(optimizer, dtype=job.plan.dtype), schedule=recipe.SFT_SCHEDULE, evaluations=3, seed=job.config.seed)
+    loop = Loop(job.model, rows, config, evaluate=job.looked_at, checkpoint=job.stage_folder("sft-checkpoint"),
                 resume_hint=job.resume_command)
-    if job.config.resume:
-        loop.resume()
-    history = loop.run()
-    save(job.model, job.stage_folder("sft"), tokenizer=job.tokenizer)
-    job.show_samples("sft")
+    history = job.trained("sft", loop)
     scores = job.measure()
     job.record_scores("sft", scores)
     details = {"demonstrations": recipe.demonstrations(job.config.minutes), "tokens": history.tokens, "epochs": history.tokens / rows.tokens.numel(),
