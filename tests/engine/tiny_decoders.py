@@ -28,7 +28,7 @@ class Scripted(Decoder):
         self.script, self.prompt = script, prompt
         self.eval()
 
-    def hidden(self, tokens, positions=None, documents=None, cache=None, mask=None):
+    def hidden(self, tokens, positions=None, documents=None, cache=None, mask=None, routing=None):
         here = cache.positions(tokens.shape[1]).expand(tokens.shape)
         cache.advance(tokens.shape[1])
         return here[..., None].float()

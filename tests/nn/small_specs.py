@@ -25,7 +25,7 @@ SPECS = {
     "gpt2": spec(*(Attn(3, 3, 8, Rope(0), qkv_bias=True, out_bias=True),) * 2, mlp=MLP(20, "gelu_new", True, gated=False),
                  norm="layer", positions="learned"),
     "gemma3": DecoderSpec(61, 24, tuple(
-        Layer(Attn(4, 2, 8, Rope(8, theta), qk_norm=True, window=window, scale=0.2), MLP(20, "gelu_pytorch_tanh"), post_norms=True)
+        Layer(Attn(4, 2, 8, Rope(8, theta), qk_norm=True, window=window, scale=0.2), MLP(20, "gelu_pytorch_tanh"), order="sandwich")
         for theta, window in ((1e4, 5), (1e6, None))), tied=True, context=256, norm="rms_centred", embed_scale=24**0.5),
     "gemma3-full": spec(Attn(4, 2, 8, ROPE, qk_norm=True, scale=0.2), norm="rms_centred", embed_scale=3.0),
     "yarn": spec(*(Attn(4, 2, 8, Rope(6, scaling=YARN, attention_factor=1.3)),) * 2, mlp=MLP(20, gated=False)),

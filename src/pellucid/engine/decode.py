@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pellucid.nn import MLP, Attn, Decoder, DecoderSpec, KVCache, Layer, Linear, Rope
 from pellucid.nn.attention import Attention
-from pellucid.nn.decoder import Block
+from pellucid.nn.block import Block
 from pellucid.nn.feedforward import FeedForward
 from pellucid.nn.linear import RMSNorm
 from pellucid.ops import choose_jit, rope_angles
@@ -30,7 +30,7 @@ Step = Callable[[Tensor, KVCache], Tensor]
 
 # Fields of the specs that the compiled step knows. Whoever adds a field gets the plain step until it is taught here.
 KNOWN = {"heads", "kv_heads", "head_dim", "rope", "qkv_bias", "out_bias", "qk_norm", "window", "hidden", "act", "bias", "mixer",
-         "ffn", "vocab", "dim", "layers", "eps", "tied", "context", "family", "extra"}
+         "ffn", "vocab", "dim", "layers", "eps", "tied", "context", "family", "extra", "mtp"}
 
 
 PLAIN = {Decoder, Block, Attention, FeedForward, Linear, RMSNorm, Int8Linear, nn.Embedding, nn.ModuleList}

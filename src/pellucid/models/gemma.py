@@ -36,7 +36,7 @@ def gemma3(c: Config) -> DecoderSpec:
     mlp = MLP(c.need("intermediate_size"), c.one_of("hidden_activation", "gelu_pytorch_tanh", ACTIVATIONS))
     of_kind = {
         kind: Layer(Attn(c.heads, c.kv_heads, d, rope(c, kind, d), bias, bias, qk_norm=True, scale=scale,
-                         window=c.whole("sliding_window", 4096) if kind == SLIDING else None), mlp, post_norms=True)
+                         window=c.whole("sliding_window", 4096) if kind == SLIDING else None), mlp, order="sandwich")
         for kind in (FULL, SLIDING)
     }
     return DecoderSpec(

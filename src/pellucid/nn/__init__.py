@@ -1,22 +1,29 @@
 """Specs (what a model is) and the blocks built from them."""
 
 from pellucid.nn.cache import KVCache
+from pellucid.nn.context import Routing
+from pellucid.nn.count import count_parameters, forward_flops
 from pellucid.nn.decoder import Decoder
 from pellucid.nn.init import init_weights
 from pellucid.nn.linear import LayerNorm, Linear, RMSNorm
-from pellucid.nn.specs import MLP, Attn, DecoderSpec, Layer, Rope, count_parameters, forward_flops
+from pellucid.nn.specs import GDN, MLA, MLP, Attn, DecoderSpec, Indexer, Layer, MoE, Rope
 
 __all__ = [
+    "GDN",
+    "MLA",
     "MLP",
     "Attn",
     "Decoder",
     "DecoderSpec",
+    "Indexer",
     "KVCache",
     "Layer",
     "LayerNorm",
     "Linear",
+    "MoE",
     "RMSNorm",
     "Rope",
+    "Routing",
     "count_parameters",
     "forward_flops",
     "init_weights",

@@ -14,16 +14,34 @@ from pellucid.ops import bias_of, rope_angles, rope_frequencies
 
 
 @dataclass
+class Routing:
+    """What the routers of one forward pass decided, layer by layer, for balance losses and for what is shown.
+
+    logits: (N, E) each, before scores are made; chosen: (N, k) expert ids each; real (N,): False for padding, None if all are.
+    """
+
+    logits: list[Tensor] = field(default_factory=list)
+    chosen: list[Tensor] = field(default_factory=list)
+    real: Tensor | None = None
+
+
+@dataclass
 class Context:
     """mask: (B or 1, 1, T or 1, S) bool, True = visible; None when nothing is hidden but the future. causal: False when
     the mask holds causality already (attention applies it in any case: it changes nothing then, and lets whole tiles
-    be skipped)."""
+    be skipped). real: (B, T) bool, False for new tokens that are padding; None when all are real. documents: (B, T) ids of
+    packed documents. memory: (B, S, D), an encoder's output for cross-attention, and which of it is real (B, S)."""
 
     positions: Tensor  # (B or 1, T)
     dtype: torch.dtype
     mask: Tensor | None = None
     cache: KVCache | None = None
     causal: bool = True
+    real: Tensor | None = None
+    documents: Tensor | None = None
+    memory: Tensor | None = None
+    memory_real: Tensor | None = None
+    routing: Routing | None = None
     _angles: dict[Rope, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _bias: dict[torch.dtype, Tensor] = field(default_factory=dict)
 

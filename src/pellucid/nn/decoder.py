@@ -9,33 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pellucid.nn.attention import Attention
+from pellucid.nn.block import Block
+from pellucid.nn.build import build_layer
 from pellucid.nn.cache import KVCache
-from pellucid.nn.context import Context, document_mask, padding_positions
-from pellucid.nn.feedforward import feed_forward
-from pellucid.nn.linear import NORMS, CentredRMSNorm, Linear, RMSNorm
-from pellucid.nn.specs import DecoderSpec, Layer
+from pellucid.nn.context import Context, Routing, document_mask, padding_positions
+from pellucid.nn.linear import NORMS, Linear
+from pellucid.nn.site import Site
+from pellucid.nn.specs import DecoderSpec
 from pellucid.ops import visible
-
-
-class Block(nn.Module):
-    """One pre-norm residual layer, with or without norms behind its parts."""
-
-    def __init__(self, layer: Layer, spec: DecoderSpec, index: int):
-        super().__init__()
-        Norm = NORMS[spec.norm]
-        self.norm1 = Norm(spec.dim, spec.eps)
-        self.mixer = Attention(layer.mixer, spec.dim, spec.eps, index, CentredRMSNorm if Norm is CentredRMSNorm else RMSNorm)
-        self.post1 = Norm(spec.dim, spec.eps) if layer.post_norms else None
-        self.norm2 = Norm(spec.dim, spec.eps)
-        self.ffn = feed_forward(layer.ffn, spec.dim)
-        self.post2 = Norm(spec.dim, spec.eps) if layer.post_norms else None
-
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        mixed = self.mixer(self.norm1(x), ctx)
-        x = x + (mixed if self.post1 is None else self.post1(mixed))
-        fed = self.ffn(self.norm2(x))
-        return x + (fed if self.post2 is None else self.post2(fed))
 
 
 class Decoder(nn.Module):
@@ -44,6 +25,7 @@ class Decoder(nn.Module):
     positions: (B, T), default 0, 1, ...; or counted behind the cache; or from `mask`.
     documents: (B, T) ids of packed documents; attention stays within equal ids.
     mask: (B, T), 1 = real token, for padded batches.   cache: a `KVCache` that is read and extended.
+    routing: collects what the routers of a mixture of experts decide (for balance losses).
     compute_dtype: the dtype of activations; None means the weights' own.
     """
 
@@ -53,7 +35,8 @@ class Decoder(nn.Module):
         self.compute_dtype: torch.dtype | None = None
         self.embed = nn.Embedding(spec.vocab, spec.dim)
         self.positions = nn.Embedding(spec.context, spec.dim) if spec.positions == "learned" else None
-        self.layers = nn.ModuleList(Block(layer, spec, i) for i, layer in enumerate(spec.layers))
+        self.layers = nn.ModuleList(
+            build_layer(layer, Site(spec.dim, spec.eps, spec.norm, i)) for i, layer in enumerate(spec.layers))
         self.norm = NORMS[spec.norm](spec.dim, spec.eps)
         self.head = None if spec.tied else Linear(spec.dim, spec.vocab)
 
@@ -64,7 +47,7 @@ class Decoder(nn.Module):
 
     def hidden(
         self, tokens: Tensor, positions: Tensor | None = None, documents: Tensor | None = None,
-        cache: KVCache | None = None, mask: Tensor | None = None,
+        cache: KVCache | None = None, mask: Tensor | None = None, routing: Routing | None = None,
     ) -> Tensor:
         """The last hidden state (B, T, D), after the final norm."""
         x = F.embedding(tokens, self.embed.weight)
@@ -72,13 +55,16 @@ class Decoder(nn.Module):
             x = x * x.new_tensor(self.spec.embed_scale)  # the factor is rounded to the weights' dtype, as in training
         x = x if self.compute_dtype is None else x.to(self.compute_dtype)
         ctx = self._context(tokens, positions, documents, cache, mask, x.dtype)
+        ctx.routing = routing
         if self.positions is not None:
             x = x + F.embedding(ctx.positions, self.positions.weight).to(x.dtype)
+        first: Block = self.layers[0]  # type: ignore[assignment]
+        x = first.enter(x)
         for layer in self.layers:
             x = layer(x, ctx)
         if cache is not None:
             cache.advance(tokens.shape[1])
-        return self.norm(x)
+        return self.norm(first.leave(x))  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)"""
@@ -88,9 +74,9 @@ class Decoder(nn.Module):
 
     def forward(
         self, tokens: Tensor, positions: Tensor | None = None, documents: Tensor | None = None,
-        cache: KVCache | None = None, mask: Tensor | None = None,
+        cache: KVCache | None = None, mask: Tensor | None = None, routing: Routing | None = None,
     ) -> Tensor:
-        return self.logits(self.hidden(tokens, positions, documents, cache, mask))
+        return self.logits(self.hidden(tokens, positions, documents, cache, mask, routing))
 
     def _context(
         self, tokens: Tensor, positions: Tensor | None, documents: Tensor | None, cache: KVCache | None,
@@ -106,14 +92,14 @@ class Decoder(nn.Module):
                 positions = padding_positions(mask)
             else:
                 positions = torch.arange(T, device=tokens.device)[None]
-        seen = None
+        seen, real = None, None if mask is None else mask.bool()
         if documents is not None:
             seen = document_mask(documents)
         if mask is not None:
             keys = mask.bool()[:, None, None, :]
             seen = keys if seen is None else seen & keys
         if cache is not None:
-            seen = cache.key_mask(T)
+            seen, real = cache.key_mask(T), cache.real(T)
         if seen is not None and T > 1:  # fold causality in once instead of once a layer
             seen = seen & visible(T, seen.shape[-1], device=tokens.device)
-        return Context(positions, dtype, seen, cache, causal=seen is None)
+        return Context(positions, dtype, seen, cache, causal=seen is None, real=real, documents=documents)

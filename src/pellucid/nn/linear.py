@@ -13,13 +13,15 @@ class Linear(nn.Module):
     """y = x W^T (+ b), W (out, in).
 
     parts: the row counts of the matrices stacked in W. Loading and saving cut along them, and so does Muon, which
-    must orthogonalise each matrix and not the stack. The weight is cast to the activations' dtype at use: float32
+    must orthogonalise each matrix and not the stack. groups: heads that the rows of each part belong to, for files that
+    keep the rows of a head together across parts (see models/names.py). The weight is cast to the activations' dtype at use: float32
     master weights under bfloat16 activations need no autocast.
     """
 
-    def __init__(self, inputs: int, outputs: int | tuple[int, ...], bias: bool = False):
+    def __init__(self, inputs: int, outputs: int | tuple[int, ...], bias: bool = False, groups: int = 1):
         super().__init__()
         self.parts = (outputs,) if isinstance(outputs, int) else tuple(outputs)
+        self.groups = groups
         self.weight = nn.Parameter(torch.empty(sum(self.parts), inputs))
         self.bias = nn.Parameter(torch.zeros(sum(self.parts))) if bias else None
 
@@ -60,6 +62,14 @@ class CentredRMSNorm(RMSNorm):
         return rms_norm(x.to(wide), self.scale.to(wide), self.eps).to(x.dtype)
 
 
+class WideRMSNorm(RMSNorm):
+    """Its weights are applied in float32, before the one rounding (gpt-oss); the same as RMSNorm in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return rms_norm(x.to(wide), self.weight.to(wide), self.eps).to(x.dtype)
+
+
 class LayerNorm(nn.Module):
     """w (x - mean) / sqrt(variance + eps) + b (arXiv 1607.06450); statistics in float32."""
 
@@ -73,5 +83,6 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
-NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rms": RMSNorm, "rms_centred": CentredRMSNorm, "layer": LayerNorm}
+NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {
+    "rms": RMSNorm, "rms_centred": CentredRMSNorm, "rms_wide": WideRMSNorm, "layer": LayerNorm}
 """The norms by the names that specs use."""

@@ -1,7 +1,12 @@
 """Specs: what a model is, as a small tree of frozen dataclasses.
 
 `config.json` is read into specs once (models/); blocks are built from specs (`BUILD` in nn/build.py); the inspector
-counts from them. No block ever asks for a model's name: where two families differ, a field differs.
+counts from them (nn/count.py). No block ever asks for a model's name: where two families differ, a field differs.
+
+    mixers   Attn, MLA, GDN            what moves information between positions
+    ffns     MLP, MoE                  what works on each position alone
+    Layer    a mixer, perhaps cross-attention, an ffn, and how their results join the residual stream
+    shapes   DecoderSpec, EncoderSpec, EncoderDecoderSpec, DualEncoderSpec
 """
 
 from __future__ import annotations
@@ -10,6 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pellucid.ops import BY_LENGTH
+
+Extra = tuple[tuple[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -20,7 +27,7 @@ class Rope:
     dim: int
     theta: float = 10_000.0
     interleaved: bool = False
-    scaling: tuple[tuple[str, Any], ...] = ()  # sorted items, so that a spec stays hashable and comparable
+    scaling: Extra = ()  # sorted items, so that a spec stays hashable and comparable
     attention_factor: float = 1.0  # cos and sin are multiplied by it (YaRN, LongRoPE)
 
     @property
@@ -33,9 +40,29 @@ class Rope:
         return self.scaling_dict.get("rope_type") in BY_LENGTH
 
 
+# --- mixers -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """StreamingLLM (arXiv 2309.17453): only the first `sinks` tokens and the last `window` are kept, and positions are those
+    inside the cache."""
+
+    sinks: int = 4
+    window: int = 1020
+
+
+@dataclass(frozen=True)
+class DualChunk:
+    """Dual chunk attention (arXiv 2402.17463): no relative position exceeds `size`; `local` of them stay exact across a border."""
+
+    size: int
+    local: int
+
+
 @dataclass(frozen=True)
 class Attn:
-    """Self-attention with grouped key/value heads (MHA: kv_heads == heads; MQA: kv_heads == 1)."""
+    """Attention with grouped key/value heads (MHA: kv_heads == heads; MQA: kv_heads == 1)."""
 
     heads: int
     kv_heads: int
@@ -46,12 +73,58 @@ class Attn:
     qk_norm: bool = False  # RMS norm of each query and key head, before the rotation (Qwen3)
     window: int | None = None
     scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim)
+    causal: bool = True
+    gate: bool = False  # the result is multiplied by sigmoid(gate x), entry by entry (Qwen3-Next)
+    sinks: bool = False  # one logit a head joins the softmax and is then dropped (gpt-oss)
+    logn: int = 0  # beyond so many keys, a query at position i is multiplied by log_logn(i) (Qwen v1); 0: never
+    reach: Streaming | DualChunk | None = None  # a way to run beyond the trained context
     # Derived: whether cos and sin are more than those of position x frequency. A field, so that a fast path that does
     # not know it steps aside, as it does for any other.
     special_rope: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "special_rope", self.rope.by_length or self.rope.attention_factor != 1)
+
+
+@dataclass(frozen=True)
+class Indexer:
+    """DeepSeek-V3.2's lightning indexer: small heads that choose the `top_k` keys which a query may see."""
+
+    heads: int
+    dim: int
+    top_k: int
+
+
+@dataclass(frozen=True)
+class MLA:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values of all heads are made from one latent
+    vector a token, beside one rotated key that all heads share."""
+
+    heads: int
+    q_rank: int | None  # width of the queries' own latent; None: queries are made from x at once
+    kv_rank: int
+    nope: int  # entries of a query or key head that are not rotated; they come first
+    v_dim: int
+    rope: Rope  # rope.dim entries of a head are rotated; they come last
+    scale: float | None = None  # of the scores; None: 1 / sqrt(nope + rope.dim)
+    bias: bool = False  # on q_a, kv_a and o
+    eps: float = 1e-6  # of the latents' norms, whatever the model's own is
+    indexer: Indexer | None = None
+
+
+@dataclass(frozen=True)
+class GDN:
+    """Gated delta net (arXiv 2412.06464): linear attention with a state of v_heads x k_dim x v_dim that decays and is
+    corrected by the delta rule; a short causal convolution comes before it."""
+
+    k_heads: int
+    v_heads: int  # each key head serves v_heads / k_heads consecutive value heads
+    k_dim: int
+    v_dim: int
+    conv: int = 4
+
+
+# --- feed-forward -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -65,12 +138,51 @@ class MLP:
 
 
 @dataclass(frozen=True)
-class Layer:
-    """Pre-norm residual layer: x + mixer(norm x), then x + ffn(norm x)."""
+class MoE:
+    """Mixture of experts: each token goes to `top_k` of `experts` gated MLPs of width `hidden`, and to a shared one."""
 
-    mixer: Attn
-    ffn: MLP
-    post_norms: bool = False  # a norm also on what mixer and ffn return, before it is added (sandwich; Gemma)
+    experts: int
+    top_k: int
+    hidden: int
+    act: str = "silu"
+    score: str = "softmax"  # over all experts; sigmoid: of each alone; top_k_softmax: over the chosen logits
+    renormalize: bool = False  # the chosen weights are divided by their sum
+    scale: float = 1.0  # of the routed sum
+    groups: int = 1  # experts stand in groups, and only the best `top_groups` of them can be chosen from
+    top_groups: int = 1
+    group_score: str = "max"  # of a group: its best score; top2: the sum of its two best
+    select_bias: bool = False  # a bias that counts for choosing, not for weighing (balancing without an auxiliary loss)
+    wide_router: bool = False  # the router's product in float32 (DeepSeek)
+    router_bias: bool = False
+    expert_bias: bool = False
+    clamp: tuple[float, float] | None = None  # (alpha, limit): gpt-oss's clamped gate
+    shared: int = 0  # width of the expert that sees every token; 0: none
+    shared_gate: bool = False  # it is multiplied by sigmoid(gate x)
+    capacity: float | None = None  # tokens an expert takes at most, in shares of an even load; the others are dropped
+    expert_choice: bool = False  # experts choose tokens (arXiv 2202.09368)
+    aux_loss: float = field(default=0.0, compare=False)  # weight of the balance loss in training
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Residual:
+    """One residual stream: x + f(x)."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """order: pre: x + f(norm x); post: norm(x + f(x)); sandwich: x + norm(f(norm x)) (Gemma)."""
+
+    mixer: Any  # Attn, MLA or GDN: what nn/build.py knows
+    ffn: Any  # MLP or MoE
+    order: str = "pre"
+    cross: Attn | None = None  # attention to the encoder's output, between the two
+    residual: Residual = Residual()
+
+
+# --- shapes -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -83,37 +195,91 @@ class DecoderSpec:
     eps: float = 1e-6
     tied: bool = False
     context: int = 2048
-    norm: str = "rms"  # of every norm outside attention: rms; rms_centred (weights are stored less 1, q and k too); layer (with mean and bias)
+    norm: str = "rms"  # of every norm outside attention: rms; rms_centred (weights are stored less 1, q and k too); rms_wide
+    # (the weight is applied in float32); layer (with mean and bias)
     positions: str = "rope"  # or learned: a vector for each of `context` positions, added to the embedding
     embed_scale: float = 1.0  # of the embedding, in its own dtype; the tied head goes without
+    mtp: tuple[Layer, ...] = ()  # multi-token prediction: a layer for each further token (DeepSeek-V3)
     family: str = "qwen3"  # which function of models/ writes the config.json back
-    extra: tuple[tuple[str, Any], ...] = field(default=(), compare=False)  # config.json fields that change no number
+    extra: Extra = field(default=(), compare=False)  # config.json fields that change no number
 
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of float32 cache that one token leaves in all layers."""
-        return sum(2 * layer.mixer.kv_heads * layer.mixer.head_dim * 4 for layer in self.layers)
+        from pellucid.nn.count import cache_entries
+
+        return 4 * sum(cache_entries(layer.mixer) for layer in self.layers)
 
 
-def count_parameters(spec: DecoderSpec) -> int:
-    """Parameters (a tied head counted once), from the spec alone; equals the built model's own count."""
-    norm = spec.dim * (2 if spec.norm == "layer" else 1)
-    total = spec.vocab * spec.dim * (1 if spec.tied else 2) + norm
-    total += spec.context * spec.dim * (spec.positions == "learned")
-    for layer in spec.layers:
-        a, m = layer.mixer, layer.ffn
-        q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
-        total += spec.dim * (q + 2 * kv) + q * spec.dim + (2 + m.gated) * spec.dim * m.hidden + (4 if layer.post_norms else 2) * norm
-        total += (q + 2 * kv) * a.qkv_bias + spec.dim * a.out_bias + 2 * a.head_dim * a.qk_norm
-        total += ((1 + m.gated) * m.hidden + spec.dim) * m.bias
-    return total
+@dataclass(frozen=True)
+class EncoderSpec:
+    """A bidirectional encoder: embeddings, layers, perhaps a pooler and a head.
+
+    positions: learned, or sinusoid (halves: sines first; pairs: interleaved as in the paper).
+    """
+
+    vocab: int
+    dim: int
+    layers: tuple[Layer, ...]
+    eps: float = 1e-12
+    context: int = 512
+    norm: str = "layer"
+    positions: str = "learned"
+    embed_scale: float = 1.0
+    token_types: int = 0
+    embed_norm: bool = False  # a norm on the summed embeddings (BERT)
+    final_norm: bool = False
+    pooler: bool = False  # tanh(W x[0])
+    head: str = ""  # mlm: a masked language model's; classifier: `classes` logits from the pooled output
+    classes: int = 0
+    family: str = "bert"
+    extra: Extra = field(default=(), compare=False)
 
 
-def forward_flops(spec: DecoderSpec, context: int) -> int:
-    """Forward FLOPs for one token at position `context`: 2 per matrix weight used, and 4 H d per visible key."""
-    total = 2 * spec.vocab * spec.dim
-    for layer in spec.layers:
-        a, m = layer.mixer, layer.ffn
-        total += 2 * spec.dim * a.head_dim * (2 * a.heads + 2 * a.kv_heads) + 2 * (2 + m.gated) * spec.dim * m.hidden
-        total += 4 * a.heads * a.head_dim * min(context, a.window or context)
-    return total
+@dataclass(frozen=True)
+class EncoderDecoderSpec:
+    """The original Transformer (arXiv 1706.03762): an encoder, and a decoder whose layers also attend to its output."""
+
+    vocab: int
+    dim: int
+    encoder: tuple[Layer, ...]
+    decoder: tuple[Layer, ...]
+    eps: float = 1e-5
+    context: int = 512
+    norm: str = "layer"
+    positions: str = "sinusoid-halves"  # sines in the first half (Marian); sinusoid-pairs: interleaved, as in the paper; learned
+    embed_scale: float = 1.0
+    final_norm: bool = False  # one more norm after each stack (torch.nn.Transformer)
+    tied: bool = True
+    logits_bias: bool = False
+    start: int = 0  # the token that generation begins with
+    family: str = "marian"
+    extra: Extra = field(default=(), compare=False)
+
+
+@dataclass(frozen=True)
+class VisionSpec:
+    """A vision transformer: `image` x `image` pixels in patches of `patch`, behind one class token."""
+
+    dim: int
+    layers: tuple[Layer, ...]
+    image: int
+    patch: int
+    channels: int = 3
+    eps: float = 1e-5
+    norm: str = "layer"
+
+
+@dataclass(frozen=True)
+class DualEncoderSpec:
+    """CLIP (arXiv 2103.00020): a text and a vision tower, projected into one space of `dim` entries."""
+
+    text: EncoderSpec
+    vision: VisionSpec
+    dim: int
+    pool_at: int  # the token whose first place is read from the text tower; 2: the largest id (old files)
+    family: str = "clip"
+    extra: Extra = field(default=(), compare=False)
+
+
+Spec = DecoderSpec | EncoderSpec | EncoderDecoderSpec | DualEncoderSpec

@@ -1,7 +1,7 @@
 """Scaled dot-product attention: the formula, its fast twins, and the one place that chooses between them.
 
 Shapes: B batch, H query heads, K key/value heads (H = K * group), T query length, S key length, d head dim.
-    q (B, H, T, d)   k, v (B, K, S, d)   ->   (B, H, T, d)
+    q (B, H, T, d)   k (B, K, S, d)   v (B, K, S, e)   ->   (B, H, T, e), where mostly e = d
     mask: broadcastable to (B, 1, T, S); bool, True = visible; or a float bias added to the scores (0 or -inf for a
     plain mask), in which every query must see something. A bool mask may leave a query nothing: it gets zeros.
 
@@ -28,11 +28,12 @@ SAVED_LIMIT = 256 * 2**20
 
 def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, mask: Tensor | None = None, window: int | None = None,
-    scale: float | None = None,
+    scale: float | None = None, sinks: Tensor | None = None,
 ) -> Tensor:
     """softmax(q k^T / sqrt(d) + mask) v, Vaswani et al. 2017 (arXiv 1706.03762), equation 1.
 
     GQA (arXiv 2305.13245): each key/value head serves H / K consecutive query heads. Computed in float32 at least.
+    sinks (H,): a logit of each head that takes part in the softmax and adds nothing (gpt-oss; "softmax off by one").
     """
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -42,7 +43,10 @@ def attention_reference(
     seen = visible(q.shape[2], k.shape[2], causal=causal, window=window, device=q.device)
     if mask is not None:
         scores, seen = (scores, seen & mask) if mask.dtype == torch.bool else (scores + mask, seen)
-    return (softmax(scores.masked_fill(~seen, -torch.inf)) @ v.to(wide)).to(q.dtype)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.to(wide).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)), -1)
+    return (softmax(scores)[..., : k.shape[2]] @ v.to(wide)).to(q.dtype)
 
 
 def attention_sdpa(
@@ -82,11 +86,30 @@ def choose_attention(q: Tensor, k: Tensor, causal: bool = True) -> tuple[str, st
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, mask: Tensor | None = None, window: int | None = None,
-    scale: float | None = None,
+    scale: float | None = None, sinks: Tensor | None = None,
 ) -> Tensor:
     """The fast path of this machine; `attention_reference` is what it must equal."""
+    if sinks is not None:
+        return _attention_with_sinks(q, k, v, sinks, causal=causal, mask=mask, window=window, scale=scale)
     choice, _ = choose_attention(q, k, causal)
     if choice == "one_query":
         return attention_one_query(q, k, v, mask=mask, window=window, scale=scale)
     path = attention_tiled if choice == "tiled" else attention_sdpa
     return path(q, k, v, causal=causal, mask=mask, window=window, scale=scale)
+
+
+def _attention_with_sinks(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, *, causal: bool, mask: Tensor | None, window: int | None, scale: float | None,
+) -> Tensor:
+    """A key of zeros in front, whose score is the sink's logit through the mask and whose value is zero."""
+    T, S = q.shape[2], k.shape[2]
+    seen = visible(T, S, causal=causal, window=window, device=q.device)[None, None]
+    if mask is not None and mask.dtype == torch.bool:
+        seen, mask = seen & mask, None
+    bias = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, -torch.inf)
+    bias = bias if mask is None else bias + mask
+    B, H = q.shape[:2]
+    front = sinks.to(q.dtype).view(1, H, 1, 1).expand(B, H, T, 1)
+    bias = torch.cat((front, bias.expand(B, H, T, S)), -1)
+    k, v = (torch.cat((x.new_zeros(*x.shape[:2], 1, x.shape[3]), x), 2) for x in (k, v))
+    return attention(q, k, v, causal=False, mask=bias, scale=scale)

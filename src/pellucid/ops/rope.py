@@ -99,6 +99,12 @@ def rope_angles(
     return cos.to(dtype), sin.to(dtype)
 
 
+def log_n_scale(positions: Tensor, trained: int) -> Tensor:
+    """positions (..., T) from 0 -> max(1, log(position + 1) / log(trained)): queries grow so that attention over more keys
+    than in training stays as sharp (Qwen v1; arXiv 2202.12172)."""
+    return (torch.log((positions + 1).float()) / math.log(trained)).clamp_min(1.0)
+
+
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, heads_last: bool = False, interleaved: bool = False) -> Tensor:
     """Turns the first r = cos.shape[-1] entries of every head; the rest passes through.
 

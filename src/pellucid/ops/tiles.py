@@ -58,7 +58,7 @@ def attention_one_query(
     scores = (q * (d**-0.5 if scale is None else scale)).reshape(B, K, H // K, d) @ k.mT
     if mask is not None:
         scores = scores + mask
-    out = (torch.softmax(scores, -1) @ v).view(B, H, 1, d)
+    out = (torch.softmax(scores, -1) @ v).view(B, H, 1, v.shape[-1])
     return out if blind is None else out.masked_fill(blind, 0.0)
 
 
@@ -97,11 +97,11 @@ class _Tiled(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, window: int | None, scale: float,
     ) -> Tensor:
-        (B, H, T, d), (K, S) = q.shape, k.shape[1:3]
+        (B, H, T, d), (K, S, e) = q.shape, v.shape[1:]
         ctx.plan, ctx.scale, ctx.shape = list(tiles(T, S, causal, window)), scale, (B, H, K, T, S, d)
         groups = q.unflatten(1, (K, H // K))  # (B, K, G, T, d)
-        k, v = (k * scale).reshape(B * K, S, d), v.reshape(B * K, S, d)
-        out = q.new_empty(B, T, H, d)  # heads last: the output projection reads it without a copy
+        k, v = (k * scale).reshape(B * K, S, d), v.reshape(B * K, S, e)
+        out = q.new_empty(B, T, H, e)  # heads last: the output projection reads it without a copy
         kept = []
         for a, b, low, high in ctx.plan:
             rows = groups[:, :, :, a:b].reshape(B * K, -1, d)
@@ -113,7 +113,7 @@ class _Tiled(torch.autograd.Function):
                 edge = _edge(b - a, high - low if window else b - a, window, q.dtype)
                 by_head[..., high - low - edge.shape[1] :] += edge
             P = torch.softmax(scores, -1)
-            out[:, a:b] = torch.bmm(P, v[:, low:high]).view(B, H, b - a, d).transpose(1, 2)
+            out[:, a:b] = torch.bmm(P, v[:, low:high]).view(B, H, b - a, e).transpose(1, 2)
             if any(ctx.needs_input_grad[:3]):
                 kept += [rows, P]
         ctx.save_for_backward(k, v, *kept)
@@ -128,10 +128,10 @@ class _Tiled(torch.autograd.Function):
         dq = k.new_empty(B, T, H, d)
         dk, dv = torch.zeros_like(k), torch.zeros_like(v)
         for (a, b, low, high), rows, P in zip(ctx.plan, kept[::2], kept[1::2], strict=True):
-            g = groups[:, :, :, a:b].reshape(B * K, -1, d)
+            g = groups[:, :, :, a:b].reshape(B * K, -1, v.shape[-1])
             dP = torch.bmm(g, v[:, low:high].mT)
             dS = torch._softmax_backward_data(dP, P, -1, P.dtype)
             dq[:, a:b] = torch.bmm(dS, k[:, low:high]).view(B, H, b - a, d).transpose(1, 2)
             dk[:, low:high].baddbmm_(dS.mT, rows)
             dv[:, low:high].baddbmm_(P.mT, g)
-        return dq.transpose(1, 2), dk.mul_(ctx.scale).view(B, K, S, d), dv.view(B, K, S, d), None, None, None, None
+        return dq.transpose(1, 2), dk.mul_(ctx.scale).view(B, K, S, d), dv.view(B, K, S, -1), None, None, None, None

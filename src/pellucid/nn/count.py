@@ -1,0 +1,133 @@
+"""What a spec costs, counted from the spec alone: parameters, cache, arithmetic. No model is built.
+
+Each kind of part has one function in `PARTS`. D: model width. "Matrix weights" are those that a token is multiplied by:
+2 FLOPs each; what a mixer computes beside them depends on how many keys a token sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pellucid.nn.specs import GDN, MLA, MLP, Attn, DecoderSpec, Layer, MoE
+
+
+@dataclass(frozen=True)
+class Count:
+    """Of one part of a layer.
+
+    matrices: parameters in products; vectors: the others (norms, biases).  active: matrix weights that one token meets
+    (fewer than `matrices` with experts).  entries: cached numbers a token leaves;  state: numbers kept whatever the length.
+    """
+
+    matrices: int
+    vectors: int = 0
+    active: int | None = None
+    entries: int = 0
+    state: int = 0
+
+    @property
+    def parameters(self) -> int:
+        return self.matrices + self.vectors
+
+    @property
+    def active_matrices(self) -> int:
+        return self.matrices if self.active is None else self.active
+
+
+def attn(a: Attn, D: int) -> Count:
+    q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
+    vectors = (q + 2 * kv) * a.qkv_bias + D * a.out_bias + 2 * a.head_dim * a.qk_norm + a.heads * a.sinks
+    return Count(D * (q * (1 + a.gate) + 2 * kv) + q * D, vectors, entries=2 * kv)
+
+
+def mla(a: MLA, D: int) -> Count:
+    head, r = a.nope + a.rope.dim, a.rope.dim
+    queries = D * a.heads * head if a.q_rank is None else D * a.q_rank + a.q_rank * a.heads * head
+    matrices = queries + D * (a.kv_rank + r) + a.kv_rank * a.heads * (a.nope + a.v_dim) + a.heads * a.v_dim * D
+    vectors = a.kv_rank + (a.q_rank or 0) + a.bias * ((a.q_rank or 0) + a.kv_rank + r + D)
+    entries = a.kv_rank + r
+    if a.indexer is not None:
+        i = a.indexer
+        matrices += (a.q_rank or 0) * i.heads * i.dim + D * i.dim + D * i.heads
+        vectors, entries = vectors + 2 * i.dim, entries + i.dim
+    return Count(matrices, vectors, entries=entries)
+
+
+def gdn(a: GDN, D: int) -> Count:
+    k, v = a.k_heads * a.k_dim, a.v_heads * a.v_dim
+    channels = 2 * k + v
+    return Count(D * (channels + v + 2 * a.v_heads) + v * D, channels * a.conv + 2 * a.v_heads + a.v_dim,
+                 state=a.v_heads * a.k_dim * a.v_dim + channels * (a.conv - 1))
+
+
+def mlp(m: MLP, D: int) -> Count:
+    return Count((2 + m.gated) * D * m.hidden, ((1 + m.gated) * m.hidden + D) * m.bias)
+
+
+def moe(m: MoE, D: int) -> Count:
+    expert, shared = 3 * D * m.hidden, 3 * D * m.shared + D * m.shared_gate
+    vectors = m.experts * (m.select_bias + m.router_bias) + m.experts * (2 * m.hidden + D) * m.expert_bias
+    return Count(m.experts * expert + m.experts * D + shared, vectors, m.top_k * expert + m.experts * D + shared)
+
+
+PARTS: dict[type, Callable[[Any, int], Count]] = {Attn: attn, MLA: mla, GDN: gdn, MLP: mlp, MoE: moe}
+
+
+def count(part: Any, dim: int) -> Count:
+    """What one mixer or feed-forward of a model of that width costs."""
+    return PARTS[type(part)](part, dim)
+
+
+def cache_shapes(mixer: Any) -> list[tuple[int, int]]:
+    """(heads, width) of each tensor that the mixer's cache keeps for every token."""
+    if isinstance(mixer, Attn):
+        return [(mixer.kv_heads, mixer.head_dim)] * 2
+    if isinstance(mixer, MLA):
+        indexer = [] if mixer.indexer is None else [(1, mixer.indexer.dim)]
+        return [(1, mixer.kv_rank), (1, mixer.rope.dim), *indexer]
+    return []
+
+
+def cache_entries(mixer: Any) -> int:
+    """Numbers that one token leaves in the mixer's cache."""
+    return sum(heads * width for heads, width in cache_shapes(mixer))
+
+
+def layer_norms(layer: Layer, norm: int) -> int:
+    """Parameters of the norms of one layer outside its mixer; norm: those of one norm."""
+    return norm * ((4 if layer.order == "sandwich" else 2) + (layer.cross is not None))
+
+
+def count_parameters(spec: DecoderSpec) -> int:
+    """Parameters (a tied head counted once), from the spec alone; equals the built model's own count."""
+    norm = spec.dim * (2 if spec.norm == "layer" else 1)
+    total = spec.vocab * spec.dim * (1 if spec.tied else 2) + norm
+    total += spec.context * spec.dim * (spec.positions == "learned")
+    return total + sum(layer_parameters(layer, spec.dim, norm) for layer in spec.layers)
+
+
+def layer_parameters(layer: Layer, dim: int, norm: int) -> int:
+    parts = [p for p in (layer.mixer, layer.cross, layer.ffn) if p is not None]
+    return sum(count(part, dim).parameters for part in parts) + layer_norms(layer, norm)
+
+
+def mixing_flops(mixer: Any, context: int) -> int:
+    """Forward FLOPs of one token at position `context` beside the products with weights."""
+    if isinstance(mixer, Attn):
+        return 4 * mixer.heads * mixer.head_dim * min(context, mixer.window or context)
+    if isinstance(mixer, MLA):  # in the absorbed form: scores against latent and rotated key, then a sum of latents
+        seen = context if mixer.indexer is None else min(context, mixer.indexer.top_k)
+        index = 0 if mixer.indexer is None else 2 * mixer.indexer.heads * mixer.indexer.dim * context
+        return 2 * mixer.heads * (2 * mixer.kv_rank + mixer.rope.dim) * seen + index
+    return 8 * mixer.v_heads * mixer.k_dim * mixer.v_dim  # decay, read, write, read
+
+
+def forward_flops(spec: DecoderSpec, context: int) -> int:
+    """Forward FLOPs for one token at position `context`: 2 per matrix weight used, and the mixers' own."""
+    total = 2 * spec.vocab * spec.dim
+    for layer in spec.layers:
+        total += 2 * (count(layer.mixer, spec.dim).active_matrices + count(layer.ffn, spec.dim).active_matrices)
+        total += mixing_flops(layer.mixer, context)
+    return total
