@@ -1,22 +1,30 @@
 """Names as data: which Hub tensors fill each of our parameters.
 
-A table maps our parameter name to the Hub names whose tensors, stacked by rows, make it up; `{i}` is the layer. One
-name for a matrix that we stack from several parts means that the Hub stores the stack. A name that ends in `^T` stands
-for a tensor that the Hub stores transposed. Loading pulls along the table, saving walks it backwards, and "missing" and
-"unused" are exact because both lists come from it.
+A table maps our parameter name to the Hub names whose tensors, stacked by rows, make it up. Loading pulls along the
+table, saving walks it backwards, and "missing" and "unused" are exact because both lists come from it.
 
-    >>> expand({"layers.{i}.mixer.qkv.weight": ("model.layers.{i}.q.weight", "model.layers.{i}.k.weight")}, 1)
-    {'layers.0.mixer.qkv.weight': ('model.layers.0.q.weight', 'model.layers.0.k.weight')}
+    ("a", "b", "c")      the k-th name fills the k-th of the parts that our module stacks; a single name fills all of them
+    "a[0:3]", "a[0,3]"   the name fills these of our parts
+    "a^T"                the Hub stores it transposed
+    "a^grouped"          the rows of its parts stand together head by head (`groups` of our module): first head's q, k, v, ...
+    "a^interleaved"      the rows of its parts alternate (gpt-oss: gate, up, gate, up, ...)
+    "x.{e}.y"            one tensor an expert, the first dimension of our parameter
+    [("a", "b"), ("c",)] alternatives: loading takes the first of which the file has all, saving writes the first
+    {i}, {n}             the number of the layer; the same counted behind the main layers (multi-token prediction)
+
+Rows are the last dimension but one of a matrix, and the only one of a vector; with experts, of each expert's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
-Names = Mapping[str, tuple[str, ...]]
+Entry = tuple[str, ...] | list[tuple[str, ...]]
+Names = Mapping[str, Entry]
 
 LLAMA: Names = {
     "embed.weight": ("model.embed_tokens.weight",),
@@ -69,34 +77,112 @@ GPT2: Names = {
 """Its matrices stand as (in, out), because TensorFlow's did."""
 
 
-def expand(names: Names, layers: int) -> dict[str, tuple[str, ...]]:
-    """The table with `{i}` written out for every layer."""
-    table: dict[str, tuple[str, ...]] = {}
-    for ours, theirs in names.items():
-        for i in range(layers) if "{i}" in ours else [0]:
-            table[ours.replace("{i}", str(i))] = tuple(t.replace("{i}", str(i)) for t in theirs)
-    return table
-
-
 @dataclass(frozen=True)
 class Piece:
-    """The tensor `name` of the Hub: the rows from `start` to `stop` of a parameter of ours, perhaps transposed."""
+    """The Hub's tensor `name` of that `shape`, or a part of it, and the part of our parameter that equals it.
+
+    `ours(parameter)` and `theirs(tensor)` are views of one shape: copying from one into the other loads or saves.
+    """
 
     name: str
-    start: int
-    stop: int
-    transposed: bool
+    shape: tuple[int, ...]
+    expert: int | None = None
+    rows: tuple[int, int] | None = None  # of our parameter (start, stop); None: all
+    vector: bool = False  # rows are the last dimension
+    groups: int = 1  # in how many groups the Hub's rows stand
+    within: tuple[int, int] | None = None  # (offset, width): of each group in the Hub's tensor; None: all of it
+    transposed: bool = False
 
-    def of(self, parameter: Tensor) -> Tensor:
-        """The view of our parameter (or of its gradient) that looks like the Hub's tensor; writing into it loads."""
-        rows = parameter[self.start : self.stop]
-        return rows.T if self.transposed else rows
+    def ours(self, parameter: Tensor) -> Tensor:
+        view = parameter if self.expert is None else parameter[self.expert]
+        dim = -1 if self.vector else -2
+        if self.rows is not None:
+            view = view.narrow(dim, self.rows[0], self.rows[1] - self.rows[0])
+        if self.within is not None:
+            return view.unflatten(dim, (self.groups, self.within[1]))
+        return view.mT if self.transposed else view
+
+    def theirs(self, tensor: Tensor) -> Tensor:
+        if self.within is None:
+            return tensor
+        view, dim = tensor.mT if self.transposed else tensor, -1 if self.vector else -2
+        return view.unflatten(dim, (self.groups, view.shape[dim] // self.groups)).narrow(dim, *self.within)
 
 
-def pieces(names: tuple[str, ...], parts: tuple[int, ...]) -> list[Piece]:
-    """parts: the row counts of what we stack."""
-    if len(names) == 1:
-        parts = (sum(parts),)
-    starts = [sum(parts[:i]) for i in range(len(parts))]
-    return [Piece(name.removesuffix("^T"), start, start + rows, name.endswith("^T"))
-            for name, start, rows in zip(names, starts, parts, strict=True)]
+def targets(model: nn.Module, names: Names, layers: int = 0, have: Collection[str] | None = None) -> Iterator[tuple[str, Tensor, Piece]]:
+    """(our name, parameter, piece) for every Hub tensor that fills a parameter of the model.
+
+    layers: of the main stack, for `{n}`. have: the names in a file, to choose between alternatives.
+    """
+    for prefix, module in model.named_modules():
+        stacked: Mapping[str, tuple[int, ...]] = getattr(module, "stacked", {})
+        for leaf, parameter in module.named_parameters(recurse=False):
+            name = f"{prefix}.{leaf}" if prefix else leaf
+            entry, number = lookup(names, name)
+            groups = getattr(module, "groups", 1)
+            choice = _choose(entry, number, layers, parameter, have) if isinstance(entry, list) else entry
+            for index, source in enumerate(choice):
+                for piece in _pieces(_numbered(source, number, layers), parameter, stacked.get(leaf, ()), groups, leaf,
+                                     index if len(choice) > 1 else None):
+                    yield name, parameter, piece
+
+
+def lookup(names: Names, ours: str) -> tuple[Entry, int]:
+    """The entry of one of our parameters, and the number of its layer."""
+    found = re.search(r"(?:^|\.)(?:layers|mtp)\.(\d+)\.", ours)
+    if found is None:
+        return names[ours], 0
+    return names[f"{ours[: found.start(1)]}{{i}}{ours[found.end(1) :]}"], int(found[1])
+
+
+def _numbered(source: str, number: int, layers: int) -> str:
+    return source.replace("{i}", str(number)).replace("{n}", str(layers + number))
+
+
+def _choose(entry: list[tuple[str, ...]], number: int, layers: int, parameter: Tensor, have: Collection[str] | None) -> tuple[str, ...]:
+    """The first alternative whose names (the first and the last expert's) are all there; else the first."""
+    for choice in entry if have is not None else ():
+        bare = [re.sub(r"\[.*?\]|\^\w+", "", _numbered(source, number, layers)) for source in choice]
+        wanted = {name.replace("{e}", str(e)) for name in bare for e in (0, len(parameter) - 1)}
+        if have is not None and all(name in have for name in wanted):
+            return choice
+    return entry[0]
+
+
+def _pieces(source: str, parameter: Tensor, parts: tuple[int, ...], groups: int, leaf: str, index: int | None) -> Iterator[Piece]:
+    """The pieces that one name of the table stands for. index: which of several names it is, None for the only one."""
+    name, covered, marks = _parsed(source, parts, index)
+    experts = range(len(parameter)) if "{e}" in name else [None]
+    for e in experts:
+        shape = list(parameter.shape if e is None else parameter.shape[1:])
+        # a bias of stacked experts has two dimensions, of which the last counts rows
+        vector = len(shape) == 1 or (leaf.endswith("bias") and len(shape) == 2)
+        spots = [(sum(parts[:j]), sum(parts[: j + 1])) for j in covered]
+        full = name if e is None else name.replace("{e}", str(e))
+        if spots:
+            shape[-1 if vector else -2] = sum(stop - start for start, stop in spots)
+        if "T" in marks:
+            shape[-1], shape[-2] = shape[-2], shape[-1]
+        common = {"expert": e, "vector": vector, "transposed": "T" in marks}
+        if not marks & {"grouped", "interleaved"}:
+            rows = (spots[0][0], spots[-1][1]) if spots else None
+            yield Piece(full, tuple(shape), rows=rows, **common)  # type: ignore[arg-type]
+            continue
+        offset = 0
+        for start, stop in spots:
+            count = stop - start if "interleaved" in marks else groups
+            width = (stop - start) // count
+            yield Piece(full, tuple(shape), rows=(start, stop), groups=count, within=(offset, width), **common)  # type: ignore[arg-type]
+            offset += width
+
+
+def _parsed(source: str, parts: tuple[int, ...], index: int | None) -> tuple[str, list[int], set[str]]:
+    """'a[0:3]^grouped' -> ('a', [0, 1, 2], {'grouped'})"""
+    name, *marks = source.split("^")
+    found = re.fullmatch(r"(.*)\[([\d:,]+)\]", name)
+    if found is None:
+        return name, list(range(len(parts))) if index is None else [index], set(marks)
+    if ":" in found[2]:
+        start, stop = map(int, found[2].split(":"))
+        return found[1], list(range(start, stop)), set(marks)
+    return found[1], [int(j) for j in found[2].split(",")], set(marks)

@@ -25,6 +25,11 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(sum(self.parts), inputs))
         self.bias = nn.Parameter(torch.zeros(sum(self.parts))) if bias else None
 
+    @property
+    def stacked(self) -> dict[str, tuple[int, ...]]:
+        """The rows of the matrices that stand in each parameter."""
+        return {"weight": self.parts, "bias": self.parts}
+
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)

@@ -1,0 +1,197 @@
+"""The safetensors files of a folder as one mapping from tensor name to (lazily read) tensor.
+
+Files are mapped, not read: a tensor costs memory only while it is copied, and a slice of it only as much as it is.
+Nothing is unpickled; an index that points outside of the folder, a file cut short or a lying shape is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from pellucid import events
+from pellucid.errors import BadInput
+from pellucid.models.families import Family
+from pellucid.models.names import Piece, targets
+
+IGNORED = (r"rotary_emb\.inv_freq$", r"\.position_ids$", r"\.attn\.bias$", r"\.masked_bias$")  # buffers in old files
+SPARE_HEADS = ("lm_head.weight",)  # may stand in a file whose head is the embedding
+MAPPED = 256 * 2**20  # bytes read before a file is mapped anew, so that its pages do not count as ours
+
+
+class Weights:
+    """Names are the Hub's, in the spelling of the family's table: `Family.renames` and a missing base prefix are mended."""
+
+    def __init__(self, folder: Path, stack: ExitStack, family: Family):
+        self.folder, self.family, self.stack = folder, family, stack
+        self.where: dict[str, tuple[Path, str]] = {}  # name -> the file, the name in it
+        self.open: dict[Path, Any] = {}
+        self.read_bytes = 0
+        stack.callback(self.open.clear)
+        for path in weight_files(folder):
+            self.where.update({name: (path, name) for name in self._handle(path).keys()})
+        self._mend_names()
+
+    def _mend_names(self) -> None:
+        for pattern, replacement in self.family.renames:
+            self.where = {re.sub(pattern, replacement, name): at for name, at in self.where.items()}
+        prefix = self.family.prefix
+        outside = {bare for bare in self._table_starts() if bare != prefix}
+        if not any(name.startswith(prefix) for name in self.where):
+            self.where = {name if name.startswith(tuple(outside)) else prefix + name: at for name, at in self.where.items()}
+
+    def _table_starts(self) -> set[str]:
+        """The first words of all names in the family's table."""
+        entries = self.family.names.values()
+        flat = [name for entry in entries for choice in (entry if isinstance(entry, list) else [entry]) for name in choice]
+        return {name.split(".")[0] + "." for name in flat}
+
+    def _handle(self, path: Path) -> Any:
+        if path not in self.open:
+            try:
+                self.open[path] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise BadInput(f"{path.name} is not a whole safetensors file", str(error), "fetch the file again") from error
+        return self.open[path]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.where or f"{name}_blocks" in self.where
+
+    def stored(self, name: str) -> Tensor:
+        """The tensor as it stands in the file."""
+        path, stored = self.where[name]
+        tensor: Tensor = self._handle(path).get_tensor(stored)
+        self.read_bytes += tensor.nbytes
+        if self.read_bytes > MAPPED:
+            self.open.clear()
+            self.read_bytes = 0
+        return tensor
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of a tensor; only these are read."""
+        path, stored = self.where[name]
+        part: Tensor = self._handle(path).get_slice(stored)[start:stop]
+        return part
+
+    def stored_shape(self, name: str) -> tuple[int, ...]:
+        path, stored = self.where[name]
+        return tuple(self._handle(path).get_slice(stored).get_shape())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the tensor that `get` returns."""
+        return self.stored_shape(name)
+
+    def companions(self, name: str) -> set[str]:
+        """Tensors that belong to this one: the scales of its codes."""
+        return {f"{name}_scale", f"{name}_scale_inv"}
+
+    def get(self, name: str) -> Tensor:
+        """The tensor; codes that stand beside their scales are multiplied by them."""
+        tensor = self.stored(name)
+        if f"{name}_scale_inv" in self.where:
+            return self._tiles(name, tensor)
+        if tensor.is_floating_point() and f"{name}_scale" not in self.where:
+            return tensor
+        return self._rows_scaled(name, tensor)
+
+    def _rows_scaled(self, name: str, codes: Tensor) -> Tensor:
+        """INT8 codes with one scale a row (see quant/)."""
+        scale = f"{name}_scale"
+        found = self.stored_shape(scale) if scale in self.where else None
+        if found != (len(codes), 1):
+            raise BadInput(f"{name} holds {codes.dtype} codes, and {scale} is {found or 'missing'}",
+                           f"there should be a scale for each row: {(len(codes), 1)}", "quantize the checkpoint again")
+        return codes.float() * self.stored(scale)
+
+    def _tiles(self, name: str, codes: Tensor, side: int = 128) -> Tensor:
+        """FP8 codes with one scale for each tile of 128 x 128 (DeepSeek-V3); tiles at the edges may be cut."""
+        scale = f"{name}_scale_inv"
+        must = tuple(-(-n // side) for n in codes.shape)
+        if codes.dim() != 2 or self.stored_shape(scale) != must:
+            raise BadInput(f"{scale} is {self.stored_shape(scale)} for codes of {tuple(codes.shape)}",
+                           f"there should be a scale for each tile of {side} x {side}: {must}", "fetch the checkpoint again")
+        scales = self.stored(scale).float().repeat_interleave(side, 0)[: codes.shape[0]]
+        return codes.float().mul_(scales.repeat_interleave(side, 1)[:, : codes.shape[1]])
+
+    # --- a model's parameters -------------------------------------------------------------------------------------------
+
+    def check(self, model: nn.Module, layers: int, allow_missing: bool = False) -> None:
+        """BadInput that names every tensor that is missing, unused or of another shape. Reads headers only.
+
+        allow_missing: missing and unused ones are only told; a wrong shape is always refused.
+        """
+        missing, wrong, used = dict.fromkeys(()), [], set()
+        for _, _, piece in targets(model, self.family.names, layers, self):
+            if piece.name not in self:
+                missing[piece.name] = None
+            elif piece.name not in used:
+                used |= {piece.name, *self.companions(piece.name)}
+                if (found := self.shape(piece.name)) != piece.shape:
+                    wrong.append(f"{piece.name} {found} instead of {piece.shape}")
+        spare = SPARE_HEADS if getattr(model.spec, "tied", False) else ()
+        ignored = re.compile("|".join((*IGNORED, *self.family.ignored)))
+        unused = [n for n in self.where if n not in used and n not in spare and not ignored.search(n)]
+        lists = (("missing", list(missing)), ("unused", unused), ("wrong shape", wrong))
+        problems = [f"{label}: {', '.join(sorted(names)[:8])}{' ...' if len(names) > 8 else ''} ({len(names)})"
+                    for label, names in lists if names]
+        if problems and (wrong or not allow_missing):
+            raise BadInput(f"the weights in {self.folder} do not fit its config.json", "; ".join(problems),
+                           "check that config.json and the safetensors belong together"
+                           + ("" if wrong else ", or go on with --allow-missing: what is missing is drawn at random then"))
+        if problems:
+            events.note(f"{self.folder}: {'; '.join(problems)}; missing weights are random", "warning")
+
+    @torch.no_grad()
+    def fill(self, model: nn.Module, layers: int) -> None:
+        """Every parameter pulls its pieces. What the file lacks stays as it is."""
+        for _, parameter, piece in targets(model, self.family.names, layers, self):
+            if piece.name in self:
+                piece.ours(parameter).copy_(piece.theirs(self.get(piece.name)))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The single file if there is one (others beside it are not this model's), else the index's, else all."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    if not index.exists():
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise BadInput(f"{folder} holds no *.safetensors", "only safetensors weights are read (pickle runs code)",
+                           "convert the checkpoint with transformers: model.save_pretrained(folder)")
+        return files
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{index} is not a readable weight index", repr(error), "fetch the file again") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise BadInput(f"{index.name} names {name!r}", "that is no safetensors file of this folder",
+                           "do not trust this checkpoint")
+        if not (folder / name).exists():
+            raise BadInput(f"shard {name} is missing", f"{index.name} lists it", "fetch the checkpoint again")
+    return [folder / name for name in sorted(names)]
+
+
+def planned(model: nn.Module, family: Family, layers: int) -> dict[str, list[tuple[Tensor, Piece]]]:
+    """Hub name -> the parameters and pieces that make it up, in the order of the model."""
+    plan: dict[str, list[tuple[Tensor, Piece]]] = {}
+    for _, parameter, piece in targets(model, family.names, layers):
+        plan.setdefault(piece.name, []).append((parameter.detach(), piece))
+    return plan
+
+
+def assemble(parts: list[tuple[Tensor, Piece]]) -> Tensor:
+    """One Hub tensor, in memory of its own (safetensors refuses views that share storage)."""
+    first, piece = parts[0]
+    tensor = torch.empty(piece.shape, dtype=first.dtype)
+    for parameter, part in parts:
+        part.theirs(tensor).copy_(part.ours(parameter))
+    return tensor
