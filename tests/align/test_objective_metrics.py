@@ -97,10 +97,11 @@ def test_merge_adds_and_takes_maxima():
 
 def test_every_metric_is_explained_and_every_explanation_used():
     x = torch.rand(4)
-    cfg = ObjectiveConfig(beta=0.1, delta=2.0, log_ratio_bound=20.0, kl_bound=10.0)
-    keys = set(objective(x, x, x, x, torch.arange(4), cfg, count(torch.ones(4)))[1])
+    cfg = ObjectiveConfig(beta=0.1, delta=2.0, log_ratio_bound=20.0, kl_bound=10.0, correction="mask")
+    keys = set(objective(x, x, x, x, torch.arange(4), cfg, count(torch.ones(4)), sampler=x)[1])
     for got in (table.reward_table({"a": x.view(2, 2)}), table.advantage_table(x), table.entropy_table(x),
-                table.length_table(x, x > 1, x > 0), table.diversity_table([["a", "b"]]), table.engine_table(x, x)):
+                table.length_table(x, x > 1, x > 0), table.diversity_table([["a", "b"]]), table.engine_table(x, x),
+                table.correction_table(x, torch.arange(4)), table.critic_table(x, x * 2, x, 0.2)):
         keys |= set(got)
     used = {pattern: [k for k in keys if fnmatch.fnmatch(k, pattern)] for pattern in table.MEANING}
     assert all(used.values()), [p for p, found in used.items() if not found]

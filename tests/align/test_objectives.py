@@ -15,12 +15,12 @@ from pellucid.align import (
     aggregate,
     count,
     formula,
+    formulas,
     kl_penalty,
     notes,
     objective_padded,
     recipe,
 )
-from pellucid.align import objective as objective_module
 from pellucid.align.aggregation import AGGREGATIONS, Counts
 from pellucid.align.metrics import merge
 from pellucid.align.objective import objective
@@ -271,7 +271,18 @@ OTHER = {  # another value for every field, with what it needs to have an effect
     "delta": dict(delta=2.0), "log_ratio_bound": dict(log_ratio_bound=20.0), "beta": dict(beta=0.04),
     "kl": dict(beta=0.04, kl="k2"), "kl_bound": dict(beta=0.04, kl_bound=10.0),
     "aggregation": dict(aggregation="token-mean"), "max_tokens": dict(aggregation="constant", max_tokens=7),
-    "empty": dict(empty="count"),
+    "empty": dict(empty="count"), "advantage": dict(advantage="gdpo"), "whiten": dict(whiten="sequence"),
+    "gamma": dict(advantage="returns", gamma=0.9), "lam": dict(advantage="gae", lam=0.8),
+    "reward_clip": dict(reward_clip=5.0), "reward_beta": dict(reward_beta=0.1),
+    "reward_kl": dict(reward_beta=0.1, reward_kl="k3"), "policy": dict(policy="sapo"),
+    "tau_pos": dict(policy="sapo", tau_pos=2.0), "tau_neg": dict(policy="sapo", tau_neg=2.0),
+    "high_entropy": dict(high_entropy=0.2), "correction": dict(correction="mask"),
+    "correction_level": dict(correction="mask", correction_level="sequence"),
+    "correction_low": dict(correction="mask", correction_low=0.5),
+    "correction_high": dict(correction="mask", correction_high=3.0), "off_policy": dict(off_policy=0.5),
+    "kl_target": dict(beta=0.1, kl_target=0.05), "kl_horizon": dict(beta=0.1, kl_target=0.05, kl_horizon=99),
+    "entropy_coef": dict(entropy_coef=0.01), "entropy_target": dict(entropy_target=0.2),
+    "value_coef": dict(advantage="gae", value_coef=0.5), "value_clip": dict(advantage="gae", value_clip=0.4),
 }
 
 
@@ -288,7 +299,7 @@ def test_formula_of_every_recipe():
     extra = {"dr-grpo": {"max_tokens": 256}}
     texts = {name: formula(recipe(name, **extra.get(name, {}))) for name in RECIPES}
     assert len(set(texts.values())) == len(RECIPES)
-    assert "0.04 KL" in texts["deepseekmath-grpo"] and "clip(r, 0.8, 1.28)" in texts["dapo"]
+    assert "0.04 KL" in texts["grpo"] and "clip(r, 0.8, 1.28)" in texts["dapo"]
     assert "N_seq * 256" in texts["dr-grpo"] and "std" not in texts["dr-grpo"].split("A  =")[1].split("\n")[0]
     assert "clip(r, 0.9997, 1.0004)" in texts["gspo"] and "^(1/|o_i|)" in texts["gspo"]
     assert "1/N_tok" in texts["trl-default"] and "1/N_seq Σ_i 1/|o_i|" in texts["pellucid-grow"]
@@ -302,7 +313,7 @@ def test_traps_are_noted():
     assert "length" in notes(replace(gspo, aggregation="token-mean"))[0]
     assert "Dr. GRPO" in notes(ObjectiveConfig(aggregation="constant", max_tokens=9))[0]
     assert "micro-batches" in notes(config("token-mean-local"))[0]
-    assert "KL(ref || p)" in notes(recipe("deepseekmath-grpo"))[0]
+    assert "KL(ref || p)" in notes(recipe("grpo"))[0]
     assert "mean gradient of k1" in notes(ObjectiveConfig(beta=0.1, kl="k1"))[0]
 
 
@@ -339,5 +350,5 @@ def test_objective_refuses_bad_tensors(rows):
 
 
 def test_doctests():
-    result = doctest.testmod(objective_module)
+    result = doctest.testmod(formulas)
     assert result.attempted > 0 and result.failed == 0

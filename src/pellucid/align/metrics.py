@@ -16,9 +16,12 @@ from collections.abc import Hashable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pellucid.align.advantages import Components, informative_groups, total_reward
+from pellucid.align.aggregation import sequence_lengths
+from pellucid.align.components import Components, informative_groups, total_reward
 from pellucid.align.kl import k1, k3
+from pellucid.align.objective_config import ObjectiveConfig
 from pellucid.align.policy_losses import clip_sides
+from pellucid.align.value import value_clipped
 
 MEANING: dict[str, str] = {
     "reward/*/mean": "mean of a reward component, or of the weighted total, over graded completions",
@@ -34,9 +37,13 @@ MEANING: dict[str, str] = {
     "ratio/mean": "mean importance ratio new / sampling policy; 1 on-policy",
     "ratio/max": "largest ratio",
     "ratio/bounded": "fraction of tokens whose log ratio hit its bound",
-    "clip/low": "fraction of tokens silenced at the lower side; exactly 0 in the first, on-policy update",
-    "clip/high": "fraction silenced at the upper side; exactly 0 in the first, on-policy update",
-    "clip/delta": "fraction capped by two-sided clipping",
+    "clip/low": "fraction of tokens that the lower side of the clip acts on; exactly 0 in the first, on-policy update",
+    "clip/high": "fraction that the upper side acts on; exactly 0 in the first, on-policy update",
+    "clip/delta": "fraction capped by two-sided (dual) clipping",
+    "correction/mean": "mean factor of the policy term from corrections and masks; 1 where sampler and trainer agree",
+    "correction/dropped": "fraction of tokens whose policy term the correction or a mask removed",
+    "correction/ess/*": "effective sample size of the weights, as a fraction, over completions of these lengths",
+    "correction/dropped/*": "fraction of the tokens of completions of these lengths that the correction removed",
     "kl/old_k1": "mean log p_old - log p: drift since sampling, estimated without bias",
     "kl/old_k3": "the same drift with less noise and never negative",
     "kl/ref_k1": "mean log p - log p_ref: distance from the reference policy",
@@ -55,30 +62,39 @@ MEANING: dict[str, str] = {
     "engine/gap_mean": "mean |log p| difference between sampler and trainer for the same tokens; rounding error only",
     "engine/gap_max": "largest such difference",
     "engine/ess": "effective sample size of the sampler -> trainer weights, as a fraction; 1 is perfect agreement",
+    "critic/explained": "1 - var(return - value) / var(return): 1 is a perfect critic, 0 one that knows only the mean",
+    "critic/value": "mean value of the critic over the tokens of the step",
+    "critic/return": "mean return, what the critic should say",
+    "critic/clipped": "fraction of tokens on which the critic's step was clipped",
 }
 
 
 def shift_shares(
-    logp: Tensor, old: Tensor, ref: Tensor | None, advantages: Tensor, ratio: Tensor, log_r: Tensor, tokens: int, *,
-    low: float, high: float, delta: float | None, log_ratio_bound: float | None, kl_bound: float | None,
+    logp: Tensor, old: Tensor, ref: Tensor | None, advantages: Tensor, ratio: Tensor, log_r: Tensor, tokens: int,
+    cfg: ObjectiveConfig, factor: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """How far the policy moved and what the clip did: sums over this micro-batch's tokens / tokens of the step.
 
     All tensors (M,), detached; `ratio` may belong to the token or its completion, its mean is over tokens either way.
+    factor: what multiplied the policy term (corrections and masks), if anything did.
     """
-    below, above = clip_sides(ratio, advantages, low=low, high=high)
-    per_token = {
-        "advantage/token_abs": advantages.abs(), "ratio/mean": ratio, "clip/low": below, "clip/high": above,
-        "kl/old_k1": k1(old, logp), "kl/old_k3": k3(old, logp),
-    }
-    if delta is not None:
-        per_token["clip/delta"] = (ratio > delta) & (advantages < 0)
-    if log_ratio_bound is not None:
-        per_token["ratio/bounded"] = log_r.abs() > log_ratio_bound
+    per_token = {"advantage/token_abs": advantages.abs(), "ratio/mean": ratio, "kl/old_k1": k1(old, logp),
+                 "kl/old_k3": k3(old, logp)}
+    if cfg.policy == "clip":
+        per_token["clip/low"], per_token["clip/high"] = clip_sides(ratio, advantages, low=cfg.clip_low, high=cfg.clip_high)
+    elif cfg.policy in ("cispo", "gmpo"):  # cispo bounds the weight, gmpo the log ratio, both whatever the sign of A
+        low, high = (ratio, ratio - 1) if cfg.policy == "cispo" else (log_r + 1, log_r)
+        per_token["clip/low"], per_token["clip/high"] = low < 1 - cfg.clip_low, high > cfg.clip_high
+    if cfg.delta is not None:
+        per_token["clip/delta"] = (ratio > cfg.delta) & (advantages < 0)
+    if cfg.log_ratio_bound is not None:
+        per_token["ratio/bounded"] = log_r.abs() > cfg.log_ratio_bound
+    if factor is not None:
+        per_token["correction/mean"], per_token["correction/dropped"] = factor, factor == 0
     if ref is not None:
         per_token |= {"kl/ref_k1": k1(logp, ref), "kl/ref_k3": k3(logp, ref)}
-        if kl_bound is not None:
-            per_token["kl/bounded"] = (logp - ref).abs() > kl_bound
+        if cfg.kl_bound is not None:
+            per_token["kl/bounded"] = (logp - ref).abs() > cfg.kl_bound
     shares = {name: values.to(logp.dtype).sum() / max(tokens, 1) for name, values in per_token.items()}
     shares["ratio/max"] = ratio.max() if ratio.numel() else ratio.new_zeros(())
     return shares
@@ -152,6 +168,30 @@ def engine_table(trainer: Tensor, sampler: Tensor) -> dict[str, float]:
     w = (difference - difference.max()).exp()  # effective sample size does not depend on the scale of the weights
     return {"engine/gap_mean": _mean(difference.abs()), "engine/gap_max": float(difference.abs().max()),
             "engine/ess": float(w.sum().square() / w.square().sum() / w.numel())}
+
+
+def correction_table(weights: Tensor, sequence: Tensor, edges: Sequence[int] = (64, 256, 1024)) -> dict[str, float]:
+    """Corrections (M,) by the length of their completion: the weights of long ones are the first to go wrong."""
+    lengths, w = sequence_lengths(sequence)[sequence], weights.detach().double()
+    table, floor = {}, 0
+    for edge in (*edges, math.inf):
+        part = w[(lengths > floor) & (lengths <= edge)]
+        name = f"over_{floor}" if edge == math.inf else f"to_{edge}"
+        if part.numel():
+            squares = float(part.square().sum())
+            table[f"correction/ess/{name}"] = float(part.sum()) ** 2 / squares / part.numel() if squares else 0.0
+            table[f"correction/dropped/{name}"] = _mean(part == 0)
+        floor = int(edge) if edge != math.inf else floor
+    return table
+
+
+def critic_table(values: Tensor, returns: Tensor, old: Tensor, clip: float | None) -> dict[str, float]:
+    """The critic against its targets over the tokens of the step, (M,) each."""
+    v, target = values.detach().double(), returns.detach().double()
+    spread = float(target.var()) if target.numel() > 1 else 0.0
+    clipped = _mean(value_clipped(v, target, old.detach().double(), clip)) if clip is not None else 0.0
+    return {"critic/explained": 1 - float((target - v).var()) / spread if spread else math.nan, "critic/value": _mean(v),
+            "critic/return": _mean(target), "critic/clipped": clipped}
 
 
 def _mean(values: Tensor) -> float:

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from pellucid import events
 from pellucid.align import metrics as tables
-from pellucid.align.advantages import Credit, assign_credit
-from pellucid.align.objective import ObjectiveConfig, objective
+from pellucid.align.credit import Credit, assign_credit
+from pellucid.align.objective import objective
+from pellucid.align.objective_config import ObjectiveConfig
 from pellucid.align.rollout import Group, Rollouts, components
 from pellucid.align.update import Update, pick
 from pellucid.errors import BadInput
@@ -81,6 +82,7 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
         if not config.temperature > 0 or min(config.prompts, config.updates, config.micro_rows) < 1:
             raise BadInput("prompts, updates and micro_rows are at least 1, and the temperature is above 0",
                            "samples of one prompt must be able to differ, and be trained on", "change the one that is not")
+        _check_objective(config.objective)
         super().__init__(model, config, OnlineHistory(), evaluate=evaluate, checkpoint=checkpoint, tokenizer=tokenizer,
                          resume_hint=resume_hint)
         self.task = task
@@ -192,3 +194,15 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
         self.shown_groups, self._next_show = state.get("groups", []), state.get("next_show", 0.0)
         version, numbers, gauss = state["rng"]
         self.rng.setstate((version, tuple(numbers), gauss))
+
+
+def _check_objective(cfg: ObjectiveConfig) -> None:
+    """A choice that this loop does not feed is refused, not ignored."""
+    lacks = {"advantage": cfg.by_token, "reward_beta": cfg.reward_beta > 0, "correction": cfg.correction != "none",
+             "off_policy": cfg.off_policy is not None, "entropy_coef": cfg.entropy_coef > 0,
+             "entropy_target": cfg.entropy_target is not None, "high_entropy": cfg.high_entropy < 1,
+             "kl_target": cfg.kl_target is not None}
+    for name, used in lacks.items():
+        if used:
+            raise BadInput(f"the online loop does not support {name}={getattr(cfg, name)!r} yet",
+                           next="leave it out, or choose another objective")

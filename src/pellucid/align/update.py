@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pellucid.align.advantages import Credit
 from pellucid.align.aggregation import Empty, count
+from pellucid.align.credit import Credit
 from pellucid.align.rollout import Group
 from pellucid.align.rows import pack_completions
 from pellucid.data.packing import IGNORE, Packed

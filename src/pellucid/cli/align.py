@@ -45,7 +45,7 @@ class Grpo(Common):
     """Sampling temperature, also of every log-probability in the objective.
     采样温度（目标中的对数概率同此温度）。"""
     recipe: str = "pellucid-grow"
-    """Objective: pellucid-grow, deepseekmath-grpo, dr-grpo, dapo, gspo or trl-default. Its formula is printed.
+    """Objective: pellucid-grow, grpo, dr-grpo, dapo, gspo, gdpo, rloo, cispo, sapo ... Its formula is printed.
     目标函数预设；公式会打印出来。"""
     optimizer: Literal["muon", "adamw"] = "adamw"
     """Optimizer.
