@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pellucid.nn.cache import KVCache
 from pellucid.nn.specs import Rope
-from pellucid.ops import bias_of, rope_angles, rope_frequencies
+from pellucid.ops import bias_of, rope_angles, rope_frequencies, visible
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Context:
     """mask: (B or 1, 1, T or 1, S) bool, True = visible; None when nothing is hidden but the future. causal: False when
     the mask holds causality already (attention applies it in any case: it changes nothing then, and lets whole tiles
     be skipped). real: (B, T) bool, False for new tokens that are padding; None when all are real. documents: (B, T) ids of
-    packed documents. memory: (B, S, D), an encoder's output for cross-attention, and which of it is real (B, S)."""
+    packed documents. memory: (B, S, D), an encoder's output for cross-attention; memory_mask: as mask, for its tokens."""
 
     positions: Tensor  # (B or 1, T)
     dtype: torch.dtype
@@ -40,10 +40,10 @@ class Context:
     real: Tensor | None = None
     documents: Tensor | None = None
     memory: Tensor | None = None
-    memory_real: Tensor | None = None
+    memory_mask: Tensor | None = None
     routing: Routing | None = None
     _angles: dict[Rope, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    _bias: dict[torch.dtype, Tensor] = field(default_factory=dict)
+    _bias: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict)
 
     def rotation(self, rope: Rope) -> tuple[Tensor | None, Tensor | None]:
         """cos, sin (B or 1, T, r) of this pass's positions; None where nothing is turned."""
@@ -58,11 +58,43 @@ class Context:
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """The mask as 0 and -inf, to be added to scores: made once, not in every layer."""
-        if self.mask is None:
+        return self._as_bias("mask", dtype)
+
+    def memory_bias(self, dtype: torch.dtype) -> Tensor | None:
+        """The same of the mask of `memory`."""
+        return self._as_bias("memory_mask", dtype)
+
+    def _as_bias(self, which: str, dtype: torch.dtype) -> Tensor | None:
+        mask: Tensor | None = getattr(self, which)
+        if mask is None:
             return None
-        if dtype not in self._bias:
-            self._bias[dtype] = bias_of(self.mask, dtype)
-        return self._bias[dtype]
+        if (which, dtype) not in self._bias:
+            self._bias[which, dtype] = bias_of(mask, dtype)
+        return self._bias[which, dtype]
+
+
+def open_context(
+    tokens: Tensor, dtype: torch.dtype, positions: Tensor | None = None, documents: Tensor | None = None,
+    cache: KVCache | None = None, mask: Tensor | None = None, causal: bool = True,
+) -> Context:
+    """The context of a pass over `tokens` (B, T, ...): default positions 0, 1, ... or those behind the cache; what each may
+    see from documents (B, T), padding mask (B, T; 1 = real) or cache; causality folded in once instead of once a layer."""
+    T = tokens.shape[1]
+    if cache is not None and (documents is not None or mask is not None):
+        raise ValueError("a cache carries its own mask: documents and mask cannot be given with it")
+    if positions is None:
+        positions = torch.arange(T, device=tokens.device)[None] if cache is None else cache.positions(T)
+    seen, real = None, None if mask is None else mask.bool()
+    if documents is not None:
+        seen = document_mask(documents)
+    if real is not None:
+        keys = real[:, None, None, :]
+        seen = keys if seen is None else seen & keys
+    if cache is not None:
+        seen, real = cache.key_mask(T), cache.real(T)
+    if seen is not None and causal and T > 1:
+        seen = seen & visible(T, seen.shape[-1], device=tokens.device)
+    return Context(positions, dtype, seen, cache, causal=causal and seen is None, real=real, documents=documents)
 
 
 @lru_cache(maxsize=16)

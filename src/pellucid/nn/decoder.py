@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from pellucid.nn.block import Block
 from pellucid.nn.build import build_layer
 from pellucid.nn.cache import KVCache
-from pellucid.nn.context import Context, Routing, document_mask, padding_positions
-from pellucid.nn.linear import NORMS, Linear
+from pellucid.nn.context import Routing, open_context, padding_positions
+from pellucid.nn.linear import NORMS, Linear, embedding
+from pellucid.nn.mtp import PredictionLayer, same_document
 from pellucid.nn.site import Site
 from pellucid.nn.specs import DecoderSpec
-from pellucid.ops import visible
 
 
 class Decoder(nn.Module):
@@ -33,12 +33,14 @@ class Decoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.compute_dtype: torch.dtype | None = None
-        self.embed = nn.Embedding(spec.vocab, spec.dim)
-        self.positions = nn.Embedding(spec.context, spec.dim) if spec.positions == "learned" else None
+        self.embed = embedding(spec.vocab, spec.dim)
+        self.positions = embedding(spec.context, spec.dim) if spec.positions == "learned" else None
         self.layers = nn.ModuleList(
             build_layer(layer, Site(spec.dim, spec.eps, spec.norm, i)) for i, layer in enumerate(spec.layers))
         self.norm = NORMS[spec.norm](spec.dim, spec.eps)
         self.head = None if spec.tied else Linear(spec.dim, spec.vocab)
+        site = Site(spec.dim, spec.eps, spec.norm)
+        self.mtp = nn.ModuleList(PredictionLayer(build_layer(layer, site), site) for layer in spec.mtp)
 
     @property
     def head_weight(self) -> Tensor:
@@ -50,11 +52,10 @@ class Decoder(nn.Module):
         cache: KVCache | None = None, mask: Tensor | None = None, routing: Routing | None = None,
     ) -> Tensor:
         """The last hidden state (B, T, D), after the final norm."""
-        x = F.embedding(tokens, self.embed.weight)
-        if self.spec.embed_scale != 1:
-            x = x * x.new_tensor(self.spec.embed_scale)  # the factor is rounded to the weights' dtype, as in training
-        x = x if self.compute_dtype is None else x.to(self.compute_dtype)
-        ctx = self._context(tokens, positions, documents, cache, mask, x.dtype)
+        x = self.embedded(tokens)
+        if positions is None and cache is None and mask is not None:
+            positions = padding_positions(mask)
+        ctx = open_context(tokens, x.dtype, positions, documents, cache, mask)
         ctx.routing = routing
         if self.positions is not None:
             x = x + F.embedding(ctx.positions, self.positions.weight).to(x.dtype)
@@ -65,6 +66,13 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.advance(tokens.shape[1])
         return self.norm(first.leave(x))  # type: ignore[no-any-return]
+
+    def embedded(self, tokens: Tensor) -> Tensor:
+        """(B, T) -> (B, T, D)"""
+        x = F.embedding(tokens, self.embed.weight)
+        if self.spec.embed_scale != 1:
+            x = x * x.new_tensor(self.spec.embed_scale)  # the factor is rounded to the weights' dtype, as in training
+        return x if self.compute_dtype is None else x.to(self.compute_dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)"""
@@ -78,28 +86,36 @@ class Decoder(nn.Module):
     ) -> Tensor:
         return self.logits(self.hidden(tokens, positions, documents, cache, mask, routing))
 
-    def _context(
-        self, tokens: Tensor, positions: Tensor | None, documents: Tensor | None, cache: KVCache | None,
-        mask: Tensor | None, dtype: torch.dtype,
-    ) -> Context:
-        T = tokens.shape[1]
-        if cache is not None and (documents is not None or mask is not None):
-            raise ValueError("a cache carries its own mask: documents and mask cannot be given with it")
-        if positions is None:
-            if cache is not None:
-                positions = cache.positions(T)
-            elif mask is not None:
-                positions = padding_positions(mask)
-            else:
-                positions = torch.arange(T, device=tokens.device)[None]
-        seen, real = None, None if mask is None else mask.bool()
-        if documents is not None:
-            seen = document_mask(documents)
-        if mask is not None:
-            keys = mask.bool()[:, None, None, :]
-            seen = keys if seen is None else seen & keys
+    def predict(
+        self, depth: int, tokens: Tensor, hidden: Tensor, positions: Tensor | None = None, documents: Tensor | None = None,
+        cache: KVCache | None = None, mask: Tensor | None = None, routing: Routing | None = None,
+    ) -> Tensor:
+        """Multi-token prediction by the layer of that depth (1: the first): hidden states (B, T, D) whose `logits` are of the token
+        behind `tokens`. For speculative decoding; see nn/mtp.py.
+
+        hidden: of the places `depth` before `tokens`, from `hidden` (depth 1) or from this function for the depth before.
+        positions: of `tokens`.  cache: of `prediction_spec`.
+        """
+        embedded = self.embedded(tokens)
+        ctx = open_context(tokens, embedded.dtype, positions, documents, cache, mask)
+        ctx.routing = routing
+        out: Tensor = self.mtp[depth - 1](embedded, hidden, ctx)
         if cache is not None:
-            seen, real = cache.key_mask(T), cache.real(T)
-        if seen is not None and T > 1:  # fold causality in once instead of once a layer
-            seen = seen & visible(T, seen.shape[-1], device=tokens.device)
-        return Context(positions, dtype, seen, cache, causal=seen is None, real=real, documents=documents)
+            cache.advance(tokens.shape[1])
+        return out
+
+    def predict_all(
+        self, tokens: Tensor, hidden: Tensor, positions: Tensor | None = None, documents: Tensor | None = None,
+        mask: Tensor | None = None, routing: Routing | None = None,
+    ) -> list[Tensor]:
+        """The same for whole sequences, as in training: for each depth k the hidden states (B, T - k, D), of which the i-th predicts
+        token i + k + 1. hidden (B, T, D): what `hidden` gives for the same arguments. See `prediction_loss`."""
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None] if mask is None else padding_positions(mask)
+        states = []
+        for k in range(1, len(self.mtp) + 1):
+            hidden = self.predict(
+                k, tokens[:, k:], hidden[:, :-1], positions[:, k:], None if documents is None else same_document(documents, k),
+                mask=None if mask is None else mask[:, :-k].bool() & mask[:, k:].bool(), routing=routing)
+            states.append(hidden)
+        return states

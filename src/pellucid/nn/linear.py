@@ -38,6 +38,11 @@ class Linear(nn.Module):
         return f"{self.weight.shape[1]} -> {' + '.join(map(str, self.parts))}{', bias' if self.bias is not None else ''}"
 
 
+def embedding(rows: int, dim: int) -> nn.Embedding:
+    """A table of vectors, not yet filled: `nn.Embedding` would draw it, and on the meta device import a compiler for that."""
+    return nn.Embedding(rows, dim, _weight=torch.empty(rows, dim))
+
+
 class RMSNorm(nn.Module):
     """Holds the weight of `ops.rms_norm`; the weight is cast to the activations' dtype at use."""
 
