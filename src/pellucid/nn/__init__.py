@@ -6,6 +6,7 @@ from pellucid.nn.count import count_parameters, forward_flops
 from pellucid.nn.decoder import Decoder
 from pellucid.nn.init import init_weights
 from pellucid.nn.linear import LayerNorm, Linear, RMSNorm
+from pellucid.nn.mtp import prediction_loss, prediction_spec
 from pellucid.nn.specs import GDN, MLA, MLP, Attn, DecoderSpec, Indexer, Layer, MoE, Rope
 
 __all__ = [
@@ -27,4 +28,6 @@ __all__ = [
     "count_parameters",
     "forward_flops",
     "init_weights",
+    "prediction_loss",
+    "prediction_spec",
 ]

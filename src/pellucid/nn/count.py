@@ -105,7 +105,13 @@ def count_parameters(spec: DecoderSpec) -> int:
     norm = spec.dim * (2 if spec.norm == "layer" else 1)
     total = spec.vocab * spec.dim * (1 if spec.tied else 2) + norm
     total += spec.context * spec.dim * (spec.positions == "learned")
-    return total + sum(layer_parameters(layer, spec.dim, norm) for layer in spec.layers)
+    return total + sum(layer_parameters(layer, spec.dim, norm) for layer in spec.layers) + mtp_parameters(spec)
+
+
+def mtp_parameters(spec: DecoderSpec) -> int:
+    """Those of the layers of multi-token prediction, which share embedding and head with the model."""
+    norm = spec.dim * (2 if spec.norm == "layer" else 1)
+    return sum(layer_parameters(layer, spec.dim, norm) + 2 * spec.dim**2 + 3 * norm for layer in spec.mtp)
 
 
 def layer_parameters(layer: Layer, dim: int, norm: int) -> int:

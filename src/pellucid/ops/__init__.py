@@ -4,6 +4,14 @@ from pellucid.ops.activation import ACTIVATIONS, swiglu, swiglu_reference
 from pellucid.ops.attention import attention, attention_reference, attention_sdpa, choose_attention
 from pellucid.ops.compiled import choose_jit
 from pellucid.ops.heads import qkv_heads, qkv_heads_reference
+from pellucid.ops.indexer import choose_keys, chosen_mask, index_scores, index_scores_reference
+from pellucid.ops.latent import (
+    choose_latent_attention,
+    latent_attention,
+    latent_attention_absorbed,
+    latent_attention_expanded,
+    latent_attention_reference,
+)
 from pellucid.ops.loss import chunked_cross_entropy, cross_entropy_reference, token_logprobs
 from pellucid.ops.norm import rms_norm, rms_norm_reference
 from pellucid.ops.rope import (
@@ -32,8 +40,17 @@ __all__ = [
     "bias_of",
     "choose_attention",
     "choose_jit",
+    "choose_keys",
+    "choose_latent_attention",
+    "chosen_mask",
     "chunked_cross_entropy",
     "cross_entropy_reference",
+    "index_scores",
+    "index_scores_reference",
+    "latent_attention",
+    "latent_attention_absorbed",
+    "latent_attention_expanded",
+    "latent_attention_reference",
     "log_n_scale",
     "log_softmax",
     "online_softmax",
