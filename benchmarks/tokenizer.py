@@ -93,7 +93,7 @@ def compare_training(texts: list[str], size: int, rounds: int) -> tuple[dict[str
                                         "tokenizers": lambda: train_with_tokenizers(texts, size)})
     ours, theirs = results["pellucid"], results["tokenizers"]
     sample = up_to(texts, 1.0)
-    counts = {"pellucid": sum(map(len, ours.encode_batch(sample))),
+    counts = {"pellucid": sum(map(len, ours.encode_each(sample))),
               "tokenizers": sum(len(found.ids) for found in theirs.encode_batch_fast(sample))}
     ratio = seconds["tokenizers"] / seconds["pellucid"]
     print(f"training: pellucid {seconds['pellucid']:.1f} s, tokenizers {seconds['tokenizers']:.1f} s: "
@@ -132,7 +132,7 @@ def compare_encoding(ours: Any, texts: list[str], rounds: int) -> dict[str, Any]
         "pellucid encode": lambda: [ours.encode(text) for text in texts],
         "tiktoken encode_ordinary": lambda: [alone.encode_ordinary(text) for text in texts],
         "tokenizers encode": lambda: [found.ids for found in map(theirs.encode, texts)],
-        "pellucid encode_batch": lambda: ours.encode_batch(texts),
+        "pellucid encode_each": lambda: ours.encode_each(texts),
         "tokenizers encode_batch_fast": lambda: [found.ids for found in theirs.encode_batch_fast(texts)]})
     first = results["pellucid encode"]
     same = {name: ids == first for name, ids in results.items() if not name.startswith("tiktoken")}
@@ -144,7 +144,7 @@ def compare_encoding(ours: Any, texts: list[str], rounds: int) -> dict[str, Any]
         print(f"{name:30s} {rate:7.2f} MB/s")
     return {"megabytes": size, "megabytes_per_second": rates, "ids_equal": True,
             "times_tokenizers": rates["pellucid encode"] / rates["tokenizers encode"],
-            "times_tokenizers_batch": rates["pellucid encode_batch"] / rates["tokenizers encode_batch_fast"],
+            "times_tokenizers_batch": rates["pellucid encode_each"] / rates["tokenizers encode_batch_fast"],
             "times_tiktoken": rates["pellucid encode"] / rates["tiktoken encode_ordinary"]}
 
 

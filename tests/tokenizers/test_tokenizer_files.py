@@ -38,8 +38,8 @@ def test_ids_equal_the_library(family):
     for text in SAMPLES:
         assert (tok.encode(text), tok.encode(text, allow_special=True)) == both(library, text), repr(text[:40])
     batch = [tok.encode(text) for text in SAMPLES]
-    assert tok.encode_batch(SAMPLES) == batch
-    assert tok.encode_batch([MIXED * 200] * 3) == [tok.encode(MIXED * 200)] * 3  # long enough for threads
+    assert tok.encode_each(SAMPLES) == batch
+    assert tok.encode_each([MIXED * 200] * 3) == [tok.encode(MIXED * 200)] * 3  # long enough for threads
     assert tok.vocab_size == max(library.get_vocab(with_added_tokens=True).values()) + 1
 
 
@@ -208,7 +208,7 @@ def test_what_transformers_saves_loads_here(ours, saved, tmp_path):
 
     AutoTokenizer.from_pretrained(saved).save_pretrained(tmp_path)
     again = Tokenizer.load(tmp_path)
-    assert again.encode_batch(SAMPLES) == ours.encode_batch(SAMPLES) and again.backend == ours.backend
+    assert again.encode_each(SAMPLES) == ours.encode_each(SAMPLES) and again.backend == ours.backend
     assert (again.special, again.eos_ids, again.pad_id) == (ours.special, ours.eos_ids, ours.pad_id)
     assert again.render([{"role": "user", "content": "x"}]) == ours.render([{"role": "user", "content": "x"}])
 

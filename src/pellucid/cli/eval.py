@@ -57,7 +57,7 @@ def text_bits(config: Eval, model: Decoder, tokenizer: Tokenizer) -> tuple[float
 
     texts = list(corpora.read(config.corpus)) if config.corpus else divide(corpora.standard_library("docs"))[1]
     T = min(256, model.spec.context)
-    rows = packing.pack_stream(tokenizer.encode_batch([d.text for d in texts]), T, remainder="pad", pad_id=tokenizer.pad_id)
+    rows = packing.pack_stream(tokenizer.encode_each([d.text for d in texts]), T, remainder="pad", pad_id=tokenizer.pad_id)
     sizes = token_bytes(tokenizer)
     labels = rows.labels[rows.labels != packing.IGNORE]
     return bits_per_byte(held_out_loss(model, rows)[0], labels, sizes), int(sizes[labels].sum())

@@ -93,7 +93,7 @@ def pretrain(config: Pretrain) -> None:
     end = [tokenizer.pad_id]
 
     def rows(part: list[Any], remainder: str) -> Packed:
-        ids = [i + end for i in tokenizer.encode_batch([d.text for d in part])]
+        ids = [i + end for i in tokenizer.encode_each([d.text for d in part])]
         return packing.pack_stream(ids, config.length, remainder=remainder, pad_id=tokenizer.pad_id)
 
     _train(config, tokenizer, rows(train, "drop"), HeldOut(rows(heldout, "pad"), token_bytes(tokenizer)), "pretrain")

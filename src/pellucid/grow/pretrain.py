@@ -49,12 +49,12 @@ def run(job: Job) -> Result:
 def training_rows(job: Job, train: list[str]) -> packing.Packed:
     """The corpus and a share of facts, in rows without padding."""
     end = [job.tokenizer.pad_id]
-    texts = [ids + end for ids in job.tokenizer.encode_batch(train)]
+    texts = [ids + end for ids in job.tokenizer.encode_each(train)]
     total = sum(map(len, texts))
     rng = random.Random(job.config.seed)
     facts, have = [], 0
     while have < recipe.FACTS_SHARE / (1 - recipe.FACTS_SHARE) * total:
-        batch = [ids + end for ids in job.tokenizer.encode_batch([tasks.facts(rng) for _ in range(200)])]
+        batch = [ids + end for ids in job.tokenizer.encode_each([tasks.facts(rng) for _ in range(200)])]
         facts += batch
         have += sum(map(len, batch))
     mixed = texts + facts
@@ -63,7 +63,7 @@ def training_rows(job: Job, train: list[str]) -> packing.Packed:
 
 
 def heldout_rows(tokenizer: Tokenizer, heldout: list[str]) -> packing.Packed:
-    return packing.pack_stream(tokenizer.encode_batch(heldout), recipe.ROW, remainder="pad", pad_id=tokenizer.pad_id)
+    return packing.pack_stream(tokenizer.encode_each(heldout), recipe.ROW, remainder="pad", pad_id=tokenizer.pad_id)
 
 
 def _baselines(train: list[str], heldout: list[str]) -> dict[str, float]:

@@ -27,7 +27,7 @@ def run(job: Job) -> Result:
     job.stage_folder("tokenizer").mkdir(parents=True, exist_ok=True)
     job.tokenizer.save(job.stage_folder("tokenizer"))
     heldout_bytes = sum(len(t.encode()) for t in heldout)
-    tokens = sum(map(len, job.tokenizer.encode_batch(heldout)))
+    tokens = sum(map(len, job.tokenizer.encode_each(heldout)))
     details = {"corpus_bytes": sum(len(t.encode()) for t in train), "heldout_bytes": heldout_bytes,
                "vocabulary": job.tokenizer.vocab_size}
     return Result("bytes per token on held-out text", "bytes", True, 1.0, heldout_bytes / tokens, details)

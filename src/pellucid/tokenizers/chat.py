@@ -1,9 +1,9 @@
 """Messages -> the text that a model reads, by the checkpoint's own Jinja template.
 
-Templates come from the Hub and are untrusted code: they run in Jinja's immutable sandbox, see only plain JSON
-values, and get the same few helpers as in transformers, so that text is equal character for character:
-`tojson` (which must not escape `<>&'`, spell Chinese as \\uXXXX or sort keys, as Jinja's own does),
-`raise_exception`, `strftime_now`, and `{% generation %} ... {% endgeneration %}` around what the assistant writes.
+Templates come from the Hub and are untrusted code: they run in a sandbox (`sandbox.py`), see only plain JSON values,
+and get the same few helpers as in transformers, so that text is equal character for character: `tojson` (which must
+not escape `<>&'`, spell Chinese as \\uXXXX or sort keys, as Jinja's own does), `raise_exception`, `strftime_now`, and
+`{% generation %} ... {% endgeneration %}` around what the assistant writes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
@@ -20,9 +21,9 @@ from typing import Any
 import jinja2
 import jinja2.nodes
 from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pellucid.errors import BadInput
+from pellucid.tokenizers.sandbox import Exceeded, Sandbox, budget
 
 Message = Mapping[str, Any]
 
@@ -30,6 +31,9 @@ OUR_TEMPLATE = Path(__file__).with_name("template.jinja").read_text(encoding="ut
 
 # Noncharacters (never valid in exchanged text) that mark the rendered text for `spans.py`.
 BROKEN, OPEN, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
+
+LARGEST_TEMPLATE = 1 << 20
+"""Characters; the longest on the Hub have some 20,000."""
 
 # The names under which a message's reasoning arrives; templates read the first.
 REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -62,17 +66,20 @@ def raise_exception(message: str) -> None:
 
 @lru_cache(maxsize=32)
 def compile_template(source: str, tracking: bool) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     environment.extend(tracking=tracking)
-    environment.filters["tojson"] = tojson
+    environment.add_filter("tojson", tojson)
     environment.globals |= {"raise_exception": raise_exception,
                             "strftime_now": lambda form: datetime.now().strftime(form)}
+    mend = "mend chat_template.jinja in the model's folder"
+    if len(source) > LARGEST_TEMPLATE:
+        raise BadInput("the chat template is too long", f"{len(source)} characters, at most {LARGEST_TEMPLATE}", mend)
     try:
         return environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
-        raise BadInput("the chat template is not valid Jinja", f"line {error.lineno}: {error.message}",
-                       "mend chat_template.jinja in the model's folder") from error
+        raise BadInput("the chat template is not valid Jinja", f"line {error.lineno}: {error.message}", mend) from error
+    except Exception as error:  # nested too deep for Jinja's parser, or for Python's
+        raise BadInput("the chat template cannot be compiled", f"{type(error).__name__}: {error}", mend) from error
 
 
 def render(source: str, messages: Sequence[Message], tools: list[dict] | None = None, tracking: bool = False,
@@ -82,12 +89,16 @@ def render(source: str, messages: Sequence[Message], tools: list[dict] | None = 
     source: the template.  variables: what it may read besides `messages` and `tools` (`add_generation_prompt`,
     `enable_thinking`, `bos_token` ...).  tracking: leave OPEN and CLOSE around generation blocks.
 
-    Raises `BadInput` when messages are no messages, or the template refuses them.
+    Raises `BadInput` when messages are no messages, or the template refuses them, or runs without end.
     """
     template = compile_template(source, tracking)
     messages, tools = checked(messages), checked_tools(tools)
     try:
-        return template.render(messages=messages, tools=tools, **variables)
+        with budget():
+            return template.render({"documents": None, **plain(variables), "messages": messages, "tools": tools})
+    except Exceeded as error:
+        raise BadInput("the chat template runs too long or writes too much", str(error),
+                       "send fewer messages, or use another template: this one may be hostile") from error
     except Exception as error:  # a template is a program: anything may go wrong in it
         raise BadInput("the chat template refuses these messages", f"{type(error).__name__}: {error}",
                        "check the order of roles and the type of each content") from error
@@ -99,7 +110,7 @@ def checked(messages: Sequence[Message]) -> list[dict]:
         raise BadInput("messages must be a list of at least one message", f"got {str(messages)[:80]!r}",
                        'give [{"role": "user", "content": "..."}]')
     result = []
-    for message in map(plain, messages):
+    for message in map(_plain, messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise BadInput("a message needs a role", f"got {str(message)[:80]!r}",
                            'give {"role": "user", "content": "..."}')
@@ -117,19 +128,33 @@ def checked_tools(tools: list[dict] | None) -> list[dict] | None:
     if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
         raise BadInput("tools must be a list of JSON schemas", f"got {str(tools)[:80]!r}",
                        'give [{"type": "function", "function": {"name": ..., "parameters": {...}}}]')
-    return [plain(tool) for tool in tools]
+    return [_plain(tool) for tool in tools]
+
+
+def _plain(value: Any) -> Any:
+    try:
+        return plain(value)
+    except RecursionError:
+        raise BadInput("messages or tools are nested too deep", "a thousand lists inside one another, or a ring",
+                       "give flat JSON") from None
 
 
 def plain(value: Any) -> Any:
     """JSON values only: a template must not reach the methods of rich objects, which the sandbox does not know."""
     if value is None or type(value) in (str, int, float, bool):
         return value
-    if isinstance(value, str):
+    if isinstance(value, str):  # an enumeration, say
         return str.__str__(value)
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
     if isinstance(value, Mapping):
         return {plain(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return (list if isinstance(value, list) else tuple)(plain(item) for item in value)
+    if (numpy := sys.modules.get("numpy")) and isinstance(value, numpy.generic):
+        return plain(value.item())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if callable(getattr(value, "model_dump", None)):  # pydantic

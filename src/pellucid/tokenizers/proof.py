@@ -18,6 +18,9 @@ from pellucid.tokenizers.layout import ByteLevelBPE, NotByteLevel
 Splits = dict[bytes, tuple[bytes, bytes]]
 NEVER = 1 << 62
 
+MOST_STEPS = 100_000_000
+"""To take unreachable tokens apart, which takes the square of their length; Llama 3's take a million."""
+
 
 def merged_by_rank(bpe: ByteLevelBPE) -> dict[bytes, int]:
     """The ranks that make tiktoken equal to the file; `NotByteLevel`, with the first reason, if none do."""
@@ -31,13 +34,16 @@ def merged_by_rank(bpe: ByteLevelBPE) -> dict[bytes, int]:
     for (left, right), place in {pair: place for place, pair in enumerate(bpe.merges)}.items():
         listed.setdefault(left + right, []).append((place, left, right))
 
-    ranks, previous = dict(ids), -1
+    ranks, previous, steps = dict(ids), -1, 0
     splits: Splits = {}
     for token in sorted(ids, key=ids.__getitem__):
         if len(token) < 2:
             continue
         merged = _place_of_merge(token, listed.get(token, []), ids, splits)
         if merged is None:
+            steps += len(token) ** 2
+            if steps > MOST_STEPS:
+                raise NotByteLevel("its tokens are too long to prove anything about them")
             if len(last_split(token, ids)) == 2:
                 raise NotByteLevel(f"the merge that would make token {ids[token]} is not in the file, or out of order")
             if not bpe.whole_pieces:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,20 +9,23 @@ from typing import Any
 
 from pellucid.errors import BadInput
 from pellucid.messages import add, three_parts
-from pellucid.tokenizers.layout import AddedToken, ByteLevelBPE, unspell, write
-from pellucid.tokenizers.patterns import GPT2_PATTERN, QWEN_PATTERN
+from pellucid.tokenizers import check
+from pellucid.tokenizers.reading import read_json, read_object, read_text
+from pellucid.tokenizers.vocabularies import NAMES, family_of, from_older_files, named
 
 add({
     "error.tokenizer": ("{name} does not exist", "{name} 不存在"),
     "error.tokenizer.next": ("check the path; a Hub id looks like owner/name", "检查路径；Hub id 形如 owner/name"),
 })
 
-END_OF_TEXT = "<|endoftext|>"
-"""The usual name (GPT-2, Qwen, ours) of the token between documents."""
+FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json",
+         "generation_config.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
+         "vocab.json", "merges.txt", "vocab.txt", "*.tiktoken"]
 
-NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
-         "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja", "vocab.json", "merges.txt"]
+# Qwen v1's conversations, which its own code writes; the checkpoint names the format in generation_config.json.
+CHATML = """{%- if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{%- endif %}
+{%- for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%- endif %}"""
 
 
 @dataclass
@@ -37,13 +39,7 @@ class Source:
 
     def named(self) -> dict[str, str]:
         """bos_token, eos_token ... -> text, as templates see them."""
-        found = {}
-        for name in NAMED:
-            token = self.config.get(name)
-            token = token.get("content") if isinstance(token, dict) else token
-            if isinstance(token, str):
-                found[name] = token
-        return found
+        return named(self.config)
 
 
 def open_source(path_or_id: str | Path) -> Source:
@@ -52,68 +48,39 @@ def open_source(path_or_id: str | Path) -> Source:
     if not path.exists():
         path = _from_hub(str(path_or_id))
     folder = path if path.is_dir() else path.parent
-    config = _json(folder / "tokenizer_config.json") or {}
-    for name, token in (_json(folder / "special_tokens_map.json") or {}).items():
+    config, model = read_object(folder / "tokenizer_config.json"), read_object(folder / "config.json")
+    for name, token in read_object(folder / "special_tokens_map.json").items():
         config.setdefault(name, token)
-    data = _json(path / "tokenizer.json" if path.is_dir() else path)
+    family = family_of(config, model)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    data = read_json(file) if file.suffix == ".json" else None
     if data is None:
-        data = _from_vocabulary(folder, config)
-    if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
-        raise BadInput(f"{path} holds no tokenizer", "a tokenizer.json has a field \"model\"", _AGAIN)
-    generation = _json(folder / "generation_config.json") or {}
+        added = check.vocabulary(read_object(folder / "added_tokens.json"), str(folder / "added_tokens.json"))
+        data = from_older_files(folder, family, config, model, added)
+    check.tokenizer(data, str(file))
+    for name, text in NAMES.get(family, {}).items():
+        if text in data["model"]["vocab"] or any(token["content"] == text for token in data["added_tokens"] or []):
+            config.setdefault(name, text)
+    generation = read_object(folder / "generation_config.json")
     ends = generation.get("eos_token_id")
-    eos_ids = [ends] if isinstance(ends, int) else [i for i in ends or [] if isinstance(i, int)]
-    return Source(data, config, _templates(folder, config), eos_ids)
-
-
-_AGAIN = "copy or download the model's folder again"
-
-
-def _json(path: Path) -> Any:
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BadInput(f"{path} is broken", f"it is not JSON: {error}", _AGAIN) from error
-    except OSError as error:
-        raise BadInput(f"{path} cannot be read", str(error.strerror), "check the file's permissions") from error
+    eos_ids = [i for i in (ends if isinstance(ends, list) else [ends]) if check.is_id(i)]
+    templates = _templates(folder, config)
+    if not templates and generation.get("chat_format") == "chatml":
+        templates = {"default": CHATML}
+    return Source(data, config, templates, eos_ids)
 
 
 def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    inline = config.get("chat_template") or (_json(folder / "chat_template.json") or {}).get("chat_template")
-    if isinstance(inline, list):
-        templates = {entry["name"]: entry["template"] for entry in inline}
-    else:
-        templates = {"default": inline} if isinstance(inline, str) else {}
+    inline = config.get("chat_template") or read_object(folder / "chat_template.json").get("chat_template") or {}
+    if isinstance(inline, str):
+        inline = {"default": inline}
+    elif isinstance(inline, list):
+        inline = {entry.get("name"): entry.get("template") for entry in inline if isinstance(entry, dict)}
+    if not isinstance(inline, dict) or not all(isinstance(text, str) for pair in inline.items() for text in pair):
+        check.broken(str(folder / "tokenizer_config.json"), "its chat_template is no text, nor named texts")
     files = {"default": folder / "chat_template.jinja"}
     files |= {extra.stem: extra for extra in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-    return templates | {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
-
-
-def _from_vocabulary(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """tokenizer.json made of the older pair of files vocab.json and merges.txt (GPT-2, Qwen2)."""
-    vocab = _json(folder / "vocab.json")
-    if vocab is None or not (folder / "merges.txt").is_file():
-        have = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-        raise BadInput(f"{folder} holds no tokenizer.json", f"it holds {have}",
-                       "give the folder of a model, or convert its tokenizer with transformers' AutoTokenizer")
-    family = str(config.get("tokenizer_class", "")).removesuffix("Fast")
-    if family not in ("GPT2Tokenizer", "Qwen2Tokenizer"):
-        raise BadInput(f"{folder} has vocab.json and merges.txt but no tokenizer.json",
-                       f"how tokenizer_class {family!r} cuts text is not known here",
-                       "save it with transformers' AutoTokenizer, which writes tokenizer.json")
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-    pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-    listed = {int(i): entry for i, entry in (config.get("added_tokens_decoder") or {}).items()}
-    added = [AddedToken(i, entry["content"], entry.get("special", False)) for i, entry in sorted(listed.items())]
-    if not added and END_OF_TEXT in vocab:
-        added = [AddedToken(vocab[END_OF_TEXT], END_OF_TEXT)]
-    names = {token.content for token in added}
-    bpe = ByteLevelBPE({unspell(word): i for word, i in vocab.items() if word not in names},
-                       [(unspell(left), unspell(right)) for left, right in pairs],
-                       QWEN_PATTERN if family == "Qwen2Tokenizer" else GPT2_PATTERN, added, family == "Qwen2Tokenizer")
-    return write(bpe)
+    return inline | {name: read_text(file) for name, file in files.items() if file.is_file()}
 
 
 def _from_hub(name: str) -> Path:

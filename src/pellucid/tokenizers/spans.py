@@ -73,8 +73,8 @@ def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
         return change(_MARKS.sub("", value).replace(PROBE, ""))
     if isinstance(value, dict):
         return {_map_strings(key, change): _map_strings(item, change) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_map_strings(item, change) for item in value]
+    if isinstance(value, list | tuple):
+        return type(value)(_map_strings(item, change) for item in value)
     return value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -12,14 +13,17 @@ from typing import Any
 
 from pellucid.errors import BadInput
 from pellucid.files import write_atomic
-from pellucid.tokenizers import chat, layout
+from pellucid.tokenizers import chat, check, layout
+from pellucid.tokenizers.check import AGAIN
 from pellucid.tokenizers.engines import LibraryEngine, choose_engine, token_table
+from pellucid.tokenizers.framing import Batch, Frame, assemble, frame_of, pad, shorten
 from pellucid.tokenizers.layout import AddedToken, ByteLevelBPE
 from pellucid.tokenizers.show import show_tokens
-from pellucid.tokenizers.sources import END_OF_TEXT, Source, open_source
+from pellucid.tokenizers.sources import Source, open_source
 from pellucid.tokenizers.spans import PROBE, Guard, Rendered, either, segments, spans_by_comparison, unmark
 from pellucid.tokenizers.stream import StreamDecoder, WindowDecoder
 from pellucid.tokenizers.train import mended
+from pellucid.tokenizers.vocabularies import END_OF_TEXT
 
 UNKNOWN = "\ufffd".encode()
 """What an id without a token decodes to: models have more embedding rows than there are tokens."""
@@ -34,7 +38,8 @@ class Tokenizer:
     special: control tokens, text -> id.  added: these and the other added tokens (`<think>` ...).
     eos_ids: tokens that end an answer.  end_of_turn_id: the one that the chat template writes.
     pad_id: fills rows; what is trained is told by the mask, never by comparing with it.
-    prefix_ids: what the file puts before a plain text (Llama 3: the begin token); `encode` leaves it out.
+    prefix_ids: what stands before a plain text (Llama 3: the begin token); `encode` leaves it out.
+    frame: all that stands around a text, or two of them; `encode_batch` puts it there.
     backend: which engine encodes, and why.
     """
 
@@ -44,9 +49,10 @@ class Tokenizer:
             self._engine, self.backend = choose_engine(source.data)
             self._table = token_table(source.data)
             self.added = [AddedToken.read(entry) for entry in source.data.get("added_tokens") or []]
-        except Exception as error:  # `tokenizers` raises bare `Exception` for whatever is wrong in the file
-            raise BadInput("tokenizer.json is broken", f"{type(error).__name__}: {error}"[:300],
-                           "copy or download the model's folder again") from error
+        except BadInput:
+            raise
+        except Exception as error:  # a file may be wrong in any way
+            raise BadInput("tokenizer.json is broken", f"{type(error).__name__}: {error}"[:300], AGAIN) from error
         self.special = {token.content: token.id for token in self.added if token.special}
         self._ids = {token.content: token.id for token in self.added}
         self._any = either(self._ids)
@@ -103,8 +109,9 @@ class Tokenizer:
             return self._engine.plain(text)
         return ids + self._engine.plain(text[at:])
 
-    def encode_batch(self, texts: Sequence[str], allow_special: bool = False) -> list[list[int]]:
+    def encode_each(self, texts: Iterable[str], allow_special: bool = False) -> list[list[int]]:
         """`encode` of each; long texts in threads (the engines leave Python's lock)."""
+        texts = check.texts(texts, "the texts")
         if isinstance(self._engine, LibraryEngine):
             return self._engine.encode_batch([mended(text) for text in texts], allow_special)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -113,6 +120,45 @@ class Tokenizer:
             return [self.encode(text, allow_special) for text in texts]
         with ThreadPoolExecutor(threads) as pool:
             return list(pool.map(lambda text: self.encode(text, allow_special), texts))
+
+    def encode_batch(self, texts: Iterable[str], pairs: Iterable[str] | None = None, max_length: int | None = None,
+                     padding: bool | str = True, allow_special: bool = False) -> Batch:
+        """What an encoder reads: (ids, mask, types), each (B, T), with special tokens ([CLS] a [SEP] b [SEP]).
+
+        pairs: the second text of each.  max_length: longer rows are cut, the longer of two texts first.
+        padding: True, to the longest row; "max_length", to that, or to the model's own; False: rows must be equally
+        long.  Sides and tokens are the config's.  Equal to transformers' fast tokenizers, except that the text of a
+        special token is plain text unless `allow_special`.
+        """
+        first = self.encode_each(texts, allow_special)
+        second = [[] for _ in first] if pairs is None else self.encode_each(pairs, allow_special)
+        if len(first) != len(second):
+            raise BadInput(f"there are {len(first)} texts and {len(second)} second texts", next="give one for each")
+        parts = self.frame.single if pairs is None else self.frame.pair
+        around = sum(len(part.ids) for part in parts)
+        if padding not in (True, False, "max_length"):
+            raise BadInput(f"padding is {padding!r:.40}", next='give True, False or "max_length"')
+        length = max_length or self.model_max_length if padding == "max_length" else max_length
+        if (length is None and padding == "max_length") or (length is not None and length < max(1, around)):
+            raise BadInput(f"max_length is {length}", f"{around} special tokens stand around a text",
+                           f"give max_length={max(1, around)} or more")
+        if length is not None:
+            left = self.source.config.get("truncation_side") == "left"
+            both = [shorten(a, b, length - around, left) for a, b in zip(first, second)]
+        else:
+            both = list(zip(first, second))
+        rows = [assemble(parts, a, b) for a, b in both]
+        lengths = {len(ids) for ids, _ in rows}
+        if padding is False and len(lengths) > 1:
+            raise BadInput("the rows have different lengths", f"{sorted(lengths)[:8]} tokens", "leave padding=True")
+        width = length if padding == "max_length" and length else max(lengths, default=0)
+        return pad(rows, width, self.pad_id, self._padding("pad_token_type_id", "pad_type_id", 0),
+                   self._padding("padding_side", "direction", "right").lower() == "left")
+
+    def _padding(self, name: str, baked: str, default: Any) -> Any:
+        """A setting of padding: the config's, else that baked into tokenizer.json."""
+        found = self.source.config.get(name, (self.source.data.get("padding") or {}).get(baked, default))
+        return found if type(found) is type(default) else default
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """The text; bytes that are no UTF-8, and ids without a token, become U+FFFD."""
@@ -123,12 +169,24 @@ class Tokenizer:
             skipped = set(self.special.values())
             ids = [i for i in ids if i not in skipped]
         if self._table is None:
-            return self._library.full.decode([int(i) for i in ids], skip_special_tokens=False)
+            return self._decode_words([int(i) for i in ids])
         try:
             raw = b"".join([self._table[i] for i in ids])  # type: ignore[misc]
         except (IndexError, TypeError):  # an id without a token
             raw = b"".join(map(self.token_bytes, ids))
-        return raw.decode("utf-8", errors="replace")
+        text = raw.decode("utf-8", errors="replace")
+        return text.strip() if self._spells_ends else text
+
+    @cached_property
+    def _spells_ends(self) -> bool:
+        """Whether words end in a mark (`cat</w>`, CLIP) which stands for the space behind them."""
+        return bool(self.source.data["model"].get("end_of_word_suffix"))
+
+    def _decode_words(self, ids: list[int]) -> str:
+        known = [i if i < self.vocab_size and self._library.full.id_to_token(i) is not None else -1 for i in ids]
+        runs = itertools.groupby(known, key=lambda i: i >= 0)
+        return "".join(self._library.full.decode([*run], skip_special_tokens=False) if real else "\ufffd" * len([*run])
+                       for real, run in runs)
 
     @property
     def _library(self) -> LibraryEngine:
@@ -139,13 +197,14 @@ class Tokenizer:
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for (for WordPiece and the like: its text, as it stands alone)."""
         if self._table is None:
-            return (self._library.full.id_to_token(token) or "\ufffd").encode()
+            known = self._library.full.id_to_token(token) if token < self.vocab_size else None
+            return UNKNOWN if known is None else known.encode()
         found = self._table[token] if token < len(self._table) else None
         return UNKNOWN if found is None else found
 
     def stream(self) -> StreamDecoder | WindowDecoder:
         """A decoder of one token at a time: `.add(id) -> str`, `.finish() -> str`."""
-        if self._table is None:
+        if self._table is None or self._spells_ends:
             return WindowDecoder(self.decode)
         return StreamDecoder(self.token_bytes)
 
@@ -176,8 +235,19 @@ class Tokenizer:
         return vocab.get(token) if isinstance(vocab, dict) else None
 
     @cached_property
+    def frame(self) -> Frame:
+        return frame_of(self.source.data.get("post_processor"), self.source.config, self.id_of)
+
+    @cached_property
     def prefix_ids(self) -> list[int]:
-        return _prefix(self.source.data.get("post_processor"))
+        before = itertools.takewhile(lambda part: not part.text, self.frame.single)
+        return [i for part in before for i in part.ids]
+
+    @cached_property
+    def model_max_length(self) -> int | None:
+        """The longest row that the model was made for; None where the config does not say."""
+        length = self.source.config.get("model_max_length")
+        return int(length) if isinstance(length, int | float) and 0 < length < 1e9 else None
 
     @cached_property
     def bos_id(self) -> int | None:
@@ -282,17 +352,3 @@ class Tokenizer:
             return self._engine.plain(text, first)
         except UnicodeEncodeError:
             return self._engine.plain(mended(text), first)
-
-
-def _prefix(post: dict[str, Any] | None) -> list[int]:
-    """The ids that a post-processor puts before a single text."""
-    if not post:
-        return []
-    if post["type"] == "Sequence":
-        return [i for part in post["processors"] for i in _prefix(part)]
-    ids: list[int] = []
-    for item in post.get("single", []) if post["type"] == "TemplateProcessing" else []:
-        if "Sequence" in item:
-            break
-        ids += post["special_tokens"][item["SpecialToken"]["id"]]["ids"]
-    return ids

@@ -11,7 +11,7 @@ from pellucid.errors import BadInput
 from pellucid.tokenizers.bpe import merges_of
 from pellucid.tokenizers.layout import AddedToken, ByteLevelBPE
 from pellucid.tokenizers.patterns import PELLUCID_PATTERN
-from pellucid.tokenizers.sources import END_OF_TEXT
+from pellucid.tokenizers.vocabularies import END_OF_TEXT
 
 if TYPE_CHECKING:
     from pellucid.tokenizers.tokenizer import Tokenizer
