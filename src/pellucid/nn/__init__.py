@@ -4,10 +4,28 @@ from pellucid.nn.cache import KVCache
 from pellucid.nn.context import Routing
 from pellucid.nn.count import count_parameters, forward_flops
 from pellucid.nn.decoder import Decoder
+from pellucid.nn.dual_encoder import DualEncoder
+from pellucid.nn.encoder import Encoder
+from pellucid.nn.encoder_decoder import EncoderDecoder
 from pellucid.nn.init import init_weights
 from pellucid.nn.linear import LayerNorm, Linear, RMSNorm
 from pellucid.nn.mtp import prediction_loss, prediction_spec
-from pellucid.nn.specs import GDN, MLA, MLP, Attn, DecoderSpec, Indexer, Layer, MoE, Rope
+from pellucid.nn.specs import (
+    GDN,
+    MLA,
+    MLP,
+    Attn,
+    DecoderSpec,
+    DualEncoderSpec,
+    EncoderDecoderSpec,
+    EncoderSpec,
+    Indexer,
+    Layer,
+    MoE,
+    Rope,
+    VisionSpec,
+)
+from pellucid.nn.vision import VisionEncoder
 
 __all__ = [
     "GDN",
@@ -16,6 +34,12 @@ __all__ = [
     "Attn",
     "Decoder",
     "DecoderSpec",
+    "DualEncoder",
+    "DualEncoderSpec",
+    "Encoder",
+    "EncoderDecoder",
+    "EncoderDecoderSpec",
+    "EncoderSpec",
     "Indexer",
     "KVCache",
     "Layer",
@@ -25,6 +49,8 @@ __all__ = [
     "RMSNorm",
     "Rope",
     "Routing",
+    "VisionEncoder",
+    "VisionSpec",
     "count_parameters",
     "forward_flops",
     "init_weights",

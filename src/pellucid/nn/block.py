@@ -45,6 +45,15 @@ class Block(nn.Module):
         return x + (fed if self.post2 is None else self.post2(fed))
 
 
+def run_layers(layers: nn.ModuleList, x: Tensor, ctx: Context) -> Tensor:
+    """x (B, T, D) through all layers of a stack."""
+    first: Block = layers[0]  # type: ignore[assignment]
+    x = first.enter(x)
+    for layer in layers:
+        x = layer(x, ctx)
+    return first.leave(x)
+
+
 class PostBlock(Block):
     """norm(x + mixer x), then norm(x + ffn x): the original Transformer's order, and BERT's."""
 

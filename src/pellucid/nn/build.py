@@ -8,6 +8,7 @@ from torch import nn
 
 from pellucid.nn.attention import Attention
 from pellucid.nn.block import Block, PostBlock
+from pellucid.nn.cross_attention import CrossAttention
 from pellucid.nn.feedforward import FeedForward, PlainFeedForward
 from pellucid.nn.latent_attention import LatentAttention
 from pellucid.nn.site import Site
@@ -29,5 +30,5 @@ def build(spec: Any, site: Site) -> nn.Module:
 def build_layer(layer: Layer, site: Site) -> Block:
     """A layer: how its parts join the residual stream decides the class."""
     mixer, ffn = build(layer.mixer, site), build(layer.ffn, site)
-    cross = None if layer.cross is None else build(layer.cross, site)
+    cross = None if layer.cross is None else CrossAttention(layer.cross, site)
     return RESIDUAL[type(layer.residual)](layer)(layer, site, mixer, ffn, cross)  # type: ignore[no-any-return]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pellucid.nn.count import cache_shapes
-from pellucid.nn.specs import DecoderSpec
+from pellucid.nn.specs import DecoderSpec, EncoderDecoderSpec
 
 
 class KVCache:
@@ -27,7 +27,7 @@ class KVCache:
     """
 
     def __init__(
-        self, spec: DecoderSpec, batch: int, capacity: int, *, dtype: torch.dtype = torch.float32,
+        self, spec: DecoderSpec | EncoderDecoderSpec, batch: int, capacity: int, *, dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu", first: Tensor | None = None,
     ):
         self.capacity, self.batch, self.room = capacity, batch, 0

@@ -10,7 +10,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pellucid.nn.specs import GDN, MLA, MLP, Attn, DecoderSpec, Layer, MoE
+from pellucid.nn.specs import (
+    GDN,
+    MLA,
+    MLP,
+    Attn,
+    DecoderSpec,
+    DualEncoderSpec,
+    EncoderDecoderSpec,
+    EncoderSpec,
+    Layer,
+    MoE,
+    VisionSpec,
+)
 
 
 @dataclass(frozen=True)
@@ -100,18 +112,58 @@ def layer_norms(layer: Layer, norm: int) -> int:
     return norm * ((4 if layer.order == "sandwich" else 2) + (layer.cross is not None))
 
 
-def count_parameters(spec: DecoderSpec) -> int:
-    """Parameters (a tied head counted once), from the spec alone; equals the built model's own count."""
-    norm = spec.dim * (2 if spec.norm == "layer" else 1)
-    total = spec.vocab * spec.dim * (1 if spec.tied else 2) + norm
+def count_parameters(spec: Any) -> int:
+    """Parameters (a tied head counted once) of a shape, from its spec alone; equals the built model's own count."""
+    return SHAPES[type(spec)](spec)
+
+
+def decoder_parameters(spec: DecoderSpec) -> int:
+    total = spec.vocab * spec.dim * (1 if spec.tied else 2) + norm_parameters(spec)
     total += spec.context * spec.dim * (spec.positions == "learned")
-    return total + sum(layer_parameters(layer, spec.dim, norm) for layer in spec.layers) + mtp_parameters(spec)
+    return total + stack_parameters(spec.layers, spec) + mtp_parameters(spec)
+
+
+def encoder_parameters(spec: EncoderSpec) -> int:
+    D, norm, V, C = spec.dim, norm_parameters(spec), spec.vocab, len(spec.labels)
+    rows = V + spec.context * (spec.positions == "learned") + spec.token_types
+    head = {"": 0, "mlm": D * D + D + norm + V, "classifier": C * D + C}[spec.head]
+    return rows * D + norm * (spec.embed_norm + spec.final_norm) + stack_parameters(spec.layers, spec) + (D * D + D) * spec.pooler + head
+
+
+def encoder_decoder_parameters(spec: EncoderDecoderSpec) -> int:
+    V = spec.target_vocab or spec.vocab
+    rows = spec.vocab + spec.target_vocab + V * (not spec.tied)
+    stacks = stack_parameters(spec.encoder, spec) + stack_parameters(spec.decoder, spec)
+    return rows * spec.dim + V * spec.logits_bias + stacks + 2 * norm_parameters(spec) * spec.final_norm
+
+
+def vision_parameters(spec: VisionSpec) -> int:
+    entries = spec.channels * spec.patch**2 + 1 + 1 + spec.patches  # of each: a patch's matrix, the class token, the positions
+    return entries * spec.dim + 2 * norm_parameters(spec) + stack_parameters(spec.layers, spec)
+
+
+def dual_encoder_parameters(spec: DualEncoderSpec) -> int:
+    towers = encoder_parameters(spec.text) + vision_parameters(spec.vision)
+    return towers + spec.dim * (spec.text.dim + spec.vision.dim) + 1
+
+
+SHAPES: dict[type, Callable[[Any], int]] = {
+    DecoderSpec: decoder_parameters, EncoderSpec: encoder_parameters, EncoderDecoderSpec: encoder_decoder_parameters,
+    VisionSpec: vision_parameters, DualEncoderSpec: dual_encoder_parameters}
+
+
+def norm_parameters(spec: Any) -> int:
+    """Those of one norm of the residual stream."""
+    return int(spec.dim) * (2 if spec.norm == "layer" else 1)
+
+
+def stack_parameters(layers: tuple[Layer, ...], spec: Any) -> int:
+    return sum(layer_parameters(layer, spec.dim, norm_parameters(spec)) for layer in layers)
 
 
 def mtp_parameters(spec: DecoderSpec) -> int:
     """Those of the layers of multi-token prediction, which share embedding and head with the model."""
-    norm = spec.dim * (2 if spec.norm == "layer" else 1)
-    return sum(layer_parameters(layer, spec.dim, norm) + 2 * spec.dim**2 + 3 * norm for layer in spec.mtp)
+    return stack_parameters(spec.mtp, spec) + len(spec.mtp) * (2 * spec.dim**2 + 3 * norm_parameters(spec))
 
 
 def layer_parameters(layer: Layer, dim: int, norm: int) -> int:

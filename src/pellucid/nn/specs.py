@@ -213,10 +213,7 @@ class DecoderSpec:
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """A bidirectional encoder: embeddings, layers, perhaps a pooler and a head.
-
-    positions: learned, or sinusoid (halves: sines first; pairs: interleaved as in the paper).
-    """
+    """An encoder: embeddings, layers, perhaps a pooler and a head. What its tokens see is in its layers (`Attn.causal`)."""
 
     vocab: int
     dim: int
@@ -224,14 +221,13 @@ class EncoderSpec:
     eps: float = 1e-12
     context: int = 512
     norm: str = "layer"
-    positions: str = "learned"
-    embed_scale: float = 1.0
+    positions: str = "learned"  # or rope: none are added
     token_types: int = 0
     embed_norm: bool = False  # a norm on the summed embeddings (BERT)
-    final_norm: bool = False
+    final_norm: bool = False  # one more norm after the layers
     pooler: bool = False  # tanh(W x[0])
-    head: str = ""  # mlm: a masked language model's; classifier: `classes` logits from the pooled output
-    classes: int = 0
+    head: str = ""  # mlm: a masked language model's; classifier: a logit for each of `labels` from the pooled output
+    labels: tuple[str, ...] = ()
     family: str = "bert"
     extra: Extra = field(default=(), compare=False)
 
@@ -247,14 +243,21 @@ class EncoderDecoderSpec:
     eps: float = 1e-5
     context: int = 512
     norm: str = "layer"
-    positions: str = "sinusoid-halves"  # sines in the first half (Marian); sinusoid-pairs: interleaved, as in the paper; learned
+    positions: str = "sinusoid-halves"  # sines in the first half (Marian); sinusoid-pairs: interleaved, as in the paper
     embed_scale: float = 1.0
     final_norm: bool = False  # one more norm after each stack (torch.nn.Transformer)
-    tied: bool = True
+    target_vocab: int = 0  # of a target embedding of its own; 0: source and target share one
+    tied: bool = True  # the head is the target's embedding
     logits_bias: bool = False
-    start: int = 0  # the token that generation begins with
+    start: int = 0  # the token that a target begins with
+    end: int = 0  # and the one that it ends with
     family: str = "marian"
     extra: Extra = field(default=(), compare=False)
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Those that write, and that a cache belongs to."""
+        return self.decoder
 
 
 @dataclass(frozen=True)
@@ -269,6 +272,10 @@ class VisionSpec:
     eps: float = 1e-5
     norm: str = "layer"
 
+    @property
+    def patches(self) -> int:
+        return (self.image // self.patch) ** 2
+
 
 @dataclass(frozen=True)
 class DualEncoderSpec:
@@ -277,7 +284,7 @@ class DualEncoderSpec:
     text: EncoderSpec
     vision: VisionSpec
     dim: int
-    pool_at: int  # the token whose first place is read from the text tower; 2: the largest id (old files)
+    pool_at: int  # the end token, at whose first place a text is read; 2: at the largest id (old files)
     family: str = "clip"
     extra: Extra = field(default=(), compare=False)
 

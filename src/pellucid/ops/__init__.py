@@ -3,6 +3,7 @@
 from pellucid.ops.activation import ACTIVATIONS, swiglu, swiglu_reference
 from pellucid.ops.attention import attention, attention_reference, attention_sdpa, choose_attention
 from pellucid.ops.compiled import choose_jit
+from pellucid.ops.contrastive import contrastive_loss
 from pellucid.ops.heads import qkv_heads, qkv_heads_reference
 from pellucid.ops.indexer import choose_keys, chosen_mask, index_scores, index_scores_reference
 from pellucid.ops.latent import (
@@ -23,6 +24,7 @@ from pellucid.ops.rope import (
     rope_attention_factor,
     rope_frequencies,
 )
+from pellucid.ops.sinusoid import sinusoids
 from pellucid.ops.softmax import log_softmax, online_softmax, softmax
 from pellucid.ops.tiles import attention_one_query, attention_tiled
 from pellucid.ops.visible import bias_of, visible
@@ -44,6 +46,7 @@ __all__ = [
     "choose_latent_attention",
     "chosen_mask",
     "chunked_cross_entropy",
+    "contrastive_loss",
     "cross_entropy_reference",
     "index_scores",
     "index_scores_reference",
@@ -61,6 +64,7 @@ __all__ = [
     "rope_angles",
     "rope_attention_factor",
     "rope_frequencies",
+    "sinusoids",
     "softmax",
     "swiglu",
     "swiglu_reference",
