@@ -207,6 +207,18 @@ def release_memory() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
+def forget_pages(address: int, size: int) -> None:
+    """Tell the kernel that bytes which were read from a mapped file are not needed again: their whole pages leave this
+    process's memory (and would be read again if touched). Nothing happens where there is no such call."""
+    import ctypes
+    import mmap
+
+    page = mmap.PAGESIZE
+    start, stop = -(-address // page) * page, (address + size) // page * page
+    if platform.system() == "Linux" and stop > start:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)
+
+
 def available_memory_bytes() -> int | None:
     """What this process may still take: the machine's available memory, or less where a control group sets a limit.
     None where the system does not tell."""

@@ -12,7 +12,7 @@ from pellucid.models.config import Config
 from pellucid.models.names import Names
 
 T = TypeVar("T")
-MODULES = ("gemma", "gpt2", "llama", "mistral", "phi", "qwen")
+MODULES = ("deepseek", "gemma", "gpt2", "llama", "mistral", "phi", "qwen")
 """The files of families."""
 
 

@@ -76,6 +76,28 @@ GPT2: Names = {
 }
 """Its matrices stand as (in, out), because TensorFlow's did."""
 
+def _latent(ours: str, theirs: str) -> Names:
+    """A layer of DeepSeek's, beside what is Llama's."""
+    modules = {"q": "q_proj", "q_a": "q_a_proj", "q_norm": "q_a_layernorm", "q_b": "q_b_proj", "kv_a": "kv_a_proj_with_mqa",
+               "kv_norm": "kv_a_layernorm", "kv_b": "kv_b_proj", "o": "o_proj", "indexer.q": "indexer.wq_b", "indexer.k": "indexer.wk",
+               "indexer.k_norm": "indexer.k_norm", "indexer.weights": "indexer.weights_proj"}
+    llama = {name.replace("layers.{i}.", ours, 1): tuple(source.replace("model.layers.{i}.", theirs) for source in entry)
+             for name, entry in LLAMA.items() if name.startswith("layers.{i}.") and "mixer" not in name}
+    return {**llama, **{f"{ours}mixer.{name}.{w}": (f"{theirs}self_attn.{source}.{w}",)
+                        for name, source in modules.items() for w in ("weight", "bias")}}
+
+
+DEEPSEEK: Names = {
+    **{name: entry for name, entry in LLAMA.items() if not name.startswith("layers.")},
+    **_latent("layers.{i}.", "model.layers.{i}."),
+    **_latent("mtp.{i}.block.", "model.layers.{n}."),
+    "mtp.{i}.norm_embedded.weight": ("model.layers.{n}.enorm.weight",),
+    "mtp.{i}.norm_hidden.weight": ("model.layers.{n}.hnorm.weight",),
+    "mtp.{i}.join.weight": ("model.layers.{n}.eh_proj.weight",),
+    "mtp.{i}.norm.weight": ("model.layers.{n}.shared_head.norm.weight",),
+}
+"""V2, V3 and V3.2; the layers of multi-token prediction are counted behind the others."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -92,6 +114,11 @@ class Piece:
     groups: int = 1  # in how many groups the Hub's rows stand
     within: tuple[int, int] | None = None  # (offset, width): of each group in the Hub's tensor; None: all of it
     transposed: bool = False
+
+    def whole(self, parameter: Tensor) -> bool:
+        """Whether the Hub's tensor is our parameter as it stands."""
+        all_rows = self.rows is None or self.rows == (0, parameter.shape[-1 if self.vector else -2])
+        return all_rows and self.expert is None and self.within is None and not self.transposed
 
     def ours(self, parameter: Tensor) -> Tensor:
         view = parameter if self.expert is None else parameter[self.expert]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from pellucid import events
 from pellucid.errors import BadInput
 from pellucid.models.families import Family
 from pellucid.models.names import Piece, targets
+from pellucid.runtime import forget_pages
 
 IGNORED = (r"rotary_emb\.inv_freq$", r"\.position_ids$", r"\.attn\.bias$", r"\.masked_bias$")  # buffers in old files
 SPARE_HEADS = ("lm_head.weight",)  # may stand in a file whose head is the embedding
-MAPPED = 256 * 2**20  # bytes read before a file is mapped anew, so that its pages do not count as ours
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class Weights:
@@ -33,7 +35,6 @@ class Weights:
         self.folder, self.family, self.stack = folder, family, stack
         self.where: dict[str, tuple[Path, str]] = {}  # name -> the file, the name in it
         self.open: dict[Path, Any] = {}
-        self.read_bytes = 0
         stack.callback(self.open.clear)
         for path in weight_files(folder):
             self.where.update({name: (path, name) for name in self._handle(path).keys()})
@@ -68,10 +69,6 @@ class Weights:
         """The tensor as it stands in the file."""
         path, stored = self.where[name]
         tensor: Tensor = self._handle(path).get_tensor(stored)
-        self.read_bytes += tensor.nbytes
-        if self.read_bytes > MAPPED:
-            self.open.clear()
-            self.read_bytes = 0
         return tensor
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
@@ -150,10 +147,37 @@ class Weights:
 
     @torch.no_grad()
     def fill(self, model: nn.Module, layers: int) -> None:
-        """Every parameter pulls its pieces. What the file lacks stays as it is."""
-        for _, parameter, piece in targets(model, self.family.names, layers, self):
-            if piece.name in self:
-                piece.ours(parameter).copy_(piece.theirs(self.get(piece.name)))
+        """Every parameter pulls its pieces. What the file lacks stays as it is.
+
+        A tensor that is a whole parameter as it stands becomes the parameter: the file's mapped pages, private to this
+        process (writing copies them), take the place of memory that was never touched. The others are copied, on several
+        threads (copying is waiting for pages), and their pages given back.
+        """
+        with ThreadPoolExecutor(max_workers=max(1, torch.get_num_threads())) as pool:
+            copies: list[Future[None]] = []
+            for name, parameter, piece in list(targets(model, self.family.names, layers, self)):
+                if piece.name not in self:
+                    continue
+                if self._adoptable(name, parameter, piece):
+                    owner, _, leaf = name.rpartition(".")
+                    model.get_submodule(owner)._parameters[leaf] = nn.Parameter(self.stored(piece.name), parameter.requires_grad)
+                else:
+                    copies.append(pool.submit(self._copy, piece, piece.ours(parameter)))
+            for copy in copies:
+                copy.result()
+
+    def _adoptable(self, name: str, parameter: Tensor, piece: Piece) -> bool:
+        path, stored = self.where.get(piece.name, (None, ""))
+        return (path is not None and parameter.device.type == "cpu" and piece.whole(parameter)
+                and not any(scales in self.where for scales in self.companions(piece.name))
+                and DTYPES.get(self._handle(path).get_slice(stored).get_dtype()) == parameter.dtype)
+
+    @torch.no_grad()
+    def _copy(self, piece: Piece, into: Tensor) -> None:
+        tensor = self.get(piece.name)
+        into.copy_(piece.theirs(tensor))
+        if piece.name in self.where and piece.within is None:  # pages of a tensor with several pieces are needed again
+            forget_pages(tensor.data_ptr(), tensor.nbytes)
 
 
 def weight_files(folder: Path) -> list[Path]:
