@@ -128,4 +128,4 @@ def _check_given(logp: Tensor, cfg: ObjectiveConfig, **given: Tensor | None) -> 
     entropy = given.get("entropy")
     if cfg.entropy_coef and entropy is not None and logp.requires_grad and not entropy.requires_grad:
         raise BadInput("objective: the entropies carry no gradient", "a bonus on them would change nothing",
-                       "compute them with gradient (token_logprobs(..., entropy=True) of weights that train)")
+                       "compute them with gradient (`pellucid.align.head.entropies`)")
