@@ -114,7 +114,8 @@ def deepseek(c: Config, name: str, mla: MLA, is_sparse: Sequence[bool], moe: MoE
 def fields(spec: DecoderSpec, score: str, method: str) -> dict[str, Any]:
     mla = spec.layers[0].mixer
     ffns = [layer.ffn for layer in (*spec.layers, *spec.mtp)]
-    found: dict[str, Any] = {"intermediate_size": ffn.hidden for ffn in ffns if isinstance(ffn, MLP)}
+    dense = next((ffn for ffn in ffns if isinstance(ffn, MLP)), None)
+    found: dict[str, Any] = {} if dense is None else {"intermediate_size": dense.hidden}
     moe = next((ffn for ffn in ffns if isinstance(ffn, MoE)), None)
     if moe is not None:
         groups = {"n_group": moe.groups, "topk_group": moe.top_groups} if method == "noaux_tc" or moe.groups > 1 else {}

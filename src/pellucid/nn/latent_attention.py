@@ -48,7 +48,7 @@ class LatentAttention(nn.Module):
             kept = ctx.cache.extend(self.index, *kept)
         latent, k_rope, bias = kept[0], kept[1], ctx.bias(x.dtype)
         if self.indexer is not None:
-            latent, k_rope, bias = self.chosen(x, q_latent, *kept, ctx)
+            latent, k_rope, bias = self.chosen(self.indexer, x, q_latent, kept, ctx)
         up = self.kv_b.weight.unflatten(0, (self.spec.heads, -1))  # (H, n + e, c)
         out = latent_attention(q_nope, q_rope, latent, k_rope, up, mask=bias, scale=self.scale)
         return self.o(out.transpose(1, 2).flatten(2).to(x.dtype))  # type: ignore[no-any-return]
@@ -76,18 +76,17 @@ class LatentAttention(nn.Module):
         return entries if self.indexer is None else (*entries, self.indexer.keys(x, ctx))
 
     def chosen(
-        self, x: Tensor, q_latent: Tensor, latent: Tensor, k_rope: Tensor, keys: Tensor, ctx: Context,
+        self, indexer: LightningIndexer, x: Tensor, q_latent: Tensor, kept: tuple[Tensor, ...], ctx: Context,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """latent, k_rope and bias of what the indexer leaves visible: for one new token only the chosen keys, gathered; for
         several all keys, and the choice as a mask."""
-        assert self.indexer is not None
-        T, bias = x.shape[1], ctx.bias(x.dtype)
+        (latent, k_rope, keys), T, bias = kept, x.shape[1], ctx.bias(x.dtype)
         end = latent.shape[2] if ctx.cache is None else ctx.cache.length + T  # columns behind it are empty
-        if end <= self.indexer.spec.top_k:
+        if end <= indexer.spec.top_k:
             return latent, k_rope, bias
         latent, k_rope, keys = latent[:, :, :end], k_rope[:, :, :end], keys[:, :, :end]
         seen = None if ctx.mask is None else ctx.mask[:, 0, :, :end]
-        chosen = self.indexer.choose(x, q_latent, keys, seen, ctx)
+        chosen = indexer.choose(x, q_latent, keys, seen, ctx)
         if T > 1:
             mask = chosen_mask(chosen, end) if seen is None else chosen_mask(chosen, end) & seen
             return latent, k_rope, bias_of(mask[:, None], x.dtype)
