@@ -11,7 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pellucid.errors import BadInput
-from pellucid.tasks import DIALS, TASKS, Mixture, facts, is_heldout, make, parse_completion
+from pellucid.tasks import (
+    DIALS,
+    TASKS,
+    Mixture,
+    dialogue_of,
+    facts,
+    is_heldout,
+    make,
+    parse_answer,
+    parse_completion,
+    reward_weights,
+)
 from pellucid.tasks.task import MARKERS
 
 PERFECT = {"format": 1.0, "correct": 1.0, "progress": 1.0}
@@ -24,7 +35,29 @@ OTHER_DIALS = {
                 {"explain": True}],
     "calculator": [{"operations": "/"}, {"operations": "+-*/", "min_number": 1, "max_number": 9999},
                    {"stories": False}, {"explain": True}],
+    "copying": [{"kind": "copy"}, {"kind": "reverse"}, {"min_length": 1, "max_length": 100}, {"symbols": "01"},
+                {"explain": True}],
+    "chain": [{"modulus": 3}, {"modulus": 1000, "max_steps": 60}, {"operations": "*"}, {"explain": True}],
+    "brackets": [{"kinds": "[{"}, {"closed": 0}, {"min_open": 30, "max_open": 30, "closed": 40}, {"explain": True}],
+    "json": [{"max_items": 1}, {"min_fields": 12, "max_fields": 12, "max_items": 9}, {"min_fields": 1}, {"explain": True}],
+    "lookup": [{"min_calls": 1, "max_calls": 1}, {"max_calls": 6, "spare_calls": 0}, {"explain": True}],
+    "toolrl": [{"tools": "xyz"}, {"digits": 5}, {"explain": True}],
+    "brevity": [{"least": 0, "most": 0}, {"most": 1000, "max_digits": 12}, {"operations": "-"}, {"explain": True}],
+    "hackable": [{"min_number": 1, "max_number": 9}, {"max_number": 10**6}, {"explain": True}],
+    "bandit": [{"arms": "xy", "pulls": 8}, {"seed": 7, "contexts": 100, "pulls": 1}, {"explain": True}],
 }
+OTHER_DIALS["arithmetic"] += [{"scratchpad": False}, {"scratchpad": False, "explain": True}]
+BARE = {"copying", "toolrl", "hackable", "bandit"}    # their demonstrations are the answer alone
+MUST_THINK = sorted(set(TASKS) - BARE - {"brevity"})
+MAY_THINK = ["copying", "hackable", "bandit", "brevity"]
+
+
+def perfect(graded):
+    return {name: graded[name] for name in PERFECT} == PERFECT
+
+
+def answer_in(text):
+    return text.split("</think>\n\n")[-1]
 
 
 def problems(task, n, seed=0, split="train"):
@@ -38,8 +71,8 @@ def test_demonstrations_are_always_graded_correct(name, split):
     task, rng = make(name), random.Random(1)
     for problem in problems(task, 2000, split=split):
         text = task.demonstrate(problem, rng)
-        assert task.grade(problem, text) == PERFECT, (problem, text)
-        assert text.startswith("<think>\n") and "\n</think>\n\n" in text and text == text.strip()
+        assert perfect(task.grade(problem, text)), (problem, text)
+        assert text == text.strip() and (text.startswith("<think>\n") and "\n</think>\n\n" in text) != (name in BARE)
         assert is_heldout(name, problem.key) == (split == "heldout")
         assert problem.prompt.isascii() and problem.task == name
 
@@ -49,7 +82,7 @@ def test_every_dial_is_reachable_and_its_demonstrations_correct(name, dials):
     task, rng = make(name, **dials), random.Random(2)
     assert {**dataclasses.asdict(task.dials), **dials} == dataclasses.asdict(task.dials)
     for problem in problems(task, 60):
-        assert task.grade(problem, task.demonstrate(problem, rng)) == PERFECT
+        assert perfect(task.grade(problem, task.demonstrate(problem, rng)))
 
 
 def test_dials_change_what_they_say():
@@ -67,6 +100,13 @@ def test_dials_change_what_they_say():
     assert lengths == {2, 3, 4, 5}
     assert {p.answer[1] for p in problems(make("calculator", operations="/"), 50)} == {"/"}
     assert {len(p.answer) for p in problems(make("sorting"), 200)} == {4, 5, 6}
+    assert {p.prompt[:4] for p in problems(make("copying", kind="copy"), 50)} == {"Copy"}
+    assert {len(p.answer[1]) for p in problems(make("chain", min_steps=4, max_steps=9), 200)} == set(range(4, 10))
+    assert {len(p.answer) for p in problems(make("json"), 200)} == {2, 3, 4}
+    assert {len(p.answer[0]) for p in problems(make("lookup", min_calls=1, max_calls=3), 200)} == {1, 2, 3}
+    assert not any("<think>" in make("arithmetic", scratchpad=False).demonstrate(p, random.Random(0))
+                   for p in problems(make("arithmetic"), 20))
+    assert {p.answer[4] for p in problems(make("brevity", least=0, most=0), 20)} == {0}
     for name in TASKS:
         assert all(len(e.prompt) > 20 + len(p.prompt) and e.answer == p.answer
                    for e, p in zip(problems(make(name, explain=True), 20), problems(make(name), 20)))
@@ -82,6 +122,15 @@ def test_dials_change_what_they_say():
     ("arithmetic", {"operations": "*"}), ("sorting", {"min_count": 2}), ("sorting", {"max_count": 3}),
     ("sorting", {"max_number": 5}), ("calculator", {"min_number": 0}), ("calculator", {"max_number": 2}),
     ("calculator", {"operations": "^"}), ("nothing", {}), ("countdwn", {}),
+    ("copying", {"kind": "sort"}), ("copying", {"symbols": "a"}), ("copying", {"symbols": "aab"}),
+    ("copying", {"symbols": "a b"}), ("copying", {"symbols": None}), ("copying", {"min_length": 0}),
+    ("copying", {"symbols": "é1"}), ("chain", {"min_steps": 2}), ("chain", {"modulus": 2}), ("chain", {"operations": "/"}),
+    ("brackets", {"kinds": "("}), ("brackets", {"kinds": "(("}), ("brackets", {"kinds": "(<"}), ("brackets", {"min_open": 1}),
+    ("brackets", {"closed": -1}), ("json", {"min_fields": 0}), ("json", {"max_fields": 99}), ("json", {"max_items": 0}),
+    ("lookup", {"min_calls": 0}), ("lookup", {"max_calls": 7}), ("lookup", {"spare_calls": -1}), ("toolrl", {"tools": "a"}),
+    ("toolrl", {"digits": 0}), ("brevity", {"least": 50, "most": 20}), ("brevity", {"operations": "*"}),
+    ("hackable", {"max_number": 10}), ("bandit", {"pulls": 9}), ("bandit", {"arms": "aa"}), ("bandit", {"contexts": 1}),
+    ("arithmetic", {"scratchpads": True}),
 ])
 def test_impossible_dials_are_refused(name, dials):
     with pytest.raises(BadInput) as error:
@@ -144,7 +193,7 @@ def test_tasks_need_no_torch():
 ])
 def test_what_is_not_one_thought_and_an_answer(text):
     assert parse_completion(text) is None
-    for name in TASKS:
+    for name in MUST_THINK:
         assert make(name).grade(problems(make(name), 1)[0], text) == {"format": 0.0, "correct": 0.0, "progress": 0.0}
 
 
@@ -153,8 +202,19 @@ def test_what_is_one_thought_and_an_answer():
     assert parse_completion(" \n<think>a</think>42\n") == ("a", "42")
 
 
-@pytest.mark.parametrize("name", TASKS)
-@pytest.mark.parametrize("change", [
+def test_a_missing_or_blank_thought_is_an_answer_where_it_may_be():
+    assert parse_answer("42") == ("", "42") == parse_answer("<think>\n\n</think>\n\n42\n")
+    assert parse_answer("<think>a\nb</think> 42") == ("a\nb", "42")
+
+
+@pytest.mark.parametrize("text", ["", " \n", "<think>", "<think>42", "42</think>", "<think></think>", "<think>a</think>\n",
+                                  "42<|im_end|>", "<think>a<tool_call></think>42", "x<think>a</think>42",
+                                  "<think>a</think>42<think>b</think>", "<think><think>a</think>42", "42 <tool_call>"])
+def test_what_is_no_answer_with_or_without_a_thought(text):
+    assert parse_answer(text) is None
+
+
+EVERYWHERE = [
     lambda text, answer: f"{answer}\n{text}",                                       # answer first
     lambda text, answer: text.replace(f"\n\n{answer}", f"\n{answer}\n</think>"),    # only inside the thought
     lambda text, answer: text.replace("</think>\n\n" + answer, f"{answer}\n</think>"),
@@ -168,24 +228,63 @@ def test_what_is_one_thought_and_an_answer():
     lambda text, answer: text.replace("</think>\n\n", "</think>\n\nThe answer is "),
     lambda text, answer: text.replace("</think>\n\n", "</think>\n\n="),
     lambda text, answer: text.replace("</think>\n\n", "</think>\n\n<answer>") + "</answer>",
-    lambda text, answer: answer,                                                    # no thought
-    lambda text, answer: f"<think>\n</think>\n\n{answer}",
     lambda text, answer: text.replace("</think>", ""),
     lambda text, answer: text.replace("<think>", "<think>\n<think>"),
     lambda text, answer: "<think>\nhm\n</think>\n" + text,
     lambda text, answer: text + "\n<think>\nhm\n</think>",
+    lambda text, answer: "".join(text.rsplit(answer, 1)),                           # no answer
+    lambda text, answer: text.replace(answer, f"\\boxed{{{answer}}}"),
+    lambda text, answer: text.replace(answer, f"`{answer}`"),
+    lambda text, answer: text.replace(answer, f"{answer} or {answer}"),
+]
+DIGITS = [
     lambda text, answer: text.translate({ord("0") + i: ord("０") + i for i in range(10)}),   # full-width digits
     lambda text, answer: text.translate({ord("0") + i: 0x660 + i for i in range(10)}),       # Arabic-Indic digits
-    lambda text, answer: "".join(text.rsplit(answer, 1)),                           # no answer
-])
-def test_cheats_with_the_place_of_the_answer(name, change):
+]
+LETTERS = [
+    lambda text, answer: text.replace(answer, answer.translate({ord("a") + i: ord("ａ") + i for i in range(26)})),
+    lambda text, answer: text.replace(answer, answer.translate({ord("a"): 0x430, ord("e"): 0x435, ord("c"): 0x441})),
+]
+NO_THOUGHT = [
+    lambda text, answer: answer,
+    lambda text, answer: f"<think>\n</think>\n\n{answer}",
+]
+NO_DIGITS, NO_LETTERS = {"brackets", "json", "lookup", "copying", "bandit"}, {"countdown", "arithmetic", "sorting", "chain",
+                                                                              "brackets", "brevity", "hackable"}
+
+
+def cheated(name, change):
+    """The graded cheats, each with what it came from, and how many changed nothing."""
     task, rng = make(name), random.Random(4)
-    for problem in problems(task, 20):
+    same = 0
+    for problem in problems(task, 40):
         text = task.demonstrate(problem, rng)
-        cheat = change(text, text.split("</think>\n\n")[1])
-        assert cheat != text
+        text = f"<think>\nhm\n</think>\n\n{text}" if name in BARE else text
+        assert task.grade(problem, text)["correct"] == 1
+        cheat = change(text, answer_in(text))
+        if cheat == text:
+            same += 1
+            continue
         graded = task.grade(problem, cheat)
         assert graded["format"] == 0 and graded["correct"] == 0 and graded["progress"] < 0.95, cheat
+    return same
+
+
+@pytest.mark.parametrize("name", [*MUST_THINK, *MAY_THINK])
+def test_cheats_with_the_place_of_the_answer(name):
+    assert [cheated(name, change) for change in EVERYWHERE] == [0] * len(EVERYWHERE)
+
+
+@pytest.mark.parametrize("name", MUST_THINK)
+def test_cheats_without_a_thought(name):
+    assert [cheated(name, change) for change in NO_THOUGHT] == [0, 0]
+
+
+@pytest.mark.parametrize("name", [*MUST_THINK, *MAY_THINK])
+def test_cheats_with_characters_that_look_alike(name):
+    if name != "json":  # its values are free, and its grammar is ASCII whatever they hold
+        assert name in NO_DIGITS or max(cheated(name, change) for change in DIGITS) == 0
+        assert name in NO_LETTERS or max(cheated(name, change) for change in LETTERS) < 40
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -195,15 +294,18 @@ def test_the_answer_twice_in_a_row_is_never_correct(name, between):
     task, rng = make(name), random.Random(4)
     for problem in problems(task, 50):
         text = task.demonstrate(problem, rng)
-        assert task.grade(problem, text + between + text.split("</think>\n\n")[1])["correct"] == 0
+        assert task.grade(problem, text + between + answer_in(text))["correct"] == 0
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_another_problems_answer_is_not_correct(name):
     task, rng = make(name), random.Random(5)
     for problem, other in zip(problems(task, 300), problems(task, 300, seed=1)):
-        graded = task.grade(problem, task.demonstrate(other, rng))
-        assert graded["format"] == 1 and (graded["correct"] == 0 or problem.key == other.key)
+        theirs = task.demonstrate(other, rng)
+        graded = task.grade(problem, theirs)
+        assert graded["format"] == 1
+        if graded["correct"]:  # some problems share their answer: sums, remainders, the first key to look up
+            assert problem.key == other.key or answer_in(theirs) == answer_in(task.demonstrate(problem, rng))
         assert graded["progress"] <= 0.9 or graded["correct"]
 
 
@@ -239,8 +341,8 @@ fuzz = st.one_of(st.text(max_size=60), st.lists(pieces, max_size=40).map("".join
 def test_graders_never_raise_and_keep_their_bounds(name, seed, text):
     task = make(name)
     graded = task.grade(problems(task, 1, seed=seed)[0], text)
-    assert set(graded) == {"format", "correct", "progress"}
-    assert all(type(value) is float and 0 <= value <= 1 for value in graded.values())
+    assert set(graded) - {"length", "proxy", "payoff", "correctness"} == {"format", "correct", "progress"}
+    assert all(type(v) is float and (0 <= v <= 1 or (n == "correctness" and v in (-3, -1))) for n, v in graded.items())
     assert graded["correct"] <= graded["format"] and graded["format"] in (0, 1) and graded["correct"] in (0, 1)
     assert (graded["progress"] == 1) == (graded["correct"] == 1)
 
@@ -256,6 +358,25 @@ def test_one_changed_character_is_graded_without_surprise(name, seed, data):
     changed = text[:at] + data.draw(st.sampled_from(list("0123456789+-*()<>, \n{}\"a"))) + text[at + 1:]
     graded = task.grade(problem, changed)
     assert graded["correct"] <= graded["format"] and (graded["progress"] == 1) == (graded["correct"] == 1)
+
+
+def test_what_is_rewarded():
+    assert reward_weights(make("sorting")) == {"correct": 1.0, "format": 0.2, "progress": 0.3}
+    assert reward_weights(make("hackable")) == {"proxy": 1.0}    # the true measure is shown, not rewarded
+    for name in TASKS:
+        task, rng = make(name), random.Random(0)
+        problem = task.sample(rng, "train")
+        assert set(reward_weights(task)) <= set(task.grade(problem, task.demonstrate(problem, rng)))
+    assert reward_weights(Mixture([(make("sorting"), 1), (make("countdown"), 2)])) == reward_weights(make("sorting"))
+    with pytest.raises(BadInput, match="reward different things"):
+        reward_weights(Mixture([(make("sorting"), 1), (make("hackable"), 2)]))
+
+
+def test_which_problems_are_dialogues():
+    lookup, sorting = make("lookup"), make("sorting")
+    mixture = Mixture([(lookup, 1), (sorting, 1)])
+    assert dialogue_of(lookup, problems(lookup, 1)[0]) is lookup is dialogue_of(mixture, problems(lookup, 1)[0])
+    assert dialogue_of(sorting, problems(sorting, 1)[0]) is None is dialogue_of(mixture, problems(sorting, 1)[0])
 
 
 def test_the_mixture_dispatches():

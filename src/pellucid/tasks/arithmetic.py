@@ -10,8 +10,9 @@
     1 3 3 7                     2 3 7
 
 Digits stand apart so that each is a token of its own.  A column holds the two digits and what was carried into it,
-so that it is one of 200 facts per operation, however long the numbers are.  The split is by the unordered pair of
-operands, the same for both operations.
+so that it is one of 200 facts per operation, however long the numbers are.  With `scratchpad=False` the answer stands
+alone: the same problems without the room to work them out, to see what thinking is worth.  The split is by the
+unordered pair of operands, the same for both operations.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from pellucid.tasks.task import (
     draw_in_split,
     lines_of,
     matching,
+    parse_answer,
     parse_completion,
     scores,
 )
@@ -36,6 +38,7 @@ from pellucid.tasks.task import (
 OPERATIONS = "+-"
 RULES = (" Work from the right, one column a line, between <think> and </think>,"
          " then answer with the number only, its digits apart like here.")
+BARE_RULES = " Answer with the number only, its digits apart like here."
 _NUMBER = re.compile(r"[0-9]+|[0-9](?: [0-9])+")
 
 
@@ -47,6 +50,8 @@ class ArithmeticDials:
     """The most digits an operand has; both operands of a problem are equally long."""
     operations: str = OPERATIONS
     """Which operations are asked for."""
+    scratchpad: bool = True
+    """Demonstrate and demand the columns; without, a thought may be missing and is not graded."""
     explain: bool = False
     """Spell out the rules in the prompt, for models that have not learned from the demonstrations."""
 
@@ -78,26 +83,30 @@ class Arithmetic:
         if operation == "-":
             a, b = max(a, b), min(a, b)
         verb = "Add" if operation == "+" else "Subtract"
-        prompt = f"{verb} {spaced(a)} {operation} {spaced(b)}." + (RULES if d.explain else "")
+        prompt = f"{verb} {spaced(a)} {operation} {spaced(b)}."
+        prompt += (RULES if d.scratchpad else BARE_RULES) if d.explain else ""
         result = a + b if operation == "+" else a - b
         return Problem(self.name, prompt, (a, operation, b, result), key_of((a, b)))
 
     def demonstrate(self, problem: Problem, rng: random.Random) -> str:
         """The columns; there is one way only, so `rng` is not used."""
         a, operation, b, result = problem.answer
+        if not self.dials.scratchpad:
+            return spaced(result)
         return completion("\n".join(columns(a, operation, b)), spaced(result))
 
     def grade(self, problem: Problem, text: str) -> dict[str, float]:
         """correct: the answer is the result, in digits all apart or all together.
 
-        progress: half for columns as they should be, half for digits of the answer, compared from the right.
+        progress: half for columns as they should be, half for digits of the answer, compared from the right (without
+        a scratchpad, that half alone).
         """
         a, operation, b, result = problem.answer
-        parsed = parse_completion(text)
+        parsed = parse_completion(text) if self.dials.scratchpad else parse_answer(text)
         if parsed is None:
             return scores(False, False, 0.0)
         wanted = columns(a, operation, b)
-        credit = 0.5 * matching(lines_of(parsed.thought), wanted)
+        credit = 0.5 * matching(lines_of(parsed.thought), wanted) if self.dials.scratchpad else 0.0
         if len(parsed.answer) > 200 or not _NUMBER.fullmatch(parsed.answer):
             return scores(False, False, credit)
         digits = parsed.answer.replace(" ", "")

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from pellucid.tasks import expression
+from pellucid.tasks import expression, tools
 from pellucid.tasks.task import (
     Problem,
     Split,
@@ -35,7 +35,6 @@ from pellucid.tasks.task import (
     parse_completion,
     scores,
 )
-from pellucid.tasks.tools import calculate
 
 OPERATIONS = "+-*/"
 WORDS = {"+": "plus", "-": "minus", "*": "times", "/": "divided by"}
@@ -59,8 +58,6 @@ STORY = {
 }
 NAMES = ("Ann", "Ben", "Eva", "Tom", "Mia", "Leo")
 THINGS = ("apples", "plums", "pens", "books", "coins", "cards")
-MAX_CALL_CHARS = 300
-_CALL = re.compile(r"<tool_call>\n?([^<>]+?)\n?</tool_call>")
 
 Answer = tuple[int, str, int]  # left number, operation, right number
 
@@ -112,7 +109,7 @@ class Calculator:
 
     def demonstrate(self, problem: Problem, rng: random.Random) -> str:
         """The operation in words, then the call; there is one way only, so `rng` is not used."""
-        return completion(in_words(problem.answer), call_text(in_symbols(problem.answer)))
+        return completion(in_words(problem.answer), tools.call_text("calculator", "expression", in_symbols(problem.answer)))
 
     def grade(self, problem: Problem, text: str) -> dict[str, float]:
         """format: one thought, then one well-formed call of the calculator with the argument `expression` alone.
@@ -132,7 +129,7 @@ class Calculator:
 
         The messages are as an OpenAI client sends them back: the call without its thought, then the tool's answer.
         """
-        result = calculate(in_symbols(problem.answer))
+        result = tools.calculate(in_symbols(problem.answer))
         call = {"id": "call_0", "type": "function",
                 "function": {"name": "calculator", "arguments": json.dumps({"expression": in_symbols(problem.answer)})}}
         messages: list[dict[str, Any]] = [
@@ -143,7 +140,7 @@ class Calculator:
 
     def grade_follow_up(self, problem: Problem, text: str) -> dict[str, float]:
         """Like `grade`, for the turn after the call: correct when the answer is the tool's result and nothing else."""
-        wanted = calculate(in_symbols(problem.answer))
+        wanted = tools.calculate(in_symbols(problem.answer))
         parsed = parse_completion(text)
         if parsed is None or len(parsed.answer) > 100 or not re.fullmatch(r"-?[0-9]+", parsed.answer):
             return scores(False, False, 0.0)
@@ -166,35 +163,15 @@ def in_symbols(answer: Answer) -> str:
     return f"{answer[0]}{answer[1]}{answer[2]}"
 
 
-def call_text(source: str) -> str:
-    """The call as the chat template writes it."""
-    return '<tool_call>\n' + json.dumps({"name": "calculator", "arguments": {"expression": source}}) + "\n</tool_call>"
-
-
 def parse_call(answer: str) -> expression.Tree | None:
     """The expression of exactly one well-formed call of the calculator, else None."""
-    found = _CALL.fullmatch(answer) if len(answer) <= MAX_CALL_CHARS else None
-    if not found:
+    source = tools.parse_call(answer, "calculator", "expression")
+    if source is None:
         return None
     try:
-        call = json.loads(found[1], object_pairs_hook=without_duplicates)
-        if not isinstance(call, dict) or set(call) != {"name", "arguments"} or call["name"] != "calculator":
-            return None
-        arguments = call["arguments"]
-        if not isinstance(arguments, dict) or set(arguments) != {"expression"}:
-            return None
-        if not isinstance(arguments["expression"], str):
-            return None
-        return expression.parse(arguments["expression"], OPERATIONS, signs=True, decimals=True)
-    except ValueError:  # not JSON, a key given twice, or not an expression
+        return expression.parse(source, OPERATIONS, signs=True, decimals=True)
+    except expression.ExpressionError:
         return None
-
-
-def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, refused when a key stands twice (parsers disagree about which one counts)."""
-    if len({key for key, _ in pairs}) != len(pairs):
-        raise ValueError("a key stands twice")
-    return dict(pairs)
 
 
 def agreement(tree: expression.Tree, answer: Answer) -> float:

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pellucid.errors import BadInput
-from pellucid.tasks.task import Problem, Split, Task
+from pellucid.tasks.task import Problem, Split, Task, dialogue_of
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Completion:
     """Its length in tokens."""
     finished: bool
     """False when it was cut off at the token limit."""
+    turns: tuple[str, ...] = ()
+    """The assistant's turns, where the problem was answered in a dialogue; `text` is then for people only."""
 
 
 Generate = Callable[[list[Problem], int, float], Sequence[Sequence[Completion]]]
@@ -111,7 +113,7 @@ def evaluate(task: Task, generate: Generate, n: int, k: int = 1, seed: int = 0, 
     groups = generate(problems, draws, temperature)
     if len(groups) != n or any(len(group) != draws for group in groups):
         raise ValueError(f"generate gave {[len(g) for g in groups][:5]}..., wanted {n} groups of {draws}")
-    graded = [[finished_only(task.grade(problem, c.text), c.finished) for c in group]
+    graded = [[finished_only(grade(task, problem, c), c.finished) for c in group]
               for problem, group in zip(problems, groups)]
     rows = [_row(scores, group, k) for scores, group in zip(graded, groups)]
     names = sorted({p.task for p in problems})
@@ -121,6 +123,14 @@ def evaluate(task: Task, generate: Generate, n: int, k: int = 1, seed: int = 0, 
     means = _means(rows)
     del means["n"]
     return TaskScores(**means, n=n, k=k, draws=draws, temperature=temperature, by_task=by_task, samples=samples)
+
+
+def grade(task: Task, problem: Problem, completion: Completion) -> dict[str, float]:
+    """The components of a completion, or of a dialogue where it is one."""
+    dialogue = dialogue_of(task, problem) if completion.turns else None
+    if dialogue is not None:
+        return dialogue.grade_turns(problem, completion.turns)
+    return task.grade(problem, completion.text)
 
 
 def finished_only(scores: dict[str, float], finished: bool) -> dict[str, float]:

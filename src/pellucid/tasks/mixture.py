@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pellucid.errors import BadInput
-from pellucid.tasks.task import Problem, Split, Task
+from pellucid.tasks.task import Problem, Split, Task, reward_weights
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,16 @@ class Mixture:
     def grade(self, problem: Problem, text: str) -> dict[str, float]:
         """The components of the task that made the problem."""
         return self.of(problem).grade(problem, text)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The reward weights that all parts share."""
+        every = {name: reward_weights(task) for name, task in self.tasks.items()}
+        first, *others = every.values()
+        if any(other != first for other in others):
+            raise BadInput("these tasks reward different things", "; ".join(f"{n}: {w}" for n, w in every.items()),
+                           "train them one at a time, or give the weights yourself")
+        return first
 
     def of(self, problem: Problem) -> Task:
         """The task that made the problem."""

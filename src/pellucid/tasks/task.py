@@ -7,6 +7,9 @@
 The split is disjoint by construction: every problem has a `key` (for instance its sorted numbers, so that a
 permutation or another target has the same key), and a hash of the key says on which side it lies.  Nobody keeps a
 list, and the side is the same for all seeds, dials, machines and Python versions.
+
+A task may say with `weights` which of its components are rewards and how much each counts; the others are measured
+and shown, and never trained on.  Where the model talks with an environment (tools), the task is a `Dialogue`.
 """
 
 from __future__ import annotations
@@ -14,14 +17,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast
 
 from pellucid.errors import BadInput, nearest
 
 Split = Literal["train", "heldout"]
 HELDOUT_SHARE = 0.1
+WEIGHTS = {"correct": 1.0, "format": 0.2, "progress": 0.3}  # of tasks that say nothing else
 MAX_DRAWS = 20_000  # a side that 20,000 draws do not reach is empty for these dials
 
 # Text that means something to the chat template.  None of it may stand inside a thought: whoever scans the raw text
@@ -63,8 +67,46 @@ class Task(Protocol):
         ...
 
     def grade(self, problem: Problem, completion: str) -> dict[str, float]:
-        """Named components in [0, 1]: `format`, `correct` (implies format), `progress` (1 only when correct)."""
+        """Named components in [0, 1]: `format`, `correct` (implies format), `progress` (1 only when correct).
+
+        A task may add components of its own, which its module describes."""
         ...
+
+
+class Dialogue(Task, Protocol):
+    """A task whose model talks with an environment: assistant's turn, reply, assistant's turn, ... until no reply.
+
+    Nothing is kept between calls: the environment's state follows from the problem and the turns so far, so episodes
+    can be replayed, run side by side in any order, and graded later.  `grade` of one completion judges the first turn.
+    """
+
+    schemas: list[dict[str, Any]]
+    """What the chat template is told of the tools."""
+    max_turns: int
+    """The assistant's most turns in an episode."""
+
+    def reply(self, problem: Problem, turns: Sequence[str]) -> str | None:
+        """The content of the `tool` message that answers the last of the assistant's turns; None: it was the last."""
+        ...
+
+    def grade_turns(self, problem: Problem, turns: Sequence[str]) -> dict[str, float]:
+        """The components of a whole episode, from the assistant's turns alone (replies are computed, never believed)."""
+        ...
+
+    def dialogue(self, problem: Problem, rng: random.Random) -> list[dict[str, str]]:
+        """A demonstration as messages: user, assistant, tool, assistant ..., always graded correct."""
+        ...
+
+
+def dialogue_of(task: Task, problem: Problem) -> Dialogue | None:
+    """The task as a `Dialogue` if its problem is answered in several turns, else None; looks into a mixture."""
+    inner = task.of(problem) if hasattr(task, "of") else task
+    return cast(Dialogue, inner) if hasattr(inner, "reply") else None
+
+
+def reward_weights(task: Task) -> dict[str, float]:
+    """Component -> weight, of the components that the task is trained on."""
+    return dict(getattr(task, "weights", WEIGHTS))
 
 
 class Parsed(NamedTuple):
@@ -83,6 +125,20 @@ def parse_completion(text: str) -> Parsed | None:
     thought, _, answer = text.removeprefix("<think>").partition("</think>")
     thought, answer = thought.strip(" \n"), answer.strip(" \n")
     if not thought or not answer or any(marker in thought for marker in MARKERS):
+        return None
+    return Parsed(thought, answer)
+
+
+def parse_answer(text: str) -> Parsed | None:
+    """Like `parse_completion`, for tasks that can do without a thought: it may be blank, or missing with its tags."""
+    text = text.strip(" \n")
+    if not text.startswith("<think>"):
+        return None if not text or any(marker in text for marker in MARKERS) else Parsed("", text)
+    if text.count("<think>") != 1 or text.count("</think>") != 1:
+        return None
+    thought, _, answer = text.removeprefix("<think>").partition("</think>")
+    thought, answer = thought.strip(" \n"), answer.strip(" \n")
+    if not answer or any(marker in part for marker in MARKERS for part in (thought, answer)):
         return None
     return Parsed(thought, answer)
 
@@ -137,6 +193,15 @@ def check_whole(dials: Any, name: str, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise BadInput(f"{type(dials).__name__}.{name}={value!r} is out of range", f"it must be a whole number "
                        f"from {low} to {high}", f"choose {name} in {low}..{high}")
+
+
+def check_symbols(dials: Any, name: str, least: int) -> None:
+    """BadInput unless the dial is a text of at least `least` different letters and digits of ASCII."""
+    value = getattr(dials, name)
+    fine = isinstance(value, str) and value.isascii() and value.isalnum() and len(set(value)) == len(value) >= least
+    if not fine:
+        raise BadInput(f"{type(dials).__name__}.{name}={value!r} is not usable",
+                       f"it must be at least {least} different letters or digits", f"for instance {name}='abcdefgh'")
 
 
 def check_operations(dials: Any, allowed: str) -> None:

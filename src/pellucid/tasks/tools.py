@@ -1,7 +1,9 @@
-"""The calculator a model can call: a safe parser with limits, and its schema as OpenAI clients send it."""
+"""Tool calls as text, and the calculator a model can call: a safe parser with limits, and its schema."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -26,6 +28,39 @@ class Tool:
 
     schema: dict[str, Any]
     run: Callable[..., str]
+
+
+MAX_CALL_CHARS = 300
+_CALL = re.compile(r"<tool_call>\n?([^<>]+?)\n?</tool_call>")
+
+
+def call_text(name: str, argument: str, value: str) -> str:
+    """The call as the chat template writes it."""
+    return "<tool_call>\n" + json.dumps({"name": name, "arguments": {argument: value}}) + "\n</tool_call>"
+
+
+def parse_call(answer: str, name: str, argument: str) -> str | None:
+    """The text given as `argument` by exactly one well-formed call of `name` with nothing beside it, else None."""
+    found = _CALL.fullmatch(answer) if len(answer) <= MAX_CALL_CHARS else None
+    if not found:
+        return None
+    try:
+        call = json.loads(found[1], object_pairs_hook=without_duplicates)
+    except ValueError:  # not JSON, or a key given twice
+        return None
+    if not isinstance(call, dict) or set(call) != {"name", "arguments"} or call["name"] != name:
+        return None
+    arguments = call["arguments"]
+    if not isinstance(arguments, dict) or set(arguments) != {argument} or not isinstance(arguments[argument], str):
+        return None
+    return arguments[argument]
+
+
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, refused when a key stands twice (parsers disagree about which one counts)."""
+    if len({key for key, _ in pairs}) != len(pairs):
+        raise ValueError("a key stands twice")
+    return dict(pairs)
 
 
 def calculate(source: str) -> str:
