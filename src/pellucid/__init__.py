@@ -16,6 +16,7 @@ FACE = {  # public name -> the module that holds it under the same name
     "Tokenizer": "pellucid.tokenizers",
     "LLM": "pellucid.engine",
     "SamplingParams": "pellucid.engine",
+    "inspect": "pellucid.plan.inspect",
 }
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from pellucid.engine import SamplingParams as SamplingParams
     from pellucid.models.hub import load as load
     from pellucid.models.hub import save as save
+    from pellucid.plan.inspect import inspect as inspect
     from pellucid.tokenizers import Tokenizer as Tokenizer
 
 

@@ -254,12 +254,12 @@ def test_generate_refuses(folder: Path, argv: list[str], says: str, capsys: pyte
 # ---- inspect and quantize -----------------------------------------------------------------------------------------
 
 def test_inspect_counts(folder: Path, capsys: pytest.CaptureFixture[str]):
-    code, out, _ = run(capsys, "inspect", folder, "--json")
+    code, out, _ = run(capsys, "inspect", folder, "--json", "--cache-dtype", "float32")
     (event,) = [e for e in told(out) if e["kind"] == "evaluation"]
     facts = event["details"]
     assert code == 0 and facts["parameters"] == count_parameters(SPEC) == sum(p.numel() for p in Decoder(SPEC).parameters())
-    assert facts["kv_bytes_per_token_float32"] == 2 * 2 * 2 * 8 * 4 and facts["weights"] == "float32"
-    assert facts["forward_flops_per_token_at_context_320"] == forward_flops(SPEC, 320)
+    assert facts["kv_bytes_per_token"] == 2 * 2 * 2 * 8 * 4 and facts["dtype"] == "float32"
+    assert facts["flops_at_full_context"] == forward_flops(SPEC, 320)
     assert f"{count_parameters(SPEC):,}" in run(capsys, "inspect", folder)[1]
 
 

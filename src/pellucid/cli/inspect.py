@@ -1,57 +1,154 @@
-"""`pellucid inspect`: what is in a model, from its config.json alone."""
+"""`pellucid inspect`: what is in a model, from its config.json alone; two models side by side; how a text is cut."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pellucid.cli.base import Common, Positional
+from pellucid.errors import BadInput
+
+if TYPE_CHECKING:
+    from pellucid.plan import Inspection
 
 
 @dataclass(frozen=True)
 class Inspect(Common):
-    """Parameters, layers, context, cache and arithmetic of a model; its weights are not read.
-    查看模型的参数量、层、上下文、缓存与计算量；不读取权重。
+    """Architecture, parameters, cache, context and arithmetic of a model; its weights are not read.
+    查看模型的结构、参数量、缓存、上下文与计算量；不读取权重。
 
     $ pellucid inspect runs/grow/model
     """
 
-    model: Positional[str]
-    """Checkpoint: a folder or a Hub id.
-    检查点：目录或 Hub id。"""
+    model: Positional[str | None] = None
+    """Checkpoint: a folder, a Hub id, or the name of a well-known model such as deepseek-v3.
+    检查点：目录、Hub id，或知名模型的名称（如 deepseek-v3）。"""
+    compare: tuple[str, str] | None = None
+    """Two models side by side, differences marked: --compare qwen3-8b llama-3.1-8b.
+    并排比较两个模型并标出差异：--compare qwen3-8b llama-3.1-8b。"""
+    text: str | None = None
+    """Show how the model's tokenizer cuts this text, with ids.
+    显示该模型的分词器如何切分这段文字及其编号。"""
+    cache_dtype: str = "bfloat16"
+    """Number format of the cache that is counted: float32, bfloat16, float16.
+    计算缓存大小所用的数值格式：float32、bfloat16、float16。"""
 
 
 def inspect(config: Inspect) -> None:
-    from pellucid import events
-    from pellucid.models import spec_of
-    from pellucid.models.hub import local_folder, read_config
-    from pellucid.nn import count_parameters, forward_flops
+    if (config.model is None) == (config.compare is None):
+        raise BadInput("inspect needs one model, or --compare with two",
+                       next="pellucid inspect runs/grow/model, or: pellucid inspect --compare qwen3-8b llama-3.1-8b")
+    if config.compare is not None:
+        return compare(config)
+    assert config.model is not None
+    if config.text is not None:
+        return show_text(config.model, config.text)
+    from pellucid import events, plan
 
-    fields = read_config(local_folder(config.model))
-    spec, quantized = spec_of(fields), fields.get("quantization_config") or {}
-    mixer, ffn = spec.layers[0].mixer, spec.layers[0].ffn
-    ropes = [layer.mixer.rope for layer in spec.layers if layer.mixer.rope.dim]
-    facts = {
-        "family": spec.family, "weights": quantized.get("quant_method") or fields.get("dtype") or fields.get("torch_dtype") or "unknown",
-        "parameters": count_parameters(spec), "layers": len(spec.layers), "width": spec.dim,
-        "heads": mixer.heads, "kv_heads": mixer.kv_heads, "head_dim": mixer.head_dim, "ffn": ffn.hidden,
-        "vocabulary": spec.vocab, "tied": spec.tied, "context": spec.context,
-        "ffn_gated": ffn.gated, "activation": ffn.act, "norm": spec.norm, "positions": spec.positions,
-        "rope_theta": told(rope.theta for rope in ropes), "rope_dim": told(rope.dim for rope in ropes),
-        "rope_type": told(rope.scaling_dict.get("rope_type", "default") for rope in ropes),
-        "qk_norm": mixer.qk_norm, "window": told(layer.mixer.window for layer in spec.layers),
-        "kv_bytes_per_token_float32": spec.kv_bytes_per_token,
-        "forward_flops_per_token_at_context_1": forward_flops(spec, 1),
-        f"forward_flops_per_token_at_context_{spec.context}": forward_flops(spec, spec.context),
-    }
-    events.emit(events.Evaluation("inspect", "parameters", float(count_parameters(spec)), facts))
+    info = plan.inspect(config.model, cache_dtype=config.cache_dtype)
+    events.emit(events.Evaluation("inspect", "parameters", float(info.parameters), info.as_dict()))
+    for line in page(info):
+        print(line)
+
+
+def page(info: Inspection) -> list[str]:
+    """The report for people: facts, parameters by part, the tree of specs."""
+    from pellucid.plan.tree import tree
+
+    facts = facts_of(info)
     width = max(map(len, facts))
-    for name, value in facts.items():
-        print(f"{name:<{width}}  {value:,}" if isinstance(value, int) and not isinstance(value, bool) else f"{name:<{width}}  {value}")
+    lines = [f"{name:<{width}}  {shown(value)}" for name, value in facts.items()]
+    lines += ["", f"{'parameters by part':<24}{'total':>20}{'active a token':>20}"]
+    for part in info.parts:
+        lines.append(f"  {part.name:<22}{part.parameters:>20,}{part.active:>20,}")
+    return [*lines, "", *tree(info.spec)]
 
 
-def told(values: Iterable[Any]) -> Any:
-    """What all layers agree on, or what each of their kinds says."""
-    kinds = list(dict.fromkeys(values))
-    return kinds[0] if len(kinds) == 1 else ", ".join(map(str, kinds)) or None
+def facts_of(info: Inspection) -> dict[str, Any]:
+    """One line each, in the words of the field."""
+    from pellucid.plan.tree import ranges
+
+    context = getattr(info.spec, "context", None)
+    facts: dict[str, Any] = {
+        "family": info.spec.family, "shape": info.shape, "weights": info.dtype, "parameters": info.parameters,
+        "active parameters": info.active_parameters, "active without embeddings": info.active_without_embeddings,
+        "context": context,
+    }
+    if info.flops_per_token is not None:
+        facts |= {f"cache bytes a token ({info.cache_dtype})": info.kv_bytes_per_token}
+        if info.state_bytes:
+            facts["cache bytes a sequence, any length"] = info.state_bytes
+        for kind in info.kinds if len(info.kinds) > 1 else []:
+            facts[f"  {kind.mixer} + {kind.ffn}, layers {ranges(kind.layers)}"] = f"{kind.cache_bytes:,} a token" + (
+                f", {kind.state_bytes:,} a sequence" if kind.state_bytes else "")
+        facts |= {"forward FLOPs a token, empty context": info.flops_per_token,
+                  "training FLOPs a token, empty context": info.training_flops_per_token}
+        if context:
+            facts[f"forward FLOPs a token at context {context:,}"] = info.flops(context)
+    if info.stored:
+        facts["stored numbers"] = ", ".join(f"{name} {n:,}" for name, n in info.stored.items())
+    if info.tokenizer:
+        facts["tokenizer"] = ", ".join(f"{name} {shown(value)}" for name, value in info.tokenizer.items() if value not in (None, "", [], {}))
+    return facts
+
+
+def compare(config: Inspect) -> None:
+    from pellucid import events, plan
+
+    assert config.compare is not None
+    a, b = (plan.inspect(name, cache_dtype=config.cache_dtype) for name in config.compare)
+    rows = compared(a, b)
+    events.emit(events.Evaluation("inspect", "differences", float(sum(x != y for _, x, y in rows)), {
+        "models": [a.as_dict(), b.as_dict()], "rows": [{"name": name, "values": [x, y], "same": x == y} for name, x, y in rows]}))
+    first = max(len(name) for name, _, _ in rows)
+    second = max(len(config.compare[0]), *(len(x) for _, x, _ in rows))
+    print(f"  {'':<{first}}  {config.compare[0]:<{second}}  {config.compare[1]}")
+    for name, x, y in rows:
+        print(f"{' ' if x == y else '≠'} {name:<{first}}  {x:<{second}}  {y}")
+
+
+def compared(a: Inspection, b: Inspection) -> list[tuple[str, str, str]]:
+    """(name, of a, of b) for every fact and every line of both trees; '-' where one has none."""
+    left, right = ({**facts_of(info), **flat(info.spec)} for info in (a, b))
+    return [(name, shown(left.get(name, "-")), shown(right.get(name, "-"))) for name in dict.fromkeys([*left, *right])]
+
+
+def flat(spec: Any, name: str = "") -> dict[str, Any]:
+    """The spec as path -> value; layers of a stack by kind, with how many there are."""
+    from dataclasses import fields, is_dataclass
+
+    found: dict[str, Any] = {}
+    for f in fields(spec):
+        value, path = getattr(spec, f.name), f"{name}{f.name}"
+        if f.name in ("extra", "family", "context") or not f.init:
+            continue
+        if is_dataclass(value):
+            found |= {path: type(value).__name__} | flat(value, f"{path}.")
+        elif isinstance(value, tuple) and value and is_dataclass(value[0]):
+            kinds = list(dict.fromkeys(value))
+            for k, layer in enumerate(kinds):
+                at = path if len(kinds) == 1 else f"{path}[{k}]"
+                found |= {at: f"{value.count(layer)} alike"} | flat(layer, f"{at}.")
+        else:
+            found[path] = value
+    return found
+
+
+def show_text(model: str, text: str) -> None:
+    """The text cut into tokens, in colour on a terminal."""
+    import sys
+
+    from pellucid import events
+    from pellucid.tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.load(model)
+    ids = tokenizer.encode(text)
+    events.emit(events.Evaluation("inspect", "tokens", float(len(ids)), {"text": text, "ids": ids}))
+    print(tokenizer.show(text, colour=sys.stdout.isatty()))
+    print(f"{len(ids)} tokens, {len(text)} characters, {len(text.encode())} bytes")
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"

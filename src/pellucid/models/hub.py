@@ -10,6 +10,7 @@ import json
 import math
 import os
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,25 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pellucid import events
 from pellucid.errors import BadInput
 from pellucid.files import atomic_folder, write_atomic
 from pellucid.messages import add, three_parts
 from pellucid.models.config import Config
-from pellucid.models.families import config_of, find, find_all, unwrapped
+from pellucid.models.families import config_of, family_of, find, find_all, unwrapped
 from pellucid.models.names import Piece
 from pellucid.models.weights import Weights, assemble, planned
-from pellucid.nn import Decoder, DecoderSpec, init_weights
+from pellucid.nn import (
+    Decoder,
+    DecoderSpec,
+    DualEncoder,
+    DualEncoderSpec,
+    Encoder,
+    EncoderDecoder,
+    EncoderDecoderSpec,
+    EncoderSpec,
+    init_weights,
+)
 from pellucid.runtime import choose_device, dtype_of
 
 add({
@@ -35,7 +47,8 @@ add({
     "error.hub.why": ("{text}", "{text}"),
     "error.hub.next": ("check the name and the network, or give a local folder", "检查名称与网络，或给出本地目录"),
 })
-SHAPES: dict[type, type[nn.Module]] = {DecoderSpec: Decoder}
+SHAPES: dict[type, type[nn.Module]] = {
+    DecoderSpec: Decoder, EncoderSpec: Encoder, EncoderDecoderSpec: EncoderDecoder, DualEncoderSpec: DualEncoder}
 """Spec -> the module that is built from it."""
 
 
@@ -53,10 +66,12 @@ def load(
     spec = spec_of(fields)
     if dtype == "auto":
         dtype = unwrapped(fields).get("dtype") or unwrapped(fields).get("torch_dtype") or "float32"
-    with torch.device("meta"):
-        model = shape_of(spec)(spec)
     with ExitStack() as stack:
-        weights = Weights(folder, stack, find(spec.family))
+        weights = Weights(folder, stack, family_of(spec))
+        model = blank(spec)
+        if getattr(spec, "mtp", ()) and not weights.hold(model, "mtp.", main_layers(model)):
+            events.note(f"{folder}: config.json states layers of multi-token prediction, and the weights hold none: left out", "info")
+            model = blank(replace(spec, mtp=()))  # transformers writes the field, but not the layers
         weights.check(model, main_layers(model), allow_missing)  # before any memory is taken for what config.json claims
         allocate(model, dtype_of(dtype), choose_device(device).value)
         if allow_missing:
@@ -74,6 +89,12 @@ def spec_of(fields: dict[str, Any]) -> Any:
 
 def shape_of(spec: Any) -> type[nn.Module]:
     return SHAPES[type(spec)]
+
+
+def blank(spec: Any) -> nn.Module:
+    """The model of a spec, without memory."""
+    with torch.device("meta"):
+        return shape_of(spec)(spec)
 
 
 def main_layers(model: nn.Module) -> int:
@@ -94,8 +115,8 @@ def allocate(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None
                 module._buffers[name] = torch.empty_like(buffer, device=device)
 
 
-def local_folder(path_or_id: str | os.PathLike[str]) -> Path:
-    """The folder itself, or the cached snapshot of a Hub id (downloaded unless HF_HUB_OFFLINE is set)."""
+def local_folder(path_or_id: str | os.PathLike[str], weights: bool = True) -> Path:
+    """The folder itself, or the cached snapshot of a Hub id (downloaded unless HF_HUB_OFFLINE is set); `weights`: with them."""
     path = Path(path_or_id)
     if path.is_dir():
         return path
@@ -107,7 +128,7 @@ def local_folder(path_or_id: str | os.PathLike[str]) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.tiktoken"]
+        patterns = ["*.json", "*.jinja", "*.txt", "*.tiktoken", *(["*.safetensors"] if weights else [])]
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise BadInput(*three_parts("error.hub", name=name, text=str(error).split("\n")[0])) from error
@@ -129,7 +150,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def fill(model: nn.Module, folder: Path) -> None:
     """Every parameter pulls its tensors; anything missing, unused or of another shape is an error with its name."""
     with ExitStack() as stack:
-        weights = Weights(folder, stack, find(model.spec.family))
+        weights = Weights(folder, stack, family_of(model.spec))
         weights.check(model, main_layers(model))
         weights.fill(model, main_layers(model))
 
@@ -152,10 +173,9 @@ def save(
 def write_model(
     model: nn.Module, folder: Path, generation: dict[str, Any] | None = None, shard_bytes: int = 5 * 10**9,
 ) -> None:
-    family, layers = find(model.spec.family), main_layers(model)
+    family, layers = family_of(model.spec), main_layers(model)
     plan = planned(model, family, layers)
-    with torch.device("meta"):
-        whole = set(planned(shape_of(model.spec)(model.spec), family, layers))
+    whole = set(planned(blank(model.spec), family, layers))
     if whole != set(plan):
         raise BadInput("this model cannot be saved as a float checkpoint", f"it lacks {min(whole ^ set(plan))} as such",
                        "an INT8 folder is made from the float one: pellucid quantize")

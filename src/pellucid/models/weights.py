@@ -7,6 +7,7 @@ Nothing is unpickled; an index that points outside of the folder, a file cut sho
 from __future__ import annotations
 
 import json
+import math
 import re
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -119,6 +120,10 @@ class Weights:
 
     # --- a model's parameters -------------------------------------------------------------------------------------------
 
+    def hold(self, model: nn.Module, prefix: str, layers: int) -> bool:
+        """Whether any tensor fills one of the model's parameters whose names start so."""
+        return any(name.startswith(prefix) and piece.name in self for name, _, piece in targets(model, self.family.names, layers, self))
+
     def check(self, model: nn.Module, layers: int, allow_missing: bool = False) -> None:
         """BadInput that names every tensor that is missing, unused or of another shape. Reads headers only.
 
@@ -202,6 +207,20 @@ def weight_files(folder: Path) -> list[Path]:
         if not (folder / name).exists():
             raise BadInput(f"shard {name} is missing", f"{index.name} lists it", "fetch the checkpoint again")
     return [folder / name for name in sorted(names)]
+
+
+def stored_dtypes(folder: Path) -> dict[str, int]:
+    """Format -> numbers stored in it, from the headers of the folder's files; empty where there are no weights."""
+    found: dict[str, int] = {}
+    for path in weight_files(folder) if any(folder.glob("*.safetensors")) else []:
+        try:
+            with safe_open(path, framework="pt") as opened:
+                for name in opened.keys():
+                    part = opened.get_slice(name)
+                    found[part.get_dtype()] = found.get(part.get_dtype(), 0) + math.prod(part.get_shape())
+        except (SafetensorError, OSError) as error:
+            raise BadInput(f"{path.name} is not a whole safetensors file", str(error), "fetch the file again") from error
+    return found
 
 
 def planned(model: nn.Module, family: Family, layers: int) -> dict[str, list[tuple[Tensor, Piece]]]:

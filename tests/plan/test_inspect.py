@@ -1,0 +1,85 @@
+"""The inspector: counts against built models and published figures, two models side by side, what it cannot read."""
+
+import json
+
+import pytest
+import torch
+from small_models import hybrid_spec
+
+import pellucid
+from pellucid.__main__ import main
+from pellucid.errors import BadInput
+from pellucid.models import known, save
+from pellucid.models.hub import shape_of, spec_of
+from pellucid.nn import Decoder, forward_flops, init_weights
+from pellucid.plan.inspect import decoder_parts
+from pellucid.plan.tree import tree
+
+
+@pytest.mark.parametrize("name", known.names())
+def test_parts_add_up_to_the_model_built_from_the_same_spec(name):
+    spec = spec_of(known.find_config(name))
+    with torch.device("meta"):
+        model = shape_of(spec)(spec)
+    assert pellucid.inspect(name).parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_published_figures():
+    """Section "numbers" of the model cards: Llama-3.1-8B and its cache (32 layers x 2 x 8 heads x 128 x 2 bytes)."""
+    llama = pellucid.inspect("Llama-3.1-8B")
+    assert llama.parameters == llama.active_parameters == 8_030_261_248
+    assert llama.kv_bytes_per_token == 131_072 and llama.as_dict()["context"] == 131_072
+    assert llama.active_without_embeddings == 8_030_261_248 - 2 * 128256 * 4096
+    assert pellucid.inspect("llama-3.1-8b", cache_dtype="float32").kv_bytes_per_token == 2 * 131_072
+    matrices = llama.parameters - 128256 * 4096 - 65 * 4096  # the embedding is looked up, norms are no products
+    assert llama.flops_per_token == 2 * matrices + 4 * 32 * 32 * 128
+    assert llama.training_flops_per_token == 3 * llama.flops_per_token
+    assert llama.flops(1000) - llama.flops_per_token == 999 * 4 * 32 * 32 * 128
+    assert llama.flops(77) == forward_flops(llama.spec, 77)
+
+
+def test_a_hybrid_keeps_what_its_layers_keep():
+    spec = hybrid_spec()
+    parts = {part.name: part for part in decoder_parts(spec)}
+    with torch.device("meta"):
+        model = Decoder(spec)
+    assert sum(p.parameters for p in parts.values()) == sum(p.numel() for p in model.parameters())
+    assert parts["experts"].active * 3 == parts["experts"].parameters  # 2 of 6
+    assert parts["experts"].parameters == 2 * 6 * 3 * 48 * 20 and parts["router"].parameters == 2 * 6 * 48
+
+
+def test_folder_with_files_and_tokenizer(tmp_path, capsys):
+    spec = spec_of(known.find_config("qwen3-0.6b") | {"num_hidden_layers": 2, "hidden_size": 16, "vocab_size": 50, "intermediate_size": 24})
+    save(init_weights(Decoder(spec)).bfloat16(), tmp_path / "m")
+    info = pellucid.inspect(tmp_path / "m")
+    assert info.stored == {"BF16": info.parameters} and info.dtype == "bfloat16" and "error" in info.tokenizer
+    assert main(["inspect", str(tmp_path / "m"), "--json"]) == 0
+    (event,) = [e for e in map(json.loads, capsys.readouterr().out.splitlines()) if e["kind"] == "evaluation"]
+    assert event["details"]["parameters"] == info.parameters and event["details"]["spec"]["dim"] == 16
+
+
+def test_two_models_side_by_side(capsys):
+    assert main(["inspect", "--compare", "llama-3.1-8b", "llama-3.1-405b"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("≠ dim ") and "4,096" in line and "16,384" in line for line in lines)
+    assert any(line.startswith("  layers.mixer.kv_heads") for line in lines)
+    assert main(["inspect", "--compare", "llama-3.1-8b", "llama-3.1-8b"]) == 0
+    assert "≠" not in capsys.readouterr().out
+
+
+def test_the_tree_says_equal_layers_once():
+    lines = tree(hybrid_spec())
+    assert sum("Attn" in line for line in lines) == 1 and any("layers 0, 2" in line for line in lines)
+
+
+@pytest.mark.parametrize(("argv", "says"), [
+    ([], "needs one model"), (["a", "--compare", "b", "c"], "needs one model"), (["llama-3.1-8bb"], "llama-3.1-8b"),
+    (["llama-3.1-8b", "--cache-dtype", "int3"], "int3")])
+def test_refusals(argv, says, capsys):
+    assert main(["inspect", *argv]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_find_config_names_the_nearest():
+    with pytest.raises(BadInput, match=r"qwen3-0\.6b"):
+        known.find_config("qwen3-0.6")
