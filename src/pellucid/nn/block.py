@@ -37,7 +37,7 @@ class Block(nn.Module):
         return x
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        mixed = self.mixer(self.norm1(x), ctx)
+        mixed = ctx.through(self.mixer, self.norm1(x))
         x = x + (mixed if self.post1 is None else self.post1(mixed))
         if hasattr(self, "cross"):
             x = x + self.cross(self.norm_cross(x), ctx)
@@ -58,7 +58,7 @@ class PostBlock(Block):
     """norm(x + mixer x), then norm(x + ffn x): the original Transformer's order, and BERT's."""
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        x = self.norm1(x + self.mixer(x, ctx))
+        x = self.norm1(x + ctx.through(self.mixer, x))
         if hasattr(self, "cross"):
             x = self.norm_cross(x + self.cross(x, ctx))
         return self.norm2(x + self.ffn(x, ctx))  # type: ignore[no-any-return]

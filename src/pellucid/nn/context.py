@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -30,7 +31,8 @@ class Context:
     """mask: (B or 1, 1, T or 1, S) bool, True = visible; None when nothing is hidden but the future. causal: False when
     the mask holds causality already (attention applies it in any case: it changes nothing then, and lets whole tiles
     be skipped). real: (B, T) bool, False for new tokens that are padding; None when all are real. documents: (B, T) ids of
-    packed documents. memory: (B, S, D), an encoder's output for cross-attention; memory_mask: as mask, for its tokens."""
+    packed documents. segments: of a flat pass over tokens of many sequences (an engine's step): mixers see each apart, all
+    else runs over all tokens at once. memory: (B, S, D), an encoder's output for cross-attention; memory_mask: as mask, for its tokens."""
 
     positions: Tensor  # (B or 1, T)
     dtype: torch.dtype
@@ -42,8 +44,16 @@ class Context:
     memory: Tensor | None = None
     memory_mask: Tensor | None = None
     routing: Routing | None = None
+    segments: list[Segment] | None = None
     _angles: dict[Rope, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _bias: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict)
+
+    def through(self, mixer: Callable[[Tensor, Context], Tensor], x: Tensor) -> Tensor:
+        """mixer(x); in a flat pass (1, N, D) each segment by itself, as its own batch and with its own context."""
+        if self.segments is None:
+            return mixer(x, self)
+        parts = [mixer(x[0, s.start : s.stop].unflatten(0, (s.rows, -1)), s.ctx).flatten(0, 1) for s in self.segments]
+        return torch.cat(parts)[None]
 
     def rotation(self, rope: Rope) -> tuple[Tensor | None, Tensor | None]:
         """cos, sin (B or 1, T, r) of this pass's positions; None where nothing is turned."""
@@ -71,6 +81,16 @@ class Context:
         if (which, dtype) not in self._bias:
             self._bias[which, dtype] = bias_of(mask, dtype)
         return self._bias[which, dtype]
+
+
+@dataclass
+class Segment:
+    """Tokens start..stop of a flat pass: `rows` sequences with equally many new tokens each, which mix among themselves."""
+
+    start: int
+    stop: int
+    rows: int
+    ctx: Context
 
 
 def open_context(

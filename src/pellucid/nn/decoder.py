@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pellucid.nn.block import Block
+from pellucid.nn.block import run_layers
 from pellucid.nn.build import build_layer
 from pellucid.nn.cache import KVCache
-from pellucid.nn.context import Routing, open_context, padding_positions
+from pellucid.nn.context import Context, Routing, open_context, padding_positions
 from pellucid.nn.linear import NORMS, Linear, embedding
 from pellucid.nn.mtp import PredictionLayer, same_document
 from pellucid.nn.site import Site
@@ -52,20 +52,22 @@ class Decoder(nn.Module):
         cache: KVCache | None = None, mask: Tensor | None = None, routing: Routing | None = None,
     ) -> Tensor:
         """The last hidden state (B, T, D), after the final norm."""
-        x = self.embedded(tokens)
         if positions is None and cache is None and mask is not None:
             positions = padding_positions(mask)
-        ctx = open_context(tokens, x.dtype, positions, documents, cache, mask)
+        dtype = self.compute_dtype or self.embed.weight.dtype
+        ctx = open_context(tokens, dtype, positions, documents, cache, mask)
         ctx.routing = routing
+        return self.run(tokens, ctx)
+
+    def run(self, tokens: Tensor, ctx: Context) -> Tensor:
+        """The last hidden state (B, T, D) in a context that is open already; an engine brings one of segments."""
+        x = self.embedded(tokens)
         if self.positions is not None:
             x = x + F.embedding(ctx.positions, self.positions.weight).to(x.dtype)
-        first: Block = self.layers[0]  # type: ignore[assignment]
-        x = first.enter(x)
-        for layer in self.layers:
-            x = layer(x, ctx)
-        if cache is not None:
-            cache.advance(tokens.shape[1])
-        return self.norm(first.leave(x))  # type: ignore[no-any-return]
+        x = run_layers(self.layers, x, ctx)
+        if ctx.cache is not None:
+            ctx.cache.advance(tokens.shape[1])
+        return self.norm(x)  # type: ignore[no-any-return]
 
     def embedded(self, tokens: Tensor) -> Tensor:
         """(B, T) -> (B, T, D)"""

@@ -1,0 +1,116 @@
+"""The paged cache (PagedAttention, arXiv 2309.06180): entries of all sequences in one set of blocks, and a view of some.
+
+`Pages` holds the memory: for each layer the tensors that its mixer keeps for a token (`nn.count.cache_shapes`), block after
+block; and for mixers of constant state (linear attention) one place a request. `Rows` shows some requests to the model as
+if theirs were an ordinary cache (the interface of `nn.cache.KVCache`): new entries go into the requests' blocks, and what
+they hold is gathered, aligned at the right end. Gathering copies; it is the readable twin of kernels that read in place.
+
+Legend: N slots = blocks x block size, K heads of an entry, d its width, B requests, T new tokens of each, S of the longest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pellucid.engine.request import Request
+from pellucid.nn.count import cache_shapes
+from pellucid.nn.specs import DecoderSpec
+
+
+class Pages:
+    """entries[layer]: tensors (N, K, d).   states[layer]: name -> (places, ...), made when a mixer first writes one."""
+
+    def __init__(
+        self, spec: DecoderSpec, blocks: int, size: int, places: int, *, dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        self.size, self.places, self.device = size, places, torch.device(device)
+        self.entries = [[torch.zeros(blocks * size, heads, width, dtype=dtype, device=device)
+                         for heads, width in cache_shapes(layer.mixer)] for layer in spec.layers]
+        self.states: list[dict[str, Tensor]] = [{} for _ in spec.layers]
+
+    @property
+    def bytes_per_block(self) -> int:
+        return sum(t[0].nbytes * self.size for entries in self.entries for t in entries)
+
+    def slots(self, blocks: Sequence[int], start: int, stop: int) -> Tensor:
+        """(stop - start,) where the tokens start..stop of a request lie."""
+        places = torch.arange(start, stop, device=self.device)
+        return torch.tensor(blocks, device=self.device)[places // self.size] * self.size + places % self.size
+
+    def copy_out(self, blocks: Sequence[int], tokens: int) -> list[list[Tensor]]:
+        """What a request's first `tokens` left, in memory of its own on the host: for swapping."""
+        where = self.slots(blocks, 0, tokens)
+        return [[t[where].to("cpu", copy=True) for t in entries] for entries in self.entries]
+
+    def copy_in(self, blocks: Sequence[int], kept: list[list[Tensor]]) -> None:
+        if not kept or not any(kept):
+            return
+        where = self.slots(blocks, 0, next(len(t) for entries in kept for t in entries))
+        for entries, saved in zip(self.entries, kept, strict=True):
+            for t, old in zip(entries, saved, strict=True):
+                t[where] = old.to(self.device)
+
+
+class Rows:
+    """B requests with `count` new tokens each, as a cache.  places: of their constant states, by request."""
+
+    def __init__(self, pages: Pages, requests: Sequence[Request], count: int, places: Sequence[int]):
+        self.pages, self.device = pages, pages.device
+        lengths = [r.computed for r in requests]
+        self.longest = max(lengths) + count
+        self.length = self.longest - count  # columns before the new tokens
+        self.batch = len(requests)
+        ends = torch.tensor(lengths, device=self.device) + count
+        self.first = self.longest - ends if min(lengths) != max(lengths) else None
+        self.read = torch.zeros(self.batch, self.longest, dtype=torch.int64, device=self.device)
+        for row, (r, length) in enumerate(zip(requests, lengths, strict=True)):
+            self.read[row, self.longest - length - count :] = pages.slots(r.blocks, 0, length + count)
+        self.write = self.read[:, self.length :].flatten()
+        self.places = torch.tensor(places, device=self.device)
+        self.fresh = [length == 0 for length in lengths]
+        self.states = [self._states(layer) for layer in range(len(pages.states))]
+
+    def _states(self, layer: int) -> dict[str, Tensor]:
+        """The rows' constant states, zeros where a request begins; empty before anything was written."""
+        fresh = torch.tensor(self.fresh, device=self.device)
+        found = {}
+        for name, t in self.pages.states[layer].items() if not all(self.fresh) else ():
+            rows = t[self.places]
+            found[name] = rows.masked_fill(fresh.view(-1, *[1] * (rows.dim() - 1)), 0)
+        return found
+
+    def extend(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
+        """new (B, K, T, d) written behind what is there -> all of it (B, K, S, d), right-aligned; see `key_mask`."""
+        gathered = []
+        for kept, fresh in zip(self.pages.entries[layer], new, strict=True):
+            kept[self.write] = fresh.transpose(1, 2).flatten(0, 1).to(kept.dtype)
+            gathered.append(kept[self.read].transpose(1, 2))
+        return tuple(gathered)
+
+    def advance(self, tokens: int) -> None:
+        """After the last layer: constant states go back to their places."""
+        for layer, state in enumerate(self.states):
+            for name, rows in state.items():
+                held = self.pages.states[layer]
+                if name not in held:
+                    held[name] = rows.new_zeros(self.pages.places, *rows.shape[1:])
+                held[name][self.places] = rows
+
+    def key_mask(self, upcoming: int) -> Tensor | None:
+        """(B, 1, 1, S) True where a key is real; None when all are."""
+        if self.first is None:
+            return None
+        return (torch.arange(self.longest, device=self.device)[None] >= self.first[:, None])[:, None, None, :]
+
+    def real(self, upcoming: int) -> Tensor | None:
+        """New tokens are never padding here."""
+        return None
+
+    def positions(self, upcoming: int) -> Tensor:
+        """(B or 1, T)"""
+        columns = torch.arange(self.length, self.longest, device=self.device)[None]
+        return columns if self.first is None else columns - self.first[:, None]

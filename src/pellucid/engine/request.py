@@ -1,0 +1,64 @@
+"""A request on its way through the engine: two counters, and what it holds.
+
+`len(tokens)` is how far it is known, `computed` how far the cache holds it. Each step hands out tokens so that the second
+catches up with the first, and everything is a value of the difference: decoding is 1, a prompt is its length, a chunk is
+what a step's budget leaves of it, a hit in the prefix cache starts `computed` further on, preemption sets it back to 0,
+drafts of speculative decoding lengthen `tokens` for a step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from pellucid.engine.params import SamplingParams
+
+
+class State(Enum):
+    WAITING = "waiting"  # holds no blocks
+    RUNNING = "running"
+    SWAPPED = "swapped"  # its blocks' content lies in host memory
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Request:
+    """tokens: the prompt, then what was generated, then drafts.  blocks: of the cache, in order; they hold at least `computed` tokens.
+
+    namespace: requests share cached prefixes only within one (a tenant, an adapter).  priority: smaller is served first.
+    """
+
+    prompt: list[int]
+    params: SamplingParams
+    seed: int = 0
+    namespace: str = ""
+    priority: int = 0
+    number: int = 0  # of arrival
+    tokens: list[int] = field(default_factory=list)
+    computed: int = 0
+    drafts: int = 0  # how many of the last tokens are only proposed
+    blocks: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)  # of full blocks, for the chain of hashes
+    state: State = State.WAITING
+    finish_reason: str | None = None  # "stop" | "length" | "cancelled"
+    hit: int = 0  # tokens that the prefix cache gave at first admission
+    preemptions: int = 0
+    logprobs: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.tokens = self.tokens or list(self.prompt)
+
+    @property
+    def output(self) -> list[int]:
+        """What was generated, without drafts."""
+        return self.tokens[len(self.prompt) : len(self.tokens) - self.drafts]
+
+    @property
+    def behind(self) -> int:
+        """Tokens that are known and not yet computed."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def limit(self) -> int:
+        """Tokens that it may come to hold."""
+        return len(self.prompt) + self.params.max_tokens

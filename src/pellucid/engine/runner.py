@@ -1,0 +1,89 @@
+"""A step of the engine on a device: the planned tokens of all requests in one flat pass.
+
+Everything that works on each token alone (projections of the feed-forward, experts, norms, head) sees all tokens at once,
+so that weights are read once a step. Mixers see segments: the requests that got one token each together, every longer
+part by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pellucid.engine.paged_cache import Pages, Rows
+from pellucid.engine.request import Request
+from pellucid.engine.scheduler import Part, Plan
+from pellucid.nn import Decoder
+from pellucid.nn.context import Context, Segment, open_context
+
+
+class Runner:
+    """Holds the pages. `places`: requests that can be in the engine at a time (for constant states)."""
+
+    def __init__(self, model: Decoder, blocks: int, size: int, places: int, dtype: torch.dtype | None = None):
+        self.model = model
+        self.device, self.dtype = model.embed.weight.device, model.compute_dtype or model.embed.weight.dtype
+        self.pages = Pages(model.spec, blocks, size, places, dtype=dtype or self.dtype, device=self.device)
+        self.free_places = list(range(places - 1, -1, -1))
+        self.place_of: dict[Request, int] = {}
+        self.swapped: dict[Request, list[list[Tensor]]] = {}
+
+    @torch.inference_mode()
+    def step(self, plan: Plan) -> dict[Request, Tensor]:
+        """Logits (V,) for each request whose next token follows from this step."""
+        for request, blocks in plan.swapped_out:
+            self.swapped[request] = self.pages.copy_out(blocks, request.computed)
+        for request, blocks in plan.swapped_in:
+            self.pages.copy_in(blocks, self.swapped.pop(request))
+        if not plan.parts:
+            return {}
+        groups = segments_of(plan.parts)
+        tokens = torch.tensor([[t for group in groups for p in group for t in p.request.tokens[p.start : p.start + p.count]]],
+                              device=self.device)
+        ctx = self._context(groups)
+        hidden = self.model.run(tokens, ctx)[0]
+        for segment in ctx.segments or []:
+            segment.ctx.cache.advance(0)  # type: ignore[union-attr]
+        ends, asked, at = [], [], 0
+        for part in (p for group in groups for p in group):
+            at += part.count
+            if part.samples:
+                ends.append(at - 1)
+                asked.append(part.request)
+        if not asked:
+            return {}
+        logits = self.model.logits(hidden[torch.tensor(ends, device=self.device)])
+        return dict(zip(asked, logits, strict=True))
+
+    def _context(self, groups: Sequence[Sequence[Part]]) -> Context:
+        flat = Context(torch.empty(0), self.dtype, segments=[])
+        positions, at = [], 0
+        for group in groups:
+            count = group[0].count
+            rows = Rows(self.pages, [p.request for p in group], count, [self._place(p.request) for p in group])
+            shape = torch.empty(len(group), count, device=self.device)
+            ctx = open_context(shape, self.dtype, cache=rows)  # type: ignore[arg-type]
+            flat.segments.append(Segment(at, at + len(group) * count, len(group), ctx))  # type: ignore[union-attr]
+            positions.append(ctx.positions.expand(len(group), count).flatten())
+            at += len(group) * count
+        flat.positions = torch.cat(positions)[None]
+        return flat
+
+    def _place(self, request: Request) -> int:
+        if request not in self.place_of:
+            self.place_of[request] = self.free_places.pop()
+        return self.place_of[request]
+
+    def forget(self, request: Request) -> None:
+        """The request has left: its constant states' place is free, its swapped blocks are dropped."""
+        self.swapped.pop(request, None)
+        if request in self.place_of:
+            self.free_places.append(self.place_of.pop(request))
+
+
+def segments_of(parts: Sequence[Part]) -> list[list[Part]]:
+    """Parts of one token together, every other part alone."""
+    single = [part for part in parts if part.count == 1]
+    return [*([single] if single else []), *([part] for part in parts if part.count > 1)]

@@ -1,0 +1,218 @@
+"""Scheduler and prefix caches by random schedules: no block leaked or shared while written, every request ends."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pellucid.engine.hash_chain import HashChain
+from pellucid.engine.params import SamplingParams
+from pellucid.engine.prefix_cache import NoReuse
+from pellucid.engine.radix_tree import RadixTree
+from pellucid.engine.request import Request, State
+from pellucid.engine.scheduler import Fair, Scheduler, first_come, longest_hit
+from pellucid.errors import BadInput
+
+CACHES = {
+    "none": lambda blocks, size: NoReuse(blocks, size), "chain": lambda blocks, size: HashChain(blocks, size),
+    "radix": lambda blocks, size: RadixTree(blocks, size), "radix-cost": lambda blocks, size: RadixTree(blocks, size, "cost"),
+}
+
+
+class Machine:
+    """Computes what the scheduler plans: writes each token into its slot, and checks that what it reads is what it should be."""
+
+    def __init__(self, scheduler: Scheduler):
+        self.s = scheduler
+        self.slots: dict[tuple[int, int], tuple] = {}  # (block, place) -> the whole prefix that the entry stands for
+        self.host: dict[Request, list] = {}
+        self.recomputed = 0
+
+    def entry(self, r: Request, i: int):
+        size = self.s.cache.size
+        return self.slots.get((r.blocks[i // size], i % size))
+
+    def step(self) -> list[Request]:
+        plan, size = self.s.plan(), self.s.cache.size
+        assert plan.tokens <= self.s.budget and len(self.s.running) <= self.s.places
+        for r, blocks in plan.swapped_out:
+            self.host[r] = [self.slots.get((blocks[i // size], i % size)) for i in range(r.computed)]
+        for r, blocks in plan.swapped_in:
+            for i, value in enumerate(self.host.pop(r)):
+                self.slots[blocks[i // size], i % size] = value
+        writes = [(part.request.blocks[i // size], i % size) for part in plan.parts for i in range(part.start, part.start + part.count)]
+        assert len(set(writes)) == len(writes), "two requests write into one place"
+        for block, _ in writes:
+            assert self.s.cache.references[block] == 1, "a block is written that others read"
+        for part in plan.parts:
+            r = part.request
+            assert part.count >= 1 and part.start == r.computed
+            for i in range(part.start):
+                assert self.entry(r, i) == (r.namespace, *r.tokens[: i + 1]), "it reads somebody else's cache"
+            for i in range(part.start, part.start + part.count):
+                self.slots[r.blocks[i // size], i % size] = (r.namespace, *r.tokens[: i + 1])
+        done = [p.request for p in plan.parts if p.samples]
+        self.s.done(plan)
+        for r in done:
+            r.tokens.append(sum(r.tokens) % 7)  # depends on the tokens only
+            if len(r.output) == r.params.max_tokens:
+                self.s.finish(r, "length")
+        self.s.cache.check()
+        used = {b for r in self.s.running for b in r.blocks}
+        assert self.s.cache.available() + len(used) == self.s.cache.blocks, "a block is leaked"
+        return done
+
+    def finish_all(self, limit: int = 3000) -> None:
+        for _ in range(limit):
+            if not self.s.running and not self.s.waiting:
+                return
+            self.step()
+        raise AssertionError("requests that never end")
+
+
+def outputs(requests, **options) -> list[list[int]]:
+    cache = CACHES[options.pop("cache")](options.pop("blocks"), options.pop("size"))
+    machine = Machine(Scheduler(cache, **options))
+    for r in requests:
+        machine.s.add(r)
+    machine.finish_all()
+    return [r.output for r in requests]
+
+
+def request(prompt, new=3, **fields) -> Request:
+    return Request(list(prompt), SamplingParams(max_tokens=new), **fields)
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.data())
+def test_random_schedules(data):
+    rng = random.Random(data.draw(st.integers(0, 2**20)))
+    size = data.draw(st.sampled_from([1, 2, 4]))
+    kind, swap = data.draw(st.sampled_from(sorted(CACHES))), data.draw(st.booleans())
+    blocks = data.draw(st.integers(16, 40)) * 4 // size
+    machine = Machine(Scheduler(CACHES[kind](blocks, size), budget=data.draw(st.integers(1, 24)), places=data.draw(st.integers(1, 6)),
+                                chunk=data.draw(st.sampled_from([None, 1, 3])), swap=swap,
+                                order=data.draw(st.sampled_from([first_come, longest_hit, Fair()]))))
+    stems = [[rng.randrange(7) for _ in range(rng.randrange(1, 20))] for _ in range(3)]
+    alive: list[Request] = []
+    for _ in range(60):
+        action = rng.random()
+        if action < 0.35:
+            r = request(rng.choice(stems) + [rng.randrange(7) for _ in range(rng.randrange(0, 8))], rng.randrange(1, 12),
+                        namespace=rng.choice("ab"), priority=rng.randrange(2))
+            if not r.prompt:
+                continue
+            try:
+                machine.s.add(r)
+                alive.append(r)
+            except BadInput:
+                assert -(-r.limit // size) > blocks
+        elif action < 0.42 and alive:
+            machine.s.finish(rng.choice(alive), "cancelled")
+            machine.s.cache.check()
+        else:
+            machine.step()
+    machine.finish_all()
+    assert machine.s.cache.available() == blocks and all(r.state is State.FINISHED for r in alive)
+    for r in alive:
+        if r.finish_reason == "length":
+            want = list(r.prompt)
+            for _ in range(r.params.max_tokens):
+                want.append(sum(want) % 7)
+            assert r.tokens == want
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_whoever_is_scheduled_how_the_tokens_are_the_same(cache):
+    prompts = [[1, 2, 3, 4, 5, 6, 0, 1], [1, 2, 3, 4, 5, 6, 0, 1], [1, 2, 3], [5]]
+    alone = [outputs([request(p, 9)], cache="none", blocks=40, size=2)[0] for p in prompts]
+    for options in ({"budget": 1}, {"budget": 7, "blocks": 12}, {"chunk": 2, "blocks": 10, "swap": True}, {"places": 1}):
+        assert outputs([request(p, 9) for p in prompts], cache=cache, **{"blocks": 40, "size": 2, **options}) == alone
+
+
+@pytest.mark.parametrize("cache", ["chain", "radix"])
+def test_a_prompt_that_is_wholly_cached_still_computes_one_token(cache):
+    machine = Machine(Scheduler(CACHES[cache](20, 2)))
+    for hit in (0, 6):
+        r = request([1, 2, 3, 4, 5, 6, 0, 1], 1)
+        machine.s.add(r)
+        machine.finish_all()
+        assert r.hit == hit and r.output == [1]
+
+
+def test_hits_are_exact_to_the_block_and_to_the_token():
+    for kind, size, hits in (("chain", 4, 4), ("radix", 1, 6)):
+        machine = Machine(Scheduler(CACHES[kind](40, size)))
+        for tail, hit in (([7, 8], 0), ([9, 9], hits)):
+            r = request([1, 2, 3, 4, 5, 6, *tail], 1)
+            machine.s.add(r)
+            machine.finish_all()
+            assert r.hit == hit
+
+
+@pytest.mark.parametrize("cache", ["chain", "radix"])
+def test_namespaces_do_not_share(cache):
+    machine = Machine(Scheduler(CACHES[cache](40, 1)))
+    for namespace, hit in (("a", 0), ("b", 0), ("a", 4), ("b", 4)):
+        r = request([1, 2, 3, 4, 5], 1, namespace=namespace)
+        machine.s.add(r)
+        machine.finish_all()
+        assert r.hit == hit
+
+
+def test_turns_of_a_conversation_hit_what_was_generated():
+    machine = Machine(Scheduler(RadixTree(60, 1)))
+    first = request([1, 2, 3], 5)
+    machine.s.add(first)
+    machine.finish_all()
+    second = request([*first.tokens, 4], 2)
+    machine.s.add(second)
+    machine.finish_all()
+    assert second.hit == len(first.tokens) - 1  # the last token of an answer is never computed
+
+
+def test_the_chain_is_eaten_from_its_leaf_and_the_oldest_goes_first():
+    cache = HashChain(6, 1)
+    machine = Machine(Scheduler(cache))
+    old, new = request([1, 2, 3], 1), request([4, 5, 6], 1)
+    for r in (old, new):
+        machine.s.add(r)
+        machine.finish_all()
+    cache.release(cache.allocate(1))
+    assert len(cache.match(request([1, 2, 3]))) == 2 and len(cache.match(request([4, 5, 6]))) == 3
+
+
+def test_cost_keeps_what_is_asked_for_and_dear():
+    tree = RadixTree(8, 1, "cost", half_life=4)
+    machine = Machine(Scheduler(tree))
+    for prompt in ([1, 2, 3, 4], [1, 2, 3, 4], [5, 6, 7, 8]):  # the first was hit once, the second is newer
+        machine.s.add(request(prompt, 1))
+        machine.finish_all()
+    tree.release(tree.allocate(4))
+    assert len(tree.match(request([1, 2, 3, 4]))) == 4 and not tree.match(request([5, 6, 7, 8]))
+    lru = RadixTree(8, 1)
+    machine = Machine(Scheduler(lru))
+    for prompt in ([1, 2, 3, 4], [1, 2, 3, 4], [5, 6, 7, 8]):
+        machine.s.add(request(prompt, 1))
+        machine.finish_all()
+    lru.release(lru.allocate(4))
+    assert not lru.match(request([1, 2, 3, 4])) and len(lru.match(request([5, 6, 7, 8]))) == 4
+
+
+def test_what_can_never_run_is_refused():
+    s = Scheduler(HashChain(4, 4), context=32)
+    for prompt, new, says in (([1] * 12, 5, "5 blocks"), ([1] * 30, 3, "context of 32"), ([], 3, "empty")):
+        with pytest.raises(BadInput, match=says):
+            s.add(request(prompt, new))
+    s.add(request([1] * 12, 4))
+
+
+def test_low_priority_gives_way():
+    machine = Machine(Scheduler(NoReuse(8, 1), budget=8))
+    low, high = request([1, 2, 3], 4, priority=1), request([4, 5, 6], 4)
+    machine.s.add(low)
+    machine.step()
+    machine.s.add(high)
+    machine.finish_all()
+    assert low.preemptions >= 1 and high.preemptions == 0
