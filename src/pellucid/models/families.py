@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from pellucid.errors import BadInput, nearest
@@ -12,7 +12,7 @@ from pellucid.models.config import Config
 from pellucid.models.names import Names
 
 T = TypeVar("T")
-MODULES = ("deepseek", "gemma", "gpt2", "llama", "mistral", "phi", "qwen")
+MODULES = ("bert", "clip", "deepseek", "gemma", "gpt2", "llama", "mistral", "phi", "qwen", "transformer")
 """The files of families."""
 
 
@@ -25,6 +25,7 @@ class Family:
     fields: Callable[[Any], dict[str, Any]]  # the inverse: what of config.json a spec decides
     renames: tuple[tuple[str, str], ...] = ()  # (pattern, replacement) for names of files that spell them otherwise
     ignored: tuple[str, ...] = ()  # patterns of names that stand in files and fill nothing
+    variant: Callable[[Any], dict[str, Any]] = lambda spec: {}  # fields of this record that are otherwise for some specs
 
     @property
     def prefix(self) -> str:
@@ -39,11 +40,12 @@ FAMILIES: dict[str, Family] = {}
 def family(
     model_type: str, architecture: str | Callable[[Any], str], names: Names, fields: Callable[[Any], dict[str, Any]],
     renames: tuple[tuple[str, str], ...] = (), ignored: tuple[str, ...] = (),
+    variant: Callable[[Any], dict[str, Any]] = lambda spec: {},
 ) -> Callable[[Callable[[Config], T]], Callable[[Config], T]]:
     """Registers a function config -> spec, and the one that goes back."""
 
     def register(spec: Callable[[Config], T]) -> Callable[[Config], T]:
-        FAMILIES[model_type] = Family(model_type, architecture, names, spec, fields, renames, ignored)
+        FAMILIES[model_type] = Family(model_type, architecture, names, spec, fields, renames, ignored, variant)
         return spec
 
     return register
@@ -63,6 +65,12 @@ def find(model_type: str) -> Family:
         raise BadInput(f"model_type {model_type!r} is not supported{nearest(str(model_type), known)}",
                        next=f"supported families: {', '.join(known)}")
     return FAMILIES[model_type]
+
+
+def family_of(spec: Any) -> Family:
+    """The family of a spec, as it is for this one."""
+    found = find(spec.family)
+    return replace(found, **found.variant(spec))
 
 
 def unwrapped(fields: dict[str, Any]) -> dict[str, Any]:

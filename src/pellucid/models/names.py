@@ -99,6 +99,98 @@ DEEPSEEK: Names = {
 """V2, V3 and V3.2; the layers of multi-token prediction are counted behind the others."""
 
 
+BERT: Names = {
+    "embed.weight": ("bert.embeddings.word_embeddings.weight",),
+    "positions.weight": ("bert.embeddings.position_embeddings.weight",),
+    "types.weight": ("bert.embeddings.token_type_embeddings.weight",),
+    **{
+        f"layers.{{i}}.mixer.qkv.{w}": tuple(f"bert.encoder.layer.{{i}}.attention.self.{x}.{w}" for x in ("query", "key", "value"))
+        for w in ("weight", "bias")
+    },
+    **{
+        f"{ours}.{w}": (f"{theirs}.{w}",)
+        for ours, theirs in (
+            ("embed_norm", "bert.embeddings.LayerNorm"),
+            ("layers.{i}.mixer.o", "bert.encoder.layer.{i}.attention.output.dense"),
+            ("layers.{i}.norm1", "bert.encoder.layer.{i}.attention.output.LayerNorm"),
+            ("layers.{i}.ffn.up", "bert.encoder.layer.{i}.intermediate.dense"),
+            ("layers.{i}.ffn.down", "bert.encoder.layer.{i}.output.dense"),
+            ("layers.{i}.norm2", "bert.encoder.layer.{i}.output.LayerNorm"),
+            ("pooler", "bert.pooler.dense"), ("head.dense", "cls.predictions.transform.dense"),
+            ("head.norm", "cls.predictions.transform.LayerNorm"), ("classifier", "classifier"))
+        for w in ("weight", "bias")
+    },
+    "head.bias": [("cls.predictions.bias",), ("cls.predictions.decoder.bias",)],
+}
+
+CLIP: Names = {
+    "text.embed.weight": ("text_model.embeddings.token_embedding.weight",),
+    "text.positions.weight": ("text_model.embeddings.position_embedding.weight",),
+    "vision.patches.weight": ("vision_model.embeddings.patch_embedding.weight",),
+    "vision.first": ("vision_model.embeddings.class_embedding",),
+    "vision.positions.weight": ("vision_model.embeddings.position_embedding.weight",),
+    **{
+        f"{tower}.layers.{{i}}.mixer.qkv.{w}": tuple(f"{tower}_model.encoder.layers.{{i}}.self_attn.{x}_proj.{w}" for x in "qkv")
+        for tower in ("text", "vision") for w in ("weight", "bias")
+    },
+    **{
+        f"{tower}.layers.{{i}}.{ours}.{w}": (f"{tower}_model.encoder.layers.{{i}}.{theirs}.{w}",)
+        for tower in ("text", "vision")
+        for ours, theirs in (("norm1", "layer_norm1"), ("mixer.o", "self_attn.out_proj"), ("norm2", "layer_norm2"),
+                             ("ffn.up", "mlp.fc1"), ("ffn.down", "mlp.fc2"))
+        for w in ("weight", "bias")
+    },
+    **{
+        f"{ours}.{w}": (f"{theirs}.{w}",)
+        for ours, theirs in (("text.norm", "text_model.final_layer_norm"), ("vision.norm", "vision_model.post_layernorm"),
+                             ("vision.embed_norm", "vision_model.pre_layrnorm"))  # the real name
+        for w in ("weight", "bias")
+    },
+    "text_projection.weight": ("text_projection.weight",),
+    "image_projection.weight": ("visual_projection.weight",),
+    "logit_scale": ("logit_scale",),
+}
+
+MARIAN: Names = {
+    "embed.weight": ("model.shared.weight",),
+    "target_embed.weight": ("model.decoder.embed_tokens.weight",),
+    **{
+        f"{side}.layers.{{i}}.{ours}.{w}": tuple(f"model.{side}.layers.{{i}}.{name}.{w}" for name in theirs)
+        for side in ("encoder", "decoder")
+        for ours, theirs in (
+            ("mixer.qkv", [f"self_attn.{x}_proj" for x in "qkv"]), ("mixer.o", ["self_attn.out_proj"]),
+            ("norm1", ["self_attn_layer_norm"]), ("cross.q", ["encoder_attn.q_proj"]),
+            ("cross.kv", ["encoder_attn.k_proj", "encoder_attn.v_proj"]), ("cross.o", ["encoder_attn.out_proj"]),
+            ("norm_cross", ["encoder_attn_layer_norm"]), ("ffn.up", ["fc1"]), ("ffn.down", ["fc2"]), ("norm2", ["final_layer_norm"]))
+        for w in ("weight", "bias")
+    },
+    "head.weight": ("lm_head.weight",),
+    "logits_bias": ("final_logits_bias",),
+}
+
+TORCH: Names = {
+    "embed.weight": ("embedding.weight",),
+    "target_embed.weight": ("target_embedding.weight",),
+    **{f"{side}.layers.{{i}}.mixer.qkv.{w}": (f"{side}.layers.{{i}}.self_attn.in_proj_{w}",)
+       for side in ("encoder", "decoder") for w in ("weight", "bias")},
+    **{
+        f"{side}.{ours}.{w}": tuple(f"{side}.{name}.{w}" for name in theirs)
+        for side, last in (("encoder", "norm2"), ("decoder", "norm3"))
+        for ours, theirs in (
+            ("layers.{i}.mixer.o", ["layers.{i}.self_attn.out_proj"]), ("layers.{i}.norm1", ["layers.{i}.norm1"]),
+            ("layers.{i}.cross.q", ["layers.{i}.multihead_attn.q_proj"]),
+            ("layers.{i}.cross.kv", ["layers.{i}.multihead_attn.k_proj", "layers.{i}.multihead_attn.v_proj"]),
+            ("layers.{i}.cross.o", ["layers.{i}.multihead_attn.out_proj"]), ("layers.{i}.norm_cross", ["layers.{i}.norm2"]),
+            ("layers.{i}.ffn.up", ["layers.{i}.linear1"]), ("layers.{i}.ffn.down", ["layers.{i}.linear2"]),
+            ("layers.{i}.norm2", [f"layers.{{i}}.{last}"]), ("norm", ["norm"]))
+        for w in ("weight", "bias")
+    },
+    "head.weight": ("head.weight",),
+    "logits_bias": ("head.bias",),
+}
+"""The names of `torch.nn.Transformer`, whose cross-attention is cut into q, k and v (models/transformer.py does it)."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """The Hub's tensor `name` of that `shape`, or a part of it, and the part of our parameter that equals it.
