@@ -121,7 +121,7 @@ def from_torch(
     """
     given = {"embedding.weight": embedding, "target_embedding.weight": target_embedding, "head.weight": head,
              "head.bias": None if head_bias is None else head_bias[None]}
-    tensors = {**split_cross(state), **{name: tensor for name, tensor in given.items() if tensor is not None}}
+    tensors: dict[str, Tensor] = {**split_cross(state), **{name: tensor for name, tensor in given.items() if tensor is not None}}
     dim = embedding.shape[1]
     if dim % heads or dim % 2:
         raise BadInput(f"embeddings of width {dim}, {heads} heads", "the width must be even and a multiple of the number of heads")
@@ -163,7 +163,7 @@ def to_torch(model: EncoderDecoder) -> dict[str, Tensor]:
 
 def split_cross(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`multihead_attn.in_proj_weight` (3D, D) becomes q_proj, k_proj and v_proj: only q is of the decoder's own tokens."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
         stem, found, leaf = name.partition(".multihead_attn.in_proj_")
         if found:

@@ -92,10 +92,13 @@ class KVCache:
         columns = torch.arange(self.length, self.length + upcoming, device=self.device)[None]
         return columns if self.first is None else (columns - self.first[:, None]).clamp_min(0)
 
-    def keep(self, rows: Tensor) -> None:
-        """Only these sequences go on (in this order; a row may be repeated: a prompt shared by its samples)."""
+    def keep(self, rows: Tensor, states: bool = True) -> None:
+        """Only these sequences go on (in this order; a row may be repeated: a prompt shared by its samples).
+
+        states False: those in the rows' places stay as they are (beams of one source change places)."""
         self.entries = [[old.index_select(0, rows) for old in entries] for entries in self.entries]
-        self.states = [{name: old.index_select(0, rows) for name, old in state.items()} for state in self.states]
+        if states:
+            self.states = [{name: old.index_select(0, rows) for name, old in state.items()} for state in self.states]
         self.batch = len(rows)
         if self.first is not None:
             self.first = self.first[rows]
