@@ -11,6 +11,7 @@ Legend: N slots = blocks x block size, K heads of an entry, d its width, B reque
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -41,18 +42,30 @@ class Pages:
         places = torch.arange(start, stop, device=self.device)
         return torch.tensor(blocks, device=self.device)[places // self.size] * self.size + places % self.size
 
-    def copy_out(self, blocks: Sequence[int], tokens: int) -> list[list[Tensor]]:
+    def copy_out(self, blocks: Sequence[int], tokens: int, place: int | None) -> Saved:
         """What a request's first `tokens` left, in memory of its own on the host: for swapping."""
         where = self.slots(blocks, 0, tokens)
-        return [[t[where].to("cpu", copy=True) for t in entries] for entries in self.entries]
+        entries = [[t[where].to("cpu", copy=True) for t in layer] for layer in self.entries]
+        states = [{} if place is None else {name: t[place].to("cpu", copy=True) for name, t in layer.items()} for layer in self.states]
+        return Saved(tokens, entries, states)
 
-    def copy_in(self, blocks: Sequence[int], kept: list[list[Tensor]]) -> None:
-        if not kept or not any(kept):
-            return
-        where = self.slots(blocks, 0, next(len(t) for entries in kept for t in entries))
-        for entries, saved in zip(self.entries, kept, strict=True):
-            for t, old in zip(entries, saved, strict=True):
-                t[where] = old.to(self.device)
+    def copy_in(self, blocks: Sequence[int], place: int, saved: Saved) -> None:
+        where = self.slots(blocks, 0, saved.tokens)
+        for layer, old in zip(self.entries, saved.entries, strict=True):
+            for t, part in zip(layer, old, strict=True):
+                t[where] = part.to(self.device)
+        for held, state in zip(self.states, saved.states, strict=True):
+            for name, part in state.items():
+                held[name][place] = part.to(self.device)
+
+
+@dataclass
+class Saved:
+    """A request's cache outside of the blocks."""
+
+    tokens: int
+    entries: list[list[Tensor]]
+    states: list[dict[str, Tensor]]
 
 
 class Rows:

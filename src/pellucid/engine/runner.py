@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pellucid.engine.paged_cache import Pages, Rows
+from pellucid.engine.paged_cache import Pages, Rows, Saved
 from pellucid.engine.request import Request
 from pellucid.engine.scheduler import Part, Plan
 from pellucid.nn import Decoder
@@ -28,15 +28,17 @@ class Runner:
         self.pages = Pages(model.spec, blocks, size, places, dtype=dtype or self.dtype, device=self.device)
         self.free_places = list(range(places - 1, -1, -1))
         self.place_of: dict[Request, int] = {}
-        self.swapped: dict[Request, list[list[Tensor]]] = {}
+        self.swapped: dict[Request, Saved] = {}
 
     @torch.inference_mode()
     def step(self, plan: Plan) -> dict[Request, Tensor]:
         """Logits (V,) for each request whose next token follows from this step."""
         for request, blocks in plan.swapped_out:
-            self.swapped[request] = self.pages.copy_out(blocks, request.computed)
+            self.swapped[request] = self.pages.copy_out(blocks, request.computed, self.place_of.get(request))
+        for request in plan.preempted:
+            self._free_place(request)
         for request, blocks in plan.swapped_in:
-            self.pages.copy_in(blocks, self.swapped.pop(request))
+            self.pages.copy_in(blocks, self._place(request), self.swapped.pop(request))
         if not plan.parts:
             return {}
         groups = segments_of(plan.parts)
@@ -79,6 +81,9 @@ class Runner:
     def forget(self, request: Request) -> None:
         """The request has left: its constant states' place is free, its swapped blocks are dropped."""
         self.swapped.pop(request, None)
+        self._free_place(request)
+
+    def _free_place(self, request: Request) -> None:
         if request in self.place_of:
             self.free_places.append(self.place_of.pop(request))
 
