@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pellucid.nn import MLA, MLP, Attn, Decoder, DecoderSpec, Layer, Rope
+from pellucid.nn import GDN, MLA, MLP, Attn, Decoder, DecoderSpec, Layer, Rope
 
 LLAMA3 = (("rope_type", "llama3"), ("factor", 4.0), ("high_freq_factor", 4.0), ("low_freq_factor", 1.0),
           ("original_max_position_embeddings", 16))
@@ -31,6 +31,8 @@ SPECS = {
     "yarn": spec(*(Attn(4, 2, 8, Rope(6, scaling=YARN, attention_factor=1.3)),) * 2, mlp=MLP(20, gated=False)),
     "mla": spec(*(MLA(4, 10, 6, 10, 7, Rope(8, interleaved=True, scaling=YARN, attention_factor=1.2), scale=0.4, bias=True, eps=1e-3),) * 2),
     "mla-plain": spec(*(MLA(3, None, 9, 4, 10, Rope(6)),) * 2, eps=1e-3),
+    "delta": spec(GDN(2, 4, 8, 6), Attn(4, 2, 16, Rope(4), qk_norm=True, gate=True), GDN(2, 2, 4, 10, conv=3), norm="rms_centred", eps=1e-2),
+    "delta-only": spec(*(GDN(1, 3, 6, 8),) * 2, eps=1e-3),
     "interleaved": spec(*(Attn(2, 2, 8, Rope(8, interleaved=True)),) * 2, family="llama"),
 }
 

@@ -9,14 +9,16 @@ from torch import nn
 from pellucid.nn.attention import Attention
 from pellucid.nn.block import Block, PostBlock
 from pellucid.nn.cross_attention import CrossAttention
+from pellucid.nn.delta_net import GatedDeltaNet
 from pellucid.nn.feedforward import FeedForward, PlainFeedForward
 from pellucid.nn.latent_attention import LatentAttention
 from pellucid.nn.site import Site
-from pellucid.nn.specs import MLA, MLP, Attn, Layer, Residual
+from pellucid.nn.specs import GDN, MLA, MLP, Attn, Layer, Residual
 
 BUILD: dict[type, Any] = {
     Attn: Attention,
     MLA: LatentAttention,
+    GDN: GatedDeltaNet,
     MLP: lambda spec, site: (FeedForward if spec.gated else PlainFeedForward)(spec, site),
 }
 RESIDUAL: dict[type, Any] = {Residual: lambda layer: PostBlock if layer.order == "post" else Block}

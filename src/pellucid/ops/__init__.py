@@ -4,6 +4,14 @@ from pellucid.ops.activation import ACTIVATIONS, swiglu, swiglu_reference
 from pellucid.ops.attention import attention, attention_reference, attention_sdpa, choose_attention
 from pellucid.ops.compiled import choose_jit
 from pellucid.ops.contrastive import contrastive_loss
+from pellucid.ops.delta import (
+    causal_conv,
+    choose_gated_delta,
+    gated_delta,
+    gated_delta_chunked,
+    gated_delta_reference,
+    l2_norm,
+)
 from pellucid.ops.heads import qkv_heads, qkv_heads_reference
 from pellucid.ops.indexer import choose_keys, chosen_mask, index_scores, index_scores_reference
 from pellucid.ops.latent import (
@@ -40,7 +48,9 @@ __all__ = [
     "attention_sdpa",
     "attention_tiled",
     "bias_of",
+    "causal_conv",
     "choose_attention",
+    "choose_gated_delta",
     "choose_jit",
     "choose_keys",
     "choose_latent_attention",
@@ -48,8 +58,12 @@ __all__ = [
     "chunked_cross_entropy",
     "contrastive_loss",
     "cross_entropy_reference",
+    "gated_delta",
+    "gated_delta_chunked",
+    "gated_delta_reference",
     "index_scores",
     "index_scores_reference",
+    "l2_norm",
     "latent_attention",
     "latent_attention_absorbed",
     "latent_attention_expanded",
