@@ -8,6 +8,7 @@ Parameters: unique ones (a tied head counts once), without layers of multi-token
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
@@ -211,10 +212,19 @@ KNOWN: Mapping[str, tuple[str, int, Fields]] = {
 }
 
 
+def names() -> list[str]:
+    return sorted(KNOWN)
+
+
 def find_config(name: str) -> Fields:
-    """The config.json of a well-known model, by its name here (upper or lower case) or its Hub id."""
+    """The config.json of a well-known model, by its name here (upper or lower case) or its Hub id. BadInput names the nearest."""
     wanted = name.lower()
     for known, (hub_id, _, fields) in KNOWN.items():
         if wanted in (known, hub_id.lower()):
             return deepcopy(fields)
-    raise BadInput(f"no well-known model is called {name!r}{nearest(wanted, list(KNOWN))}", next=f"known: {', '.join(KNOWN)}")
+    raise BadInput(f"there is no well-known model {name!r}{nearest(wanted, names())}", next=f"known: {', '.join(names())}")
+
+
+def nearest_name(name: str) -> str | None:
+    close = difflib.get_close_matches(name.lower(), names(), n=1)
+    return close[0] if close else None
