@@ -65,7 +65,9 @@ def gdpo_advantages(
     missing: a component that is NaN adds 0 here, which is "average" ("zero"), or takes its completion out ("exclude").
 
     The sum is rounded to 12 decimals: two binary rewards with a constant total have A_2 = -A_1 exactly, and rounding
-    noise must not be what batch normalisation enlarges. With one reward this is GRPO's advantage.
+    noise must not be what batch normalisation enlarges. With eps > 0, rewards of different scale that cancel leave a
+    remainder of about eps / std, which it would enlarge too: eps = 0 is exact, and allowed, since groups without
+    difference are found by comparing. With one reward this is GRPO's advantage.
     """
     stacked, w = stack(components, weights)
     kept = ~not_gradable(stacked, missing, components)
