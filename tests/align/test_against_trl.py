@@ -20,8 +20,10 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from pellucid.align import ObjectiveConfig, count, group_advantages, objective_padded, recipe, total_reward
+from pellucid.align import ObjectiveConfig, assign_credit, count, objective_padded, recipe
 from pellucid.align.aggregation import Counts
+from pellucid.align.head import entropy_rows
+from pellucid.align.policy_losses import high_entropy_tokens
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 G, LONGEST, MICRO_BATCH = 4, 10, 8
@@ -85,13 +87,14 @@ def trainer_of(folder, tokenizer, out, options):
     return trainer
 
 
-def token_logprobs(model, inputs, temperature):
-    """log softmax(logits / temperature) at the sampled completion tokens, (B, T), written out."""
+def token_logprobs(model, inputs, temperature, entropy=False):
+    """log softmax(logits / temperature) at the sampled completion tokens, (B, T), written out; and the entropies."""
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
     attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
     first = inputs["prompt_ids"].shape[1]
     logits = model(input_ids=ids, attention_mask=attention).logits[:, first - 1 : -1] / temperature
-    return logits.log_softmax(-1).gather(-1, inputs["completion_ids"][..., None])[..., 0]
+    logp = logits.log_softmax(-1).gather(-1, inputs["completion_ids"][..., None])[..., 0]
+    return (logp, entropy_rows(logits)) if entropy else logp
 
 
 class Compare:
@@ -115,9 +118,9 @@ class Compare:
         lengths = rollout["completion_mask"].sum(1)
         self.counts, self.lengths = count(lengths, "count"), lengths
         columns = dict(zip(WEIGHTS, self.rewards.double().unbind(1)))
-        total = total_reward({name: r.view(-1, G) for name, r in columns.items()}, WEIGHTS)
-        self.advantages = group_advantages(total, scale=self.cfg.scale, eps=self.cfg.eps).flatten()
-        torch.testing.assert_close(self.advantages.float(), rollout["advantages"], atol=2e-6, rtol=0)
+        credit = assign_credit({name: r.view(-1, G) for name, r in columns.items()}, lengths.clamp(min=1).view(-1, G), self.cfg,
+                               weights=WEIGHTS)
+        torch.testing.assert_close(credit.advantages.flatten(), rollout["advantages"], atol=2e-6, rtol=0)
         assert rollout["advantages"].std() > 0.1 and lengths.unique().numel() > 2, "vacuous rollout"
         return rollout
 
@@ -125,13 +128,18 @@ class Compare:
         loss = self._loss(model, inputs)
         named = dict(model.named_parameters())
         theirs = torch.autograd.grad(loss, list(named.values()), retain_graph=True)
-        logp = token_logprobs(model, inputs, self.trainer.args.temperature)
+        logp, entropy = token_logprobs(model, inputs, self.trainer.args.temperature, entropy=True)
+        mask, old = inputs["completion_mask"], inputs.get("old_per_token_logps")
+        keep = None
+        if self.cfg.high_entropy < 1:  # trl: the quantile of this micro-batch
+            keep = torch.zeros_like(mask, dtype=torch.bool)
+            keep[mask.bool()] = high_entropy_tokens(entropy[mask.bool()], self.cfg.high_entropy)
         ref = inputs.get("ref_per_token_logps")
         if ref is not None:  # our own, from the same reference weights
             with torch.no_grad():
                 ref = token_logprobs(self.trainer.ref_model, inputs, self.trainer.args.temperature)
-        mine, metrics = objective_padded(logp, inputs.get("old_per_token_logps"), ref, inputs["advantages"],
-                                         inputs["completion_mask"], self.cfg, self.counts)
+        mine, metrics = objective_padded(logp, old, ref, inputs["advantages"], mask, self.cfg, self.counts, entropy=entropy,
+                                         sampler=logp.detach() if old is None else old, keep=keep)
         ours = torch.autograd.grad(mine, list(named.values()))
         self.calls.append(dict(
             loss=(mine.item(), loss.item()), grads={n: (a, b) for n, a, b in zip(named, ours, theirs)},
@@ -141,15 +149,15 @@ class Compare:
         ))
         return loss
 
-    def check(self):
-        assert len(self.calls) == 4
+    def check(self, calls=4):
+        assert len(self.calls) == calls
         for call in self.calls:
             assert call["loss"][0] == pytest.approx(call["loss"][1], abs=2e-6, rel=2e-6)
             size = max(float(b.abs().max()) for _, b in call["grads"].values())
             assert size > 1e-3, "vacuous: no gradient"
             for name, (a, b) in call["grads"].items():
                 assert float((a - b).abs().max()) <= 2e-6 * max(1.0, size), name
-            if self.cfg.ratio == "token":  # our shares of the step -> means of this micro-batch, which is what trl logs
+            if self.cfg.ratio == "token" and self.cfg.policy == "clip":  # our shares of the step -> means of this micro-batch, which is what trl logs
                 scale = self.counts.tokens / call["tokens"]
                 for side in ("low", "high"):
                     theirs = call["theirs"][f"clip_ratio/{side}_mean"]
@@ -222,6 +230,40 @@ def test_masked_truncated_completions(folder, tokenizer, tmp_path):
     pair.check()
     assert 0 < int((pair.lengths == 0).sum()) < len(pair.lengths)
     assert count(pair.lengths, "exclude").sequences < pair.counts.sequences
+
+
+VARIANTS = {  # trl's epsilon_high is CISPO's cap itself; ours is 1 + clip_high
+    "cispo": (dict(loss_type="cispo", epsilon_high=2.0), dict(policy="cispo", clip_low=1.0, clip_high=1.0,
+                                                              aggregation="token-mean")),
+    "sapo": (dict(loss_type="sapo"), dict(policy="sapo", empty="count")),
+    "luspo": (dict(loss_type="luspo", importance_sampling_level="sequence", epsilon=0.9, epsilon_high=2.0),
+              dict(ratio="sequence", clip_low=0.9, clip_high=2.0, aggregation="sequence-sum", empty="count")),
+    "gdpo": (dict(loss_type="dapo", multi_objective_aggregation="normalize_then_sum"),
+             dict(advantage="gdpo", whiten="sequence", aggregation="token-mean")),
+    "off-policy mask": (dict(loss_type="dapo", off_policy_mask_threshold=0.02), dict(off_policy=0.02, aggregation="token-mean")),
+    "high entropy": (dict(loss_type="dapo", top_entropy_quantile=0.4), dict(high_entropy=0.4, aggregation="token-mean")),
+}
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants(folder, tokenizer, tmp_path, name, beta):
+    options, choices = VARIANTS[name]
+    calls = run(folder, tokenizer, tmp_path, options | dict(beta=beta),
+                choices | (dict(beta=beta, kl="k3-corrected") if beta else {})).check()
+    if name == "cispo":
+        assert sum(c["metrics"]["clip/high"] for c in calls[2:]) > 0, "nothing was capped"
+    if name in ("off-policy mask", "high entropy"):
+        assert 0.05 < calls[2]["metrics"]["correction/dropped"] + calls[3]["metrics"]["correction/dropped"] < 0.95
+
+
+def test_entropy_bonus(folder, tokenizer, tmp_path):
+    """trl averages over the tokens of a micro-batch, we over those of the step: the same with one micro-batch a step."""
+    one = dict(loss_type="dapo", entropy_coef=0.05, per_device_train_batch_size=2 * MICRO_BATCH, gradient_accumulation_steps=1,
+               steps_per_generation=1)
+    calls = run(folder, tokenizer, tmp_path, one, dict(aggregation="token-mean", entropy_coef=0.05)).check(2)
+    with_out = run(folder, tokenizer, tmp_path, one | dict(entropy_coef=0.0), dict(aggregation="token-mean")).check(2)
+    assert abs(calls[0]["loss"][1] - with_out[0]["loss"][1]) > 1e-3
 
 
 def test_trl_default_is_what_the_trainer_does_untouched(folder, tokenizer, tmp_path):

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from pellucid.align import ObjectiveConfig, assign_credit, conditioned, gdpo_advantages, group_advantages, total_reward, whiten
+from pellucid.align import (
+    ObjectiveConfig,
+    assign_credit,
+    conditioned,
+    gdpo_advantages,
+    group_advantages,
+    total_reward,
+    whiten,
+)
 from pellucid.align.advantages import whitening
 from pellucid.errors import BadInput
 
@@ -169,7 +177,7 @@ def test_constant_totals():
     assert weighted[0].tolist() == pytest.approx([0.2886751, 0.2886751, -0.5773503])
     three = gdpo_advantages(parts_of((1, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)), eps=0.0)
     assert three[0].tolist() == pytest.approx([-0.134, -0.134, 0.134, 0.134], abs=5e-4)
-    for G, n in ((2, 2), (3, 2), (5, 2)):  # every pair of complementary binary rewards
+    for G in (2, 3, 5):  # every pair of complementary binary rewards
         for row in itertools.product((0, 1), repeat=G):
             assert not gdpo_advantages(parts_of(row, [1 - x for x in row]), eps=0.0).any()
 

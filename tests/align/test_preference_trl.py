@@ -149,7 +149,7 @@ def test_weighted_pairs(trainers, batch):
 
 def test_shares_of_micro_batches_add_up(batch):
     """Pairs cut into micro-batches of unequal size, in any order: loss, gradient and metrics are the step's."""
-    logp, ref, completion, mask = batch
+    logp, ref, _, mask = batch
     counts = Counts(int(mask[:P].sum()), P)
     for name in set(LOSSES) - {"aot", "aot_unpaired"} | {"sft"}:
         extra = E if name in ("exo_pair", "robust", "cdpo") else {}

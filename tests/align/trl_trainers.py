@@ -10,10 +10,10 @@ from types import SimpleNamespace
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
 
-from datasets import Dataset
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 COMMON = dict(use_cpu=True, bf16=False, fp16=False, gradient_checkpointing=False, save_strategy="no", report_to=[],

@@ -111,7 +111,7 @@ def whiten(
     x = values.detach().double()
     counted = torch.ones_like(x, dtype=torch.bool) if weight is None else weight > 0
     mean, factor = whitening(x, weight, eps=eps, eps_in=eps_in)
-    if not varies(x.reshape(1, -1), counted.reshape(1, -1)).item():
+    if not x.numel() or not varies(x.reshape(1, -1), counted.reshape(1, -1)).item():
         white = torch.zeros_like(x) if shift else x
     else:
         white = (x - mean) * factor + (0.0 if shift else mean)

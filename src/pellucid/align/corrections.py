@@ -35,8 +35,8 @@ def log_weights(trainer: Tensor, sampler: Tensor, sequence: Tensor, level: Corre
         return difference
     if level == "sequence-max":
         size = int(sequence.max()) + 1 if sequence.numel() else 0
-        high = difference.new_full((size,), -torch.inf).index_reduce(0, sequence, difference, "amax")
-        low = difference.new_full((size,), torch.inf).index_reduce(0, sequence, difference, "amin")
+        high = difference.new_full((size,), -torch.inf).scatter_reduce(0, sequence, difference, "amax")
+        low = difference.new_full((size,), torch.inf).scatter_reduce(0, sequence, difference, "amin")
         return torch.where(high >= -low, high, low)[sequence]
     return (sequence_sums if level == "sequence" else sequence_means)(difference, sequence)[sequence]
 

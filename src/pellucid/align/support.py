@@ -72,7 +72,7 @@ def support_rows(logits: Tensor, tokens: Tensor, support: Support) -> Tensor:
     sizes = support.starts.diff()
     row = torch.arange(len(tokens), device=tokens.device).repeat_interleave(sizes)
     picked = logits[row, support.ids]
-    top = picked.detach().new_full((len(tokens),), -torch.inf).index_reduce(0, row, picked.detach(), "amax")
+    top = picked.detach().new_full((len(tokens),), -torch.inf).scatter_reduce(0, row, picked.detach(), "amax")
     mass = torch.zeros_like(top).index_add(0, row, (picked - top[row]).exp()).log() + top
     return logits.gather(-1, tokens[:, None]).squeeze(-1) - mass
 
