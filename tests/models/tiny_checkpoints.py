@@ -17,7 +17,9 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
+    Qwen3NextConfig,
 )
 
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -28,6 +30,9 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_fac
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32,
         "short_factor": [1.0, 1.1, 1.2, 1.5, 1.5, 2.0], "long_factor": [1.0, 1.5, 2.0, 3.0, 5.0, 7.0]}
+DELTA = {"num_hidden_layers": 4, "head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+         "linear_value_head_dim": 12, "linear_conv_kernel_dim": 4}
+PART = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25}
 GPT2 = {"vocab_size": 96, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 128, "layer_norm_epsilon": 1e-3, **IDS}
 # every config takes its own copy of a dict: Phi-3 writes into what it is given
 CASES: dict[str, PreTrainedConfig] = {
@@ -68,6 +73,10 @@ CASES: dict[str, PreTrainedConfig] = {
                                                 "sliding_attention": {"rope_type": "default", "rope_theta": 5e3}}),
     "gemma3-biases": Gemma3TextConfig(**BASE, head_dim=10, sliding_window=9, tie_word_embeddings=False, attention_bias=True,
                                       layer_types=["full_attention", "sliding_attention"], hidden_activation="silu"),
+    "qwen3-next-dense": Qwen3NextConfig(**{**BASE, **DELTA}, mlp_only_layers=[0, 1, 2, 3], rms_norm_eps=1e-2, rope_parameters={**PART}),
+    "qwen3.5": Qwen3_5TextConfig(**{**BASE, **DELTA, "linear_conv_kernel_dim": 3}, tie_word_embeddings=True, attention_bias=True,
+                                 layer_types=["linear_attention", "full_attention"] * 2, rms_norm_eps=3e-3,
+                                 rope_parameters={**PART, "mrope_section": [2, 1, 1]}),
 }
 
 
@@ -79,8 +88,9 @@ def written(name: str, folder: Path, **options: object) -> PreTrainedModel:
     with torch.no_grad():
         for key, tensor in model.state_dict().items():
             noise = torch.randn(tensor.shape, generator=g)
-            scale = "gemma" not in config.model_type and key.endswith("weight") and ("norm" in key or ".ln_" in key)
-            tensor.copy_(1 + 0.3 * noise if scale else 0.2 * noise)
+            centred = config.model_type.startswith(("gemma", "qwen3_next", "qwen3_5")) and "linear_attn" not in key
+            scale = not centred and key.endswith("weight") and ("norm" in key or ".ln_" in key)
+            tensor.copy_(1 + 0.3 * noise if scale else 0.6 * noise if "conv1d" in key else 0.2 * noise)
     model.tie_weights()
     model.save_pretrained(folder, **options)
     return model.eval()

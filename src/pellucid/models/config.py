@@ -10,7 +10,7 @@ from pellucid.errors import BadInput
 from pellucid.nn.specs import DecoderSpec, Rope
 from pellucid.ops import rope_attention_factor
 
-FULL, SLIDING = "full_attention", "sliding_attention"  # the words of `layer_types`
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"  # the words of `layer_types`
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 YARN = ("attention_factor", "beta_fast", "beta_slow", "factor", "mscale", "mscale_all_dim", "original_max_position_embeddings")
 
@@ -157,12 +157,13 @@ def wrong(name: str, value: Any, must: str) -> BadInput:
                     "check that the folder is a complete Hugging Face checkpoint")
 
 
-def layer_types(c: Config) -> list[str] | None:
+def layer_types(c: Config, other: str = SLIDING) -> list[str] | None:
+    """What `layer_types` says, if it is there: each layer full attention or this family's other kind."""
     kinds = c.get("layer_types")
     if kinds is None:
         return None
-    if not isinstance(kinds, list) or len(kinds) != c.layers or not all(kind in (FULL, SLIDING) for kind in kinds):
-        raise wrong("layer_types", kinds, f"a list of {c.layers}, each {FULL} or {SLIDING}")
+    if not isinstance(kinds, list) or len(kinds) != c.layers or not all(kind in (FULL, other) for kind in kinds):
+        raise wrong("layer_types", kinds, f"a list of {c.layers}, each {FULL} or {other}")
     return kinds
 
 
@@ -172,6 +173,12 @@ def rope_fields(rope: Rope) -> dict[str, Any]:
     if kind == "dynamic":
         del scaling["original_max_position_embeddings"]  # it is max_position_embeddings for this kind
     return {"rope_type": kind, "rope_theta": rope.theta, **scaling}
+
+
+def rotary_share(rope: Rope, head_dim: int) -> float:
+    """`partial_rotary_factor`. Readers cut head_dim times it down: 44 * (30 / 44) is less than 30."""
+    share = rope.dim / head_dim
+    return share if int(head_dim * share) == rope.dim else math.nextafter(share, 1)
 
 
 def shared_fields(spec: DecoderSpec) -> dict[str, Any]:

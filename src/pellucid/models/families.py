@@ -12,7 +12,7 @@ from pellucid.models.config import Config
 from pellucid.models.names import Names
 
 T = TypeVar("T")
-MODULES = ("bert", "clip", "deepseek", "gemma", "gpt2", "llama", "mistral", "phi", "qwen", "transformer")
+MODULES = ("bert", "clip", "deepseek", "gemma", "gpt2", "llama", "mistral", "phi", "qwen", "qwen_next", "transformer")
 """The files of families."""
 
 

@@ -99,6 +99,23 @@ DEEPSEEK: Names = {
 """V2, V3 and V3.2; the layers of multi-token prediction are counted behind the others."""
 
 
+def _hybrid(*projections: str) -> Names:
+    """Layers of two kinds: gated attention, and the gated delta net with these projections."""
+    attention, delta = "model.layers.{i}.self_attn.", "model.layers.{i}.linear_attn."
+    own = {"in_proj.weight": projections, "conv": ("conv1d.weight",), "A_log": ("A_log",), "dt_bias": ("dt_bias",),
+           "norm.weight": ("norm.weight",), "out.weight": ("out_proj.weight",)}
+    return {
+        **LLAMA,
+        **{f"layers.{{i}}.mixer.qkv.{w}": (f"{attention}q_proj.{w}[0,3]^grouped", f"{attention}k_proj.{w}", f"{attention}v_proj.{w}")
+           for w in ("weight", "bias")},
+        **{f"layers.{{i}}.mixer.{ours}": tuple(delta + name for name in theirs) for ours, theirs in own.items()},
+    }
+
+
+QWEN3_NEXT = _hybrid("in_proj_qkvz.weight[0:4]^grouped", "in_proj_ba.weight[4,5]^grouped")
+QWEN3_5 = _hybrid("in_proj_qkv.weight[0:3]", "in_proj_z.weight[3]", "in_proj_b.weight[4]", "in_proj_a.weight[5]")
+
+
 BERT: Names = {
     "embed.weight": ("bert.embeddings.word_embeddings.weight",),
     "positions.weight": ("bert.embeddings.position_embeddings.weight",),

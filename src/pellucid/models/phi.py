@@ -3,10 +3,9 @@ the first part of each head only (4-mini), and LongRoPE."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-from pellucid.models.config import Config, head_dim_field, shared_fields
+from pellucid.models.config import Config, head_dim_field, rotary_share, shared_fields
 from pellucid.models.families import family
 from pellucid.models.names import PHI3
 from pellucid.nn.specs import MLP, Attn, DecoderSpec, Layer
@@ -16,10 +15,7 @@ from pellucid.ops import ACTIVATIONS
 def fields(spec: DecoderSpec) -> dict[str, Any]:
     fields, mixer = {**shared_fields(spec), **head_dim_field(spec)}, spec.layers[0].mixer
     fields["sliding_window"] = mixer.window
-    share = mixer.rope.dim / mixer.head_dim
-    if int(mixer.head_dim * share) < mixer.rope.dim:  # readers cut down: 44 * (30 / 44) is less than 30
-        share = math.nextafter(share, 1)
-    fields["rope_parameters"]["partial_rotary_factor"] = share
+    fields["rope_parameters"]["partial_rotary_factor"] = rotary_share(mixer.rope, mixer.head_dim)
     if "original_max_position_embeddings" in mixer.rope.scaling_dict:  # where transformers looks for it
         fields["original_max_position_embeddings"] = mixer.rope.scaling_dict["original_max_position_embeddings"]
     return fields

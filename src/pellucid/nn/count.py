@@ -50,7 +50,7 @@ class Count:
 
 def attn(a: Attn, D: int) -> Count:
     q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
-    vectors = (q + 2 * kv) * a.qkv_bias + D * a.out_bias + 2 * a.head_dim * a.qk_norm + a.heads * a.sinks
+    vectors = (q * (1 + a.gate) + 2 * kv) * a.qkv_bias + D * a.out_bias + 2 * a.head_dim * a.qk_norm + a.heads * a.sinks
     return Count(D * (q * (1 + a.gate) + 2 * kv) + q * D, vectors, entries=2 * kv)
 
 

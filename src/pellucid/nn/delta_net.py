@@ -34,7 +34,7 @@ class GatedDeltaNet(nn.Module):
         self.conv = nn.Parameter(torch.zeros(2 * q + v, 1, spec.conv))
         self.A_log, self.dt_bias = nn.Parameter(torch.zeros(H)), nn.Parameter(torch.ones(H))
         self.norm = RMSNorm(spec.v_dim, site.eps)  # of each value head; not centred, even where the model's own norms are
-        self.o = Linear(v, site.dim)
+        self.out = Linear(v, site.dim)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         if ctx.real is not None:
@@ -48,7 +48,7 @@ class GatedDeltaNet(nn.Module):
         if ctx.cache is not None:
             ctx.cache.states[self.index] = {"memory": memory, "inputs": inputs}
         y = self.norm(y.transpose(1, 2)) * F.silu(z.float()).unflatten(-1, (self.spec.v_heads, -1))
-        return self.o(y.flatten(2).to(x.dtype))  # type: ignore[no-any-return]
+        return self.out(y.flatten(2).to(x.dtype))  # type: ignore[no-any-return]
 
     def heads(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, C) -> q, k (B, K, T, d) of length 1 / sqrt(d) and 1, v (B, H, T, e)."""
