@@ -53,9 +53,10 @@ class Machine:
             for i in range(part.start, part.start + part.count):
                 self.slots[r.blocks[i // size], i % size] = (r.namespace, *r.tokens[: i + 1])
         done = [p.request for p in plan.parts if p.samples]
-        self.s.done(plan)
         for r in done:
             r.tokens.append(sum(r.tokens) % 7)  # depends on the tokens only
+        self.s.done(plan)
+        for r in done:
             if len(r.output) == r.params.max_tokens:
                 self.s.finish(r, "length")
         self.s.cache.check()

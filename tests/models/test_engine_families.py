@@ -5,9 +5,10 @@ import torch
 from tiny_checkpoints import CASES, tokens, written
 
 import pellucid
-from pellucid.engine.core import Engine, EngineConfig
+from pellucid.engine.core import Engine, EngineConfig, is_stateful
 from pellucid.engine.params import SamplingParams
 from pellucid.engine.request import Request
+from pellucid.errors import BadInput
 
 LENGTHS, MOST = (9, 4, 1, 17), 14
 
@@ -16,7 +17,7 @@ LENGTHS, MOST = (9, 4, 1, 17), 14
 def opened(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     theirs = written(request.param, folder)
-    prompts = [tokens(1, n, seed=n)[0].tolist() for n in LENGTHS] + [tokens(1, 17, seed=17)[0].tolist()[:12] + [5, 6]]
+    prompts = [tokens(1, n, seed=n)[0].tolist() for n in LENGTHS] + [[*tokens(1, 17, seed=17)[0].tolist()[:12], 5, 6]]
     want = [theirs.generate(torch.tensor([p]), max_new_tokens=MOST, do_sample=False)[0, len(p) :].tolist() for p in prompts]
     return pellucid.load(folder), prompts, want
 
@@ -25,6 +26,7 @@ CONFIGS = {
     "plain": {"prefix": "none"}, "chain": {"block": 4}, "radix": {"prefix": "radix", "order": "longest-hit"},
     "chunks of 1": {"chunk": 1, "block": 3}, "chunks of 7": {"chunk": 7, "budget": 9},
     "pressure": {"cache_tokens": 40, "block": 4}, "swap": {"cache_tokens": 40, "block": 4, "swap": True},
+    "speculation": {"drafts": 5, "block": 4}, "speculation, little budget": {"drafts": 3, "block": 2, "budget": 6, "cache_tokens": 44},
     "one at a time": {"running": 1, "block": 4},
 }
 
@@ -32,7 +34,12 @@ CONFIGS = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_greedy_tokens(opened, name):
     model, prompts, want = opened
-    engine = Engine(model, eos=[2], config=EngineConfig(**{"cache_tokens": 400, **CONFIGS[name]}))
+    config = EngineConfig(**{"cache_tokens": 400, **CONFIGS[name]})
+    if config.drafts and is_stateful(model):
+        with pytest.raises(BadInput, match="speculative"):
+            Engine(model, config=config)
+        return
+    engine = Engine(model, eos=[2], config=config)
     requests = [Request(p, SamplingParams(max_tokens=MOST)) for p in prompts]
     for r in requests[:3]:
         engine.add(r)

@@ -3,7 +3,7 @@
     engine = Engine(model, eos=[2])
     engine.add(Request(prompt, SamplingParams(max_tokens=20)))
     while engine.busy:
-        for request, token in engine.step(): ...
+        for request, tokens in engine.step(): ...
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pellucid.engine.request import Request, State
 from pellucid.engine.runner import Runner
 from pellucid.engine.sampler import Sampler
 from pellucid.engine.scheduler import Fair, Order, Plan, Scheduler, first_come, longest_hit
+from pellucid.engine.speculation import PromptLookup, Proposer, accepted
 from pellucid.errors import BadInput
 from pellucid.nn import Decoder
 from pellucid.nn.count import cache_entries, count
@@ -69,13 +70,17 @@ class EngineConfig:
     """Who is admitted first: first-come, longest-hit (in the prefix cache), fair (the namespace served least)."""
     swap: bool = False
     """Preempted requests keep their cache in host memory instead of computing it again."""
+    drafts: int = 0
+    """Tokens proposed from the request's own text and checked in one pass (speculative decoding); 0: none."""
+    speculate_up_to: int = 8
+    """No proposals while more requests than this run: a fuller batch has better use for the budget."""
 
 
 class Engine:
     """Continuous batching over a paged cache. Not thread-safe: one thread calls it."""
 
     def __init__(self, model: Decoder, eos: Sequence[int] = (), config: EngineConfig | None = None,
-                 stop: Callable[[Request], bool] | None = None):
+                 stop: Callable[[Request], bool] | None = None, proposer: Proposer | None = None):
         c = config = config or EngineConfig()
         if c.order not in ORDERS:
             raise BadInput(f"order {c.order!r} is not known", next=f"use one of {', '.join(ORDERS)}")
@@ -86,8 +91,13 @@ class Engine:
         self.runner = Runner(model, self.cache.blocks, size, c.running)
         self.scheduler = Scheduler(self.cache, budget=c.budget, places=c.running, chunk=c.chunk, context=model.spec.context,
                                    order=ORDERS[c.order](), swap=c.swap)
+        self.proposer = proposer or (PromptLookup() if c.drafts else None)
+        if self.proposer is not None and is_stateful(model):
+            raise BadInput("speculative decoding needs a cache that can forget its last tokens",
+                           "this model's linear attention keeps one state, which a refused token has changed", "leave --drafts at 0")
         self.steps = 0
-        self.totals = {"prompt_tokens": 0, "hit_tokens": 0, "generated_tokens": 0, "computed_tokens": 0, "preemptions": 0}
+        self.totals = dict.fromkeys(("prompt_tokens", "hit_tokens", "generated_tokens", "computed_tokens", "preemptions",
+                                     "proposed_tokens", "accepted_tokens"), 0)
 
     @property
     def busy(self) -> bool:
@@ -101,42 +111,77 @@ class Engine:
     def cancel(self, request: Request) -> None:
         """In whatever state it is; its blocks are free at once."""
         self.scheduler.finish(request, "cancelled")
-        self.runner.forget(request)
+        self._forget(request)
 
-    def step(self) -> list[tuple[Request, int]]:
-        """Computes one step; the requests that received a token, with it. `finish_reason` says which of them are done."""
+    def step(self) -> list[tuple[Request, list[int]]]:
+        """Computes one step; the requests that received tokens, with them. `finish_reason` says which of them are done."""
         start = time.perf_counter()
+        self._propose()
         plan = self.scheduler.plan()
         planned = time.perf_counter()
         logits = self.runner.step(plan)
+        given = self._sample(logits) if logits else []
         self.scheduler.done(plan)
-        given = self._sample(list(logits), list(logits.values()))
+        for r, tokens in given:
+            if reason := self._ended(r, tokens[-1]):
+                self.scheduler.finish(r, reason)
+                self._forget(r)
         self._tell(plan, given, planned - start, time.perf_counter() - start)
         return given
 
-    def _sample(self, requests: list[Request], logits: list[torch.Tensor]) -> list[tuple[Request, int]]:
-        if not requests:
-            return []
-        by_place: dict[int, list[int]] = {}  # requests that draw their t-th token together
-        for i, r in enumerate(requests):
-            by_place.setdefault(len(r.output) if r.params.temperature else 0, []).append(i)
-        tokens, logprobs = [0] * len(requests), [0.0] * len(requests)
-        for place, rows in by_place.items():
-            sampler = Sampler([requests[i].params for i in rows], [requests[i].seed for i in rows], logits[0].device)
-            drawn, logs = sampler(torch.stack([logits[i] for i in rows]), place)
+    def _propose(self) -> None:
+        """Drafts behind the requests that are one token behind; none while too many run for guesses to pay."""
+        c = self.config
+        ready = [r for r in self.scheduler.running if r.behind == 1 and not r.drafts]
+        if self.proposer is None or not ready or len(self.scheduler.running) > c.speculate_up_to:
+            return
+        for r, drafts in zip(ready, self.proposer.propose(ready, c.drafts), strict=True):
+            drafts = drafts[: max(0, r.params.max_tokens - len(r.output) - 1)]
+            r.tokens += drafts
+            r.drafts = len(drafts)
+            self.totals["proposed_tokens"] += len(drafts)
+
+    def _sample(self, logits: dict[Request, torch.Tensor]) -> list[tuple[Request, list[int]]]:
+        """Draws at every place that was computed, and keeps what stands (see engine/speculation.py)."""
+        places = [(r, j) for r in logits for j in range(1 + r.drafts)]
+        drawn, logprobs = self._draw(places, torch.cat(list(logits.values())))
+        given, at = [], 0
+        for r in logits:
+            drafts = r.tokens[len(r.tokens) - r.drafts :]
+            tokens = self._up_to_the_end(r, accepted(drafts, drawn[at : at + 1 + r.drafts]))
+            if r.params.logprobs:
+                r.logprobs += logprobs[at : at + len(tokens)]
+            at += 1 + r.drafts
+            del r.tokens[len(r.tokens) - r.drafts :]
+            self.totals["accepted_tokens"] += len(tokens) - 1
+            r.tokens, r.drafts = r.tokens + tokens, 0
+            given.append((r, tokens))
+        return given
+
+    def _draw(self, places: list[tuple[Request, int]], logits: torch.Tensor) -> tuple[list[int], list[float]]:
+        """One token for each (request, number of its drafts that come before); logits (len(places), V)."""
+        tokens, logprobs = [0] * len(places), [0.0] * len(places)
+        together: dict[int, list[int]] = {}  # rows that draw their t-th token
+        for i, (r, j) in enumerate(places):
+            together.setdefault(len(r.output) + j if r.params.temperature else 0, []).append(i)
+        for t, rows in together.items():
+            requests = [places[i][0] for i in rows]
+            sampler = Sampler([r.params for r in requests], [r.seed for r in requests], logits.device)
+            drawn, logs = sampler(logits[rows], t)
             for k, i in enumerate(rows):
                 tokens[i] = int(drawn[k])
                 logprobs[i] = 0.0 if logs is None else float(logs[k])
-        given = []
-        for r, token, logprob in zip(requests, tokens, logprobs, strict=True):
-            r.tokens.append(token)
-            if r.params.logprobs:
-                r.logprobs.append(logprob)
-            if reason := self._ended(r, token):
-                self.scheduler.finish(r, reason)
-                self.runner.forget(r)
-            given.append((r, token))
-        return given
+        return tokens, logprobs
+
+    def _up_to_the_end(self, r: Request, tokens: list[int]) -> list[int]:
+        """Nothing behind an end token, or beyond max_tokens."""
+        ends = [i + 1 for i, t in enumerate(tokens) if t in self.eos and not r.params.ignore_eos]
+        return tokens[: min([*ends, r.params.max_tokens - len(r.output)])]
+
+    def _forget(self, r: Request) -> None:
+        self.runner.forget(r)
+        if self.proposer is not None:
+            self.proposer.forget(r)
 
     def _ended(self, r: Request, token: int) -> str | None:
         if token in self.eos and not r.params.ignore_eos:
@@ -147,15 +192,15 @@ class Engine:
 
     # --- what is shown ------------------------------------------------------------------------------------------------
 
-    def _tell(self, plan: Plan, given: list[tuple[Request, int]], planning: float, seconds: float) -> None:
+    def _tell(self, plan: Plan, given: list[tuple[Request, list[int]]], planning: float, seconds: float) -> None:
         self.steps += 1
         t = self.totals
-        t["generated_tokens"] += len(given)
+        t["generated_tokens"] += sum(len(tokens) for _, tokens in given)
         t["computed_tokens"] += plan.tokens
         t["preemptions"] += len(plan.preempted)
         t["hit_tokens"] += sum(r.hit for r in plan.admitted if r.preemptions == 0)
         events.emit(EngineStep(
-            self.steps, plan.tokens, len(given), len(self.scheduler.running), len(self.scheduler.waiting),
+            self.steps, plan.tokens, sum(len(tokens) for _, tokens in given), len(self.scheduler.running), len(self.scheduler.waiting),
             len(plan.admitted), len(plan.preempted), self.cache.available(), self.cache.blocks, planning, seconds))
 
     def snapshot(self) -> dict[str, Any]:
@@ -169,14 +214,18 @@ class Engine:
 
 def make_cache(kind: str, model: Decoder, blocks: int, size: int) -> PrefixCache:
     """What a model of constant states (linear attention) leaves cannot be found block by block: it gets no reuse."""
-    stateful = any(count(layer.mixer, model.spec.dim).state for layer in model.spec.layers)
-    if stateful or kind == "none":
+    if is_stateful(model) or kind == "none":
         return NoReuse(blocks, size)
     if kind == "chain":
         return HashChain(blocks, size)
     if kind in ("radix", "radix-cost"):
         return RadixTree(blocks, size, "cost" if kind == "radix-cost" else "lru")
     raise BadInput(f"prefix cache {kind!r} is not known", next="use one of chain, radix, radix-cost, none")
+
+
+def is_stateful(model: Decoder) -> bool:
+    """Whether a layer keeps a state that is not a list of tokens' entries."""
+    return any(count(layer.mixer, model.spec.dim).state for layer in model.spec.layers)
 
 
 def choose_room(model: Decoder, config: EngineConfig) -> Choice:

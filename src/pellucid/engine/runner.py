@@ -32,7 +32,8 @@ class Runner:
 
     @torch.inference_mode()
     def step(self, plan: Plan) -> dict[Request, Tensor]:
-        """Logits (V,) for each request whose next token follows from this step."""
+        """Logits (1 + drafts, V) for each request whose next token follows from this step: of the place behind its last known
+        token, and behind each draft."""
         for request, blocks in plan.swapped_out:
             self.swapped[request] = self.pages.copy_out(blocks, request.computed, self.place_of.get(request))
         for request in plan.preempted:
@@ -48,16 +49,18 @@ class Runner:
         hidden = self.model.run(tokens, ctx)[0]
         for segment in ctx.segments or []:
             segment.ctx.cache.advance(0)  # type: ignore[union-attr]
-        ends, asked, at = [], [], 0
+        asked: list[Request] = []
+        places: list[int] = []
+        at = 0
         for part in (p for group in groups for p in group):
             at += part.count
             if part.samples:
-                ends.append(at - 1)
                 asked.append(part.request)
+                places += range(at - 1 - part.request.drafts, at)
         if not asked:
             return {}
-        logits = self.model.logits(hidden[torch.tensor(ends, device=self.device)])
-        return dict(zip(asked, logits, strict=True))
+        logits = self.model.logits(hidden[torch.tensor(places, device=self.device)])
+        return dict(zip(asked, logits.split([1 + r.drafts for r in asked]), strict=True))
 
     def _context(self, groups: Sequence[Sequence[Part]]) -> Context:
         flat = Context(torch.empty(0), self.dtype, segments=[])

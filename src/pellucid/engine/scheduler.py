@@ -126,6 +126,9 @@ class Scheduler:
         plan, left = Plan(), self.budget
         for request in sorted(self.running, key=lambda r: (r.priority, r.number)):
             if left and request.state is State.RUNNING and (count := min(request.behind, left, self.chunk)):
+                if request.drafts and count < request.behind:  # no budget for guesses
+                    self._drop_drafts(request)
+                    count = min(request.behind, left)
                 if self._make_room(request, count, plan):
                     plan.parts.append(Part(request, request.computed, count))
                     left -= count
@@ -134,12 +137,17 @@ class Scheduler:
         return plan
 
     def done(self, plan: Plan) -> None:
-        """The step was computed: counters move, full blocks can be found."""
+        """The step was computed and tokens were drawn: counters move, full blocks can be found. Proposals that were refused
+        are no longer among the tokens: what was computed for them will be written over."""
         for part in plan.parts:
             r = part.request
             if r.state is not State.RUNNING:  # cancelled meanwhile
                 continue
-            r.computed = part.start + part.count
+            r.computed = min(part.start + part.count, len(r.tokens) - 1)
+            extra = len(r.blocks) - self._blocks(r.computed + 1)
+            if extra > 0:
+                self.cache.release(r.blocks[-extra:])
+                del r.blocks[-extra:]
             if part.count > 1:
                 self.cache.publish(r)
         if isinstance(self.order, Fair):

@@ -1,0 +1,111 @@
+"""The engine by itself: seeds, speculation, cancellation in every state, what it reports."""
+
+import pytest
+import torch
+
+from pellucid import events
+from pellucid.engine.core import Engine, EngineConfig
+from pellucid.engine.params import SamplingParams
+from pellucid.engine.request import Request, State
+from pellucid.engine.speculation import PromptLookup
+from pellucid.errors import BadInput
+from pellucid.nn import GDN, MLP, Attn, Decoder, DecoderSpec, Layer, Rope, init_weights
+
+
+@pytest.fixture(scope="module")
+def model() -> Decoder:
+    model = init_weights(Decoder(DecoderSpec(40, 32, (Layer(Attn(4, 2, 8, Rope(8), qk_norm=True), MLP(48)),) * 2, context=200)), seed=3)
+    with torch.no_grad():
+        model.head.weight.mul_(4)  # a distribution worth drawing from
+    return model.eval()
+
+
+def run(model: Decoder, requests: list[Request], **options) -> Engine:
+    engine = Engine(model, eos=[1], config=EngineConfig(**{"cache_tokens": 600, "block": 4, **options}))
+    for r in requests:
+        engine.add(r)
+    for _ in range(2000):
+        if not engine.busy:
+            return engine
+        engine.step()
+    raise AssertionError("it does not end")
+
+
+def sampled(seed: int, prompt=(5, 6, 7, 5, 6, 7, 5, 6), new: int = 40, **fields) -> Request:
+    return Request(list(prompt), SamplingParams(max_tokens=new, temperature=0.7, top_p=0.9 if seed % 2 else None, logprobs=True, **fields), seed)
+
+
+def test_a_seeded_request_gives_the_same_whatever_runs_beside_it(model):
+    alone = [sampled(s) for s in range(4)]
+    for r in alone:
+        run(model, [r], prefix="none")
+    for options in ({}, {"budget": 3}, {"cache_tokens": 120}, {"prefix": "radix"}, {"drafts": 4}, {"drafts": 4, "cache_tokens": 120, "swap": True}):
+        together = [sampled(s) for s in range(4)]
+        run(model, [*together, *(sampled(50 + i, prompt=range(3, 9 + i)) for i in range(5))], **options)
+        assert [r.output for r in together] == [r.output for r in alone]
+        for a, b in zip(alone, together, strict=True):
+            assert torch.allclose(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-4)
+
+
+def test_speculation_accepts_what_repeats_and_counts_it(model):
+    loop = Request([5, 6, 7, 8] * 8, SamplingParams(max_tokens=60, ignore_eos=True))
+    engine = run(model, [loop], drafts=5)
+    plain = Request([5, 6, 7, 8] * 8, SamplingParams(max_tokens=60, ignore_eos=True))
+    assert engine.steps < run(model, [plain]).steps and loop.output == plain.output
+    assert 0 < engine.totals["accepted_tokens"] <= engine.totals["proposed_tokens"]
+
+
+def test_prompt_lookup_finds_the_latest_and_longest_run():
+    r = Request([1, 2, 3, 9, 1, 2, 3, 8, 5, 2, 3], SamplingParams())
+    lookup = PromptLookup(longest=3, shortest=2)
+    assert lookup.propose([r], 3) == [[8, 5, 2]]
+    r.tokens += [8, 5]
+    assert lookup.propose([r], 2) == [[2, 3]]
+    assert lookup.propose([Request([1, 2, 3], SamplingParams())], 2) == [[]]
+
+
+def test_cancelling_in_every_state_frees_at_once(model):
+    for moment in range(9):
+        engine = Engine(model, config=EngineConfig(cache_tokens=60, block=4, budget=7, running=3, swap=moment % 2 == 1, drafts=moment % 3))
+        requests = [Request(list(range(3, 15)), SamplingParams(max_tokens=12), seed=i) for i in range(5)]
+        for r in requests:
+            engine.add(r)
+        for _ in range(moment):
+            engine.step()
+        for r in requests:
+            engine.cancel(r)
+            engine.cancel(r)  # twice is once
+            engine.cache.check()
+        assert not engine.busy and engine.cache.available() == engine.cache.blocks
+        assert all(r.state is State.FINISHED for r in requests) and len(engine.runner.free_places) == 3
+        assert not engine.runner.swapped
+
+
+def test_steps_are_events_and_the_snapshot_is_the_real_state(model):
+    seen = []
+    with events.subscribed(seen.append):
+        engine = Engine(model, config=EngineConfig(cache_tokens=64, block=4))
+        engine.add(Request([3, 4, 5, 6, 7], SamplingParams(max_tokens=4)))
+        engine.step()
+    (step,) = [e for e in seen if e.kind == "engine_step"]
+    assert (step.tokens, step.generated, step.running, step.admitted) == (5, 1, 1, 1)
+    snapshot = engine.snapshot()
+    (row,) = snapshot["running"]
+    assert row["computed"] == 5 and row["known"] == 6 and len(row["blocks"]) == 2
+    assert snapshot["available"] == 16 - 2
+
+
+def test_linear_attention_has_no_reuse_and_no_speculation():
+    spec = DecoderSpec(40, 32, (Layer(GDN(2, 2, 8, 8), MLP(48)),), context=64)
+    hybrid = init_weights(Decoder(spec)).eval()
+    engine = Engine(hybrid, config=EngineConfig(cache_tokens=64))
+    assert type(engine.cache).__name__ == "NoReuse"
+    with pytest.raises(BadInput, match="speculative"):
+        Engine(hybrid, config=EngineConfig(cache_tokens=64, drafts=2))
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    ({"prefix": "tree"}, "not known"), ({"order": "random"}, "not known"), ({"cache_tokens": 0}, "not possible"), ({"budget": 0}, "at least 1")])
+def test_impossible_settings(model, options, says):
+    with pytest.raises(BadInput, match=says):
+        Engine(model, config=EngineConfig(**{"cache_tokens": 64, **options}))
