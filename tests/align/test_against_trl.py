@@ -70,9 +70,9 @@ def long(completion_ids, **_):
     return [float(len(ids) >= 6) for ids in completion_ids]
 
 
-def trainer_of(folder, tokenizer, out, options):
+def trainer_of(folder, tokenizer, out, options, kind=GRPOTrainer, config=GRPOConfig):
     model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    args = GRPOConfig(**dict(
+    args = config(**dict(
         output_dir=str(out), use_cpu=True, bf16=False, fp16=False, gradient_checkpointing=False, save_strategy="no",
         report_to=[], max_steps=2, seed=3, learning_rate=2e-2, lr_scheduler_type="constant", logging_steps=1,
         disable_tqdm=True, per_device_train_batch_size=MICRO_BATCH, gradient_accumulation_steps=2,
@@ -80,7 +80,7 @@ def trainer_of(folder, tokenizer, out, options):
         reward_weights=list(WEIGHTS.values()),
     ) | options)
     data = Dataset.from_dict({"prompt": ["ab", "cdef", "gh", "ijklm"]})
-    trainer = GRPOTrainer(model, reward_funcs=[even, long], args=args, train_dataset=data, processing_class=tokenizer)
+    trainer = kind(model, reward_funcs=[even, long], args=args, train_dataset=data, processing_class=tokenizer)
     if trainer.ref_model is not None:
         with torch.no_grad():
             trainer.ref_model.lm_head.weight.mul_(0.9)  # a reference equal to the policy would hide the KL term
@@ -264,6 +264,53 @@ def test_entropy_bonus(folder, tokenizer, tmp_path):
     calls = run(folder, tokenizer, tmp_path, one, dict(aggregation="token-mean", entropy_coef=0.05)).check(2)
     with_out = run(folder, tokenizer, tmp_path, one | dict(entropy_coef=0.0), dict(aggregation="token-mean")).check(2)
     assert abs(calls[0]["loss"][1] - with_out[0]["loss"][1]) > 1e-3
+
+
+def test_gmpo(folder, tokenizer, tmp_path):
+    from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
+
+    options = dict(epsilon=0.1, epsilon_high=0.15, beta=0.04, use_bias_correction_kl=False)
+    trainer = trainer_of(folder, tokenizer, tmp_path, options, GMPOTrainer, GMPOConfig)
+    cfg = ObjectiveConfig(policy="gmpo", clip_low=0.1, clip_high=0.15, beta=0.04, kl="k3", empty="count")
+    calls = Compare(trainer, cfg).check()
+    assert sum(c["metrics"]["clip/low"] + c["metrics"]["clip/high"] for c in calls[2:]) > 0.02, "nothing was clipped"
+
+
+@pytest.mark.parametrize("clip, normalise", [(None, False), (0.6, True)])
+def test_rloo(folder, tokenizer, tmp_path, clip, normalise):
+    """Reward clip, then the KL of the whole answer inside the reward, then the leave-one-out baseline; sequence ratio."""
+    from trl import RLOOConfig, RLOOTrainer
+
+    options = dict(beta=0.05, reward_clip_range=(-clip, clip) if clip else None, normalize_advantages=normalise,
+                   gradient_accumulation_steps=1, steps_per_generation=1, per_device_train_batch_size=2 * MICRO_BATCH, epsilon=0.3)
+    trainer = trainer_of(folder, tokenizer, tmp_path, options, RLOOTrainer, RLOOConfig)
+    cfg = recipe("rloo", clip_low=0.3, clip_high=0.3, reward_clip=clip, whiten="sequence" if normalise else "none")
+    pair = CompareRLOO(trainer, cfg)
+    calls = pair.check(2)
+    assert calls[1]["metrics"]["ratio/max"] > 1.05, "the second step must be off-policy"
+
+
+class CompareRLOO(Compare):
+    """trl keeps only the old log-probability of whole answers, and that is all that the ratio of an answer needs."""
+
+    def score(self, inputs):
+        rollout = self._score(inputs)
+        mask, lengths = rollout["completion_mask"], rollout["completion_mask"].sum(1)
+        with torch.no_grad():
+            args = (rollout, self.trainer.args.temperature)
+            logp, ref = token_logprobs(self.trainer.model, *args), token_logprobs(self.trainer.ref_model, *args)
+        kl = ((logp - ref) * mask).sum(1).view(-1, G)
+        columns = {n: r.view(-1, G) for n, r in zip(WEIGHTS, self.rewards.double().unbind(1))}
+        credit = assign_credit(columns, lengths.view(-1, G), self.cfg, weights=WEIGHTS, kl=kl)
+        torch.testing.assert_close(credit.advantages.flatten(), rollout["advantages"], atol=3e-6, rtol=1e-6)
+        assert rollout["advantages"].std() > 0.1 and kl.std() > 0.1
+        self.counts = credit.counts
+        return rollout
+
+    def compute_loss(self, model, inputs):
+        whole = torch.zeros_like(inputs["completion_mask"], dtype=torch.float32)
+        whole[:, 0] = inputs["old_logps"]
+        return super().compute_loss(model, inputs | {"old_per_token_logps": whole})
 
 
 def test_trl_default_is_what_the_trainer_does_untouched(folder, tokenizer, tmp_path):

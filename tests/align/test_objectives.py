@@ -203,6 +203,48 @@ def test_the_cut_shows_where_it_should(rows):
     assert count(rows[4].sum(1)[:3]) + count(rows[4].sum(1)[3:]) == counts
 
 
+TERMS = {
+    "cispo": dict(policy="cispo"), "sapo": dict(policy="sapo"), "gmpo": dict(policy="gmpo"), "reinforce": dict(policy="reinforce"),
+    "sequence-sum": dict(ratio="sequence-sum"), "entropy": dict(entropy_coef=0.1), "high entropy": dict(high_entropy=0.5),
+    "truncate": dict(correction="truncate", correction_high=1.2), "off-policy": dict(off_policy=0.05),
+    "mask": dict(correction="mask", correction_level="sequence-mean", correction_low=0.9, correction_high=1.3),
+    "max": dict(correction="mask", correction_level="sequence-max", correction_low=0.5, correction_high=1.8),
+}
+
+
+@pytest.mark.parametrize("mode", ["sequence-mean", "token-mean", "constant"])
+@pytest.mark.parametrize("term", TERMS)
+def test_every_term_is_invariant(rows, mode, term):
+    """Padding, order and cutting: loss, gradient and every metric, for every policy term, correction and bonus."""
+    cfg = config(mode, beta=0.1, **TERMS[term])
+    logp, old, ref, advantages, mask = rows
+    g = torch.Generator().manual_seed(9)
+    drift, scale = torch.randn(6, 7, generator=g, dtype=torch.float64), torch.rand(6, 7, generator=g, dtype=torch.float64)
+    counts = count(mask.sum(1))
+
+    def run(index, pad=0, rubbish=0.0):
+        def wide(x):
+            return torch.nn.functional.pad(x[index], (0, pad), value=rubbish)
+
+        given = dict(sampler=wide(old + 0.3 * drift), entropy=wide(scale * logp.square()), keep=wide(scale > 0.4).bool())
+        return objective_padded(wide(logp), wide(old), wide(ref), advantages[index], torch.nn.functional.pad(mask[index], (0, pad)), cfg, counts, **given)
+
+    def checked(parts):
+        loss = sum(p[0] for p in parts)
+        return loss.detach(), torch.autograd.grad(loss, logp, retain_graph=True)[0], merge([p[1] for p in parts])
+
+    whole = checked([run(list(range(6)))])
+    assert float(whole[1].abs().sum()) > 0.05
+    if "correction" in cfg.__dict__ and term in ("truncate", "mask", "max", "off-policy", "high entropy"):
+        assert whole[2]["correction/mean"] not in (0.0, 1.0)
+    others = [[run(list(range(6)), 4, math.nan)], [run([4, 2, 0, 5, 1, 3])], *[[run(c) for c in cut] for cut in CUTS]]
+    for parts in others:
+        loss, grad, metrics = checked(parts)
+        torch.testing.assert_close(loss, whole[0], atol=1e-9, rtol=1e-6)
+        torch.testing.assert_close(grad, whole[1], atol=1e-9, rtol=1e-6)
+        assert metrics == pytest.approx(whole[2], abs=1e-9)
+
+
 def test_empty_micro_batch_is_zero_with_zero_gradient(rows):
     nothing = [x[3:4] for x in rows]
     for mode in AGGREGATIONS:
@@ -299,10 +341,19 @@ def test_formula_of_every_recipe():
     extra = {"dr-grpo": {"max_tokens": 256}}
     texts = {name: formula(recipe(name, **extra.get(name, {}))) for name in RECIPES}
     assert len(set(texts.values())) == len(RECIPES)
-    assert "0.04 KL" in texts["grpo"] and "clip(r, 0.8, 1.28)" in texts["dapo"]
-    assert "N_seq * 256" in texts["dr-grpo"] and "std" not in texts["dr-grpo"].split("A  =")[1].split("\n")[0]
-    assert "clip(r, 0.9997, 1.0004)" in texts["gspo"] and "^(1/|o_i|)" in texts["gspo"]
-    assert "1/N_tok" in texts["trl-default"] and "1/N_seq Σ_i 1/|o_i|" in texts["pellucid-grow"]
+    tells = {
+        "ppo": ["V_t+1", "0.05 -d (k1)", "critic: + 0.1", "sqrt(var_tokens A", "1/N_tok"], "grpo": ["0.04 KL", "e^d - d - 1 (k3)"],
+        "dapo": ["clip(r, 0.8, 1.28)", "dropped (must differ: correct)", "masked out"], "dr-grpo": ["N_seq * 256", "R = 0"],
+        "gspo": ["clip(r, 0.9997, 1.0004)", "^(1/|o_i|)"], "gdpo": ["Σ_k w_k", "mean_completions", "normalised advantages"],
+        "rloo": ["mean_others", "r  = p(o_i) / p_old(o_i), |log r| <= 20", "R - 0.05 Σ_t -d (k1)"],
+        "reinforce++": ["Σ_k 1^k r_t+k", "0.01 -d (k1)"], "reinforce++-baseline": ["0.01 KL", "d^2 / 2", "mean_tokens"],
+        "cispo": ["-sg[min(r, 5)] A log p(o_it)"], "sapo": ["σ(τ (r - 1))", "1.05"], "trl-default": ["1/N_tok", "0.0001"],
+        "verl-default": ["min(r, 3)", "1e-06", "|log r| <= 20"], "pellucid-grow": ["1/N_seq Σ_i 1/|o_i|"],
+    }
+    for name, parts in tells.items():
+        for part in parts:
+            assert part in texts[name], (name, part)
+    assert "std" not in texts["dr-grpo"].split("A  =")[1].split("\n")[0]
     grow = recipe("pellucid-grow")
     assert (grow.clip_low, grow.clip_high, grow.beta, grow.scale) == (0.2, 0.28, 0.0, "group")
 
@@ -318,6 +369,14 @@ def test_traps_are_noted():
 
 
 @pytest.mark.parametrize("choices, told", [
+    (dict(advantage="gdpo", scale="none"), "no effect"), (dict(advantage="gae", eps=1e-6), "no effect"),
+    (dict(advantage="gdpo", reward_beta=0.1), "gdpo"), (dict(advantage="pass@k", scale="batch"), "pass@k"),
+    (dict(advantage="gae", whiten="sequence"), "tokens"), (dict(advantage="gae", policy="gmpo"), "gmpo"),
+    (dict(gamma=0.9), "no effect"), (dict(lam=0.9), "no effect"), (dict(advantage="gae", gamma=1.1), "[0, 1]"),
+    (dict(policy="sapo", clip_low=0.1), "no effect"), (dict(policy="cispo", delta=6.0), "no effect"),
+    (dict(tau_pos=2.0), "no effect"), (dict(policy="gmpo", ratio="sequence"), "no effect"),
+    (dict(correction_high=3.0), "no effect"), (dict(reward_kl="k2"), "no effect"), (dict(kl_target=0.1), "no effect"),
+    (dict(value_clip=0.1), "no effect"), (dict(high_entropy=0.0), "high_entropy"), (dict(policy="ppo"), "clip, cispo"),
     (dict(scale="groups"), "'group'"), (dict(kl="k4", beta=0.1), "k3"), (dict(aggregation="token"), "token-sum"),
     (dict(clip_low=-0.1), "not negative"), (dict(delta=1.1), "delta"), (dict(log_ratio_bound=0.0), "positive"),
     (dict(kl="k2"), "no effect"), (dict(kl_bound=1.0), "no effect"), (dict(max_tokens=5), "no effect"),
