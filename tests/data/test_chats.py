@@ -28,6 +28,18 @@ def test_both_forms(tmp_path, name):
     assert fourth.messages[0]["content"] == "ab" and fourth.messages[1]["content"] == ""
 
 
+def test_sharegpt(tmp_path):
+    call = {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'}
+    talk = [{"from": "human", "value": "2+2?"}, call, {"from": "observation", "value": "4"}, {"from": "gpt", "value": "4"}]
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps([{"conversations": talk, "system": "s", "tools": '[{"name": "f"}]', "id": 1},
+                                {"conversations": TURN}]))
+    first, second = read_chats(file)
+    assert [m["role"] for m in first.messages] == ["system", "user", "assistant", "tool", "assistant"]
+    assert first.messages[0]["content"] == "s" and first.tools == [{"name": "f"}] and second == Chat(TURN)
+    assert first.messages[2]["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
+
+
 def test_parquet_and_its_nulls(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
@@ -46,14 +58,17 @@ def test_the_key_is_the_question_not_the_answer():
 
 @pytest.mark.parametrize("line, message", [
     ("[1]", "a list instead of an object"), ({"messages": []}, "at least one message"), ({"messages": "hi"}, "not a list"),
-    ({"conversations": TURN}, "'conversations'"), ({}, "fields are none"), ({"prompt": "a"}, '"messages", or "prompt"'),
+    ({"dialogue": TURN}, "'dialogue'"), ({}, "fields are none"), ({"prompt": "a"}, '"messages", or "prompt"'),
     ({"prompt": 1, "completion": "a"}, "must be strings"), ({"messages": ["hi"]}, "message 1 is a str"),
     ({"messages": [{"role": "asistant", "content": "a"}]}, "did you mean 'assistant'"),
     ({"messages": [{"content": "a"}]}, '"role" None'), ({"messages": [{"role": 3, "content": "a"}]}, '"role" 3'),
     ({"messages": [{"role": "user"}]}, 'no text in "content"'), ({"messages": [{"role": "assistant"}]}, 'no text in "content"'),
-    ({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}, "no text"),
+    ({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}, "images, which these models cannot see"),
+    ({"conversations": [{"from": "humans", "value": "a"}]}, "did you mean 'human'"), ({"conversations": 3}, "not a list"),
+    ({"conversations": [{"from": "human", "value": 3}]}, 'no text in "content"'),
+    ({"conversations": [{"from": "function_call", "value": "f(1)"}]}, "not JSON with a name"),
     ({"messages": TURN[:1]}, "nothing to learn"), ({"prompt": "a", "completion": " "}, "nothing to learn"),
-    ({"messages": TURN, "tools": "f"}, '"tools"'), ("{", "is not JSON")])
+    ({"messages": TURN, "tools": "f"}, '"tools"'), ({"messages": TURN, "tools": {"a": 1}}, '"tools"'), ("{", "is not JSON")])
 def test_a_wrong_line_is_named_with_the_valid_form(tmp_path, line, message):
     file = write(tmp_path / "a.jsonl", {"messages": TURN}, line)
     stream = read_chats(file)
