@@ -25,8 +25,15 @@ def fields(spec: DecoderSpec) -> dict[str, Any]:
     }
 
 
-@family("gemma3_text", architecture="Gemma3ForCausalLM", names=GEMMA3, fields=fields)
+# where multimodal files keep the text model, in transformers 5 and before, and what stands beside it
+NESTED = ((r"^(model\.)?language_model\.(model\.)?", "model."),)
+EYES = (r"^(model\.)?(vision_tower|multi_modal_projector)\.",)
+SILENT = {"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4}  # what the 4B's file leaves unsaid
+
+
+@family("gemma3_text", architecture="Gemma3ForCausalLM", names=GEMMA3, fields=fields, renames=NESTED, ignored=EYES)
 def gemma3(c: Config) -> DecoderSpec:
+    c = Config({**SILENT, **{name: value for name, value in c.fields.items() if value is not None or name not in SILENT}})
     for name in ("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention"):
         if c.get(name):
             raise wrong(name, c.get(name), "absent: it is not supported")
