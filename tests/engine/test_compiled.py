@@ -163,12 +163,42 @@ def test_hidden_logits_are_never_drawn_and_a_tiny_temperature_is_greedy():
         assert sampler(logits, step)[0].tolist() == [66, 69]
 
 
+PATHS = pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "twin"])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+@PATHS
+@DTYPES
+@pytest.mark.parametrize("asked", [False, True], ids=["", "logprobs"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_not_numbers_are_told(temperature):
-    logits = torch.zeros(3, 70)
-    logits[1] = torch.nan
-    with pytest.raises(PellucidError, match="not numbers"):
-        Sampler([SamplingParams(temperature=temperature)] * 3, [1, 2, 3])(logits, 0)
+def test_logits_that_are_not_numbers_are_told(temperature, asked, dtype, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(sampler_module, "choose_jit", lambda: Choice(False, "twin"))
+    sampler = Sampler([SamplingParams(temperature=temperature, logprobs=asked)] * 3, [1, 2, 3])
+    good = torch.randn(3, 70, generator=torch.Generator().manual_seed(1)).to(dtype)
+    good[0, 5], good[1, :-1] = -torch.inf, -torch.inf  # hidden tokens are no fault
+    assert sampler(good, 0)[0][1] == 69
+    for where, value in ((slice(None), torch.nan), (66, torch.nan), (2, -torch.nan), (slice(None), -torch.inf), (3, torch.inf)):
+        bad = good.clone()
+        bad[1, where] = value
+        with pytest.raises(PellucidError, match="not numbers"):
+            sampler(bad, 0)
+
+
+@PATHS
+@DTYPES
+@pytest.mark.parametrize("asked", [False, True], ids=["", "logprobs"])
+@pytest.mark.parametrize("V", [1, 2, 63, 64, 65, 200, 2049])
+def test_greedy_takes_the_first_of_the_largest(V, asked, dtype, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(sampler_module, "choose_jit", lambda: Choice(False, "twin"))
+    logits = torch.randint(-9, 0, (50, V), generator=torch.Generator().manual_seed(V)).to(dtype)  # many ties
+    want = [row.index(max(row)) for row in logits.tolist()]
+    tokens, logprobs = Sampler([SamplingParams(logprobs=asked)] * 50, range(50))(logits, 0)
+    assert tokens.tolist() == want and (logprobs is not None) == asked
+    if logprobs is not None:
+        exact = logits.double().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        torch.testing.assert_close(logprobs.double(), exact, rtol=1e-4, atol=2e-5)
 
 
 def test_a_model_with_hooks_or_layers_of_its_own_runs_plain():

@@ -67,34 +67,34 @@ class Sampler:
         Rows that truncate are drawn by PyTorch, all others by a compiled kernel where there is one: how a row is drawn
         never depends on its neighbours.
         """
-        if logits.device.type != "cpu" or logits.dtype not in (torch.float32, torch.bfloat16) or not choose_jit().value:
-            return self._draw(logits, step, slice(None))
-        tokens, logprobs = self._draw_compiled(logits, step)
+        compiled = logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.bfloat16) and choose_jit().value
+        tokens, logprobs = self._draw_compiled(logits, step) if compiled else self._draw(logits, step, slice(None))
         if bool((tokens < 0).any()):
             raise PellucidError("the model's logits are not numbers", "its weights diverged in training, or are damaged",
                                 "check them with `pellucid eval`, or go back to an earlier checkpoint")
-        if len(self._truncating):
+        if compiled and len(self._truncating):
             tokens[self._truncating], some = self._draw(logits[self._truncating], step, self._truncating)
-            if some is not None:
+            if logprobs is not None and some is not None:
                 logprobs[self._truncating] = some
-        return tokens, logprobs if self.logprobs else None
+        return tokens, logprobs
 
-    def _draw_compiled(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    def _draw_compiled(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
         from pellucid.ops.jit.draw import draw
         from pellucid.ops.jit.lanes import array
 
         same_threads()
-        tokens, logprobs = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits))
+        tokens, logprobs = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits) if self.logprobs else 0)
         draw(array(logits.contiguous()), array(self.temperature), array(self.seeds), step, array(tokens), array(logprobs))
-        return tokens, logprobs
+        return tokens, logprobs if self.logprobs else None
 
     def _draw(self, logits: Tensor, step: int, rows: Tensor | slice) -> tuple[Tensor, Tensor | None]:
-        """The readable twin, and the only path that truncates. `rows`: whose settings these logits follow."""
+        """The readable twin, and the only path that truncates. `rows`: whose settings these logits follow. A row that holds
+        NaN, or whose largest logit is infinite, gives token -1."""
         logits, temperature = logits.float(), self.temperature[rows]
-        greedy = temperature == 0
+        finite, greedy = logits.amax(-1).isfinite(), temperature == 0  # the maximum of a row with NaN is NaN
         if bool(greedy.all()):
             tokens = logits.argmax(-1)
-            return tokens, self._logprob(logits, tokens) if self.logprobs else None
+            return tokens.where(finite, -1), self._logprob(logits, tokens) if self.logprobs else None
         if not bool((temperature == 1).all()):
             # The largest logit first becomes 0: divided by a tiny temperature, another would overflow.
             logits = logits - logits.amax(-1, keepdim=True)
@@ -107,7 +107,7 @@ class Sampler:
         seeds = self.seeds[rows]
         tokens = draw(kept, uniform(seeds, torch.full_like(seeds, step)))
         tokens = torch.where(greedy, logits.argmax(-1), tokens)
-        return tokens, probs.gather(-1, tokens[:, None]).squeeze(-1).log() if self.logprobs else None
+        return tokens.where(finite, -1), probs.gather(-1, tokens[:, None]).squeeze(-1).log() if self.logprobs else None
 
     @staticmethod
     def _logprob(logits: Tensor, tokens: Tensor) -> Tensor:

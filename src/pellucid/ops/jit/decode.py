@@ -14,7 +14,7 @@ import numpy as np
 from numba import njit, prange
 
 from pellucid.ops.compiled import kernel_cache
-from pellucid.ops.jit.lanes import FAST, exp, narrow, sigmoid, wide
+from pellucid.ops.jit.lanes import FAST, exp, largest, narrow, sigmoid, wide
 
 Array = np.ndarray[Any, Any]
 
@@ -66,9 +66,7 @@ def _read_head(row: Array, offset: int, weight: Array, eps: float, cos: Array, s
 @njit(fastmath=FAST, cache=True, inline="always")
 def exp_from_top(scores: Array) -> float:
     """scores become exp(scores - max); returns their sum."""
-    top = np.float32(-np.inf)
-    for s in range(scores.size):
-        top = max(top, scores[s])
+    top = largest(scores)
     total = np.float32(0)
     for s in range(scores.size):
         scores[s] = exp(scores[s] - top)

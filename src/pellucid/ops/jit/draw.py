@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
-from pellucid.ops.jit.lanes import FAST, exp, wide
+from pellucid.ops.jit.lanes import FAST, exp, largest, wide
 
 Array = np.ndarray[Any, Any]
 BLOCK = 64  # weights whose sum is kept, so that the search steps over whole blocks
@@ -31,41 +31,64 @@ def uniform(seed: int, step: int) -> float:
     return np.float64(_mix(_mix(np.uint64(seed)) + np.uint64(step)) >> np.uint64(11)) * 2.0**-53
 
 
+@njit(fastmath=FAST, cache=True)
+def greedy(row: Array, top: float) -> int:
+    """The first place of `top`, the largest of row (V,); -1 where it is infinite or any entry is not a number."""
+    strange = np.int32(0)
+    for i in range(row.size):
+        strange += np.int32(wide(row[i]) != wide(row[i]))
+    if strange == 0 and np.isfinite(top):
+        for i in range(row.size):
+            if wide(row[i]) == top:
+                return i
+    return -1
+
+
+@njit(fastmath=FAST, cache=True)
+def chosen(weights: Array, sums: Array, point: float) -> int:
+    """The token at which the running sum of weights (V,) passes `point`; sums: of each BLOCK of weights."""
+    left, k = point, 0
+    while k < sums.size - 1 and left >= sums[k]:
+        left -= sums[k]
+        k += 1
+    token, last = k * BLOCK, min(weights.size, (k + 1) * BLOCK) - 1
+    while token < last and left >= weights[token]:
+        left -= weights[token]
+        token += 1
+    while token > 0 and weights[token] == 0:  # rounding may have led past the last token that has any weight
+        token -= 1
+    return token
+
+
 @njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
 def draw(logits: Array, temperature: Array, seeds: Array, step: int, tokens: Array, logprobs: Array) -> None:
-    """tokens (B,) int64 of logits (B, V), and their log-probabilities (B,) at that temperature; temperature 0: the largest
-    logit, at temperature 1. A row without a finite largest logit gives token -1. The sums are float64 over blocks of float32: a row's draw never depends on other rows."""
+    """tokens (B,) int64 of logits (B, V); temperature 0: the largest logit, the first of equal ones.
+
+    logprobs (B,): their log-probabilities at that temperature (at 1 for temperature 0), or (0,) where nobody asked.
+    A row whose largest logit is not finite, or that holds NaN, gives token -1. The sums are float64 over blocks of
+    float32: a row's draw never depends on other rows.
+    """
     B, V = logits.shape
     blocks = (V + BLOCK - 1) // BLOCK
     for b in prange(B):
         row, heat = logits[b], temperature[b]
-        top = np.float32(-np.inf)
-        for i in range(V):
-            top = max(top, wide(row[i]))
+        top = largest(row)
+        if heat == 0 and not logprobs.size:
+            tokens[b] = greedy(row, top)
+            continue
         scale = np.float32(1) if heat == 0 else np.float32(1) / max(heat, np.float32(1e-30))
         weights, sums = np.empty(V, np.float32), np.empty(blocks, np.float64)
         for k in range(blocks):
             total = np.float32(0)
             for i in range(k * BLOCK, min(V, (k + 1) * BLOCK)):
                 y = (wide(row[i]) - top) * scale
-                weights[i] = exp(y) if y > np.float32(-87) else np.float32(0)
+                weights[i] = np.float32(0) if y <= np.float32(-87) else exp(y)  # NaN stays NaN
                 total += weights[i]
             sums[k] = total
         whole = sums.sum()
-        token = 0
-        if heat == 0:
-            while token < V - 1 and wide(row[token]) != top:
-                token += 1
-        else:
-            left, k = uniform(seeds[b], step) * whole, 0
-            while k < blocks - 1 and left >= sums[k]:
-                left -= sums[k]
-                k += 1
-            token, last = k * BLOCK, min(V, (k + 1) * BLOCK) - 1
-            while token < last and left >= weights[token]:
-                left -= weights[token]
-                token += 1
-            while token > 0 and weights[token] == 0:  # rounding may have led past the last token that has any weight
-                token -= 1
-        tokens[b] = token if top > -np.inf and weights[token] > 0 else -1
-        logprobs[b] = (wide(row[token]) - top) * scale - np.log(whole)
+        tokens[b] = -1
+        if whole > 0:  # not NaN
+            token = greedy(row, top) if heat == 0 else chosen(weights, sums, uniform(seeds[b], step) * whole)
+            tokens[b] = token
+            if logprobs.size:
+                logprobs[b] = (wide(row[token]) - top) * scale - np.log(whole)

@@ -87,3 +87,20 @@ def array(t: torch.Tensor) -> np.ndarray[Any, Any]:
 def sigmoid(x: float) -> float:
     """1 / (1 + e^-x). The kernel around it needs error_model="numpy": a check for division by zero has no vector lanes."""
     return np.float32(1.0) / (np.float32(1.0) + exp(-x))
+
+
+@njit(cache=True, fastmath=FAST, error_model="numpy")
+def largest(row: np.ndarray[Any, Any]) -> float:
+    """max(row): 64 maxima side by side, since one alone is a chain of comparisons that cannot run on lanes."""
+    best, whole = np.full(64, -np.inf, np.float32), len(row) // 64 * 64
+    for start in range(0, whole, 64):
+        part = row[start : start + 64]
+        for i in range(64):
+            best[i] = max(best[i], wide(part[i]))
+    for half in (32, 16, 8, 4, 2, 1):
+        for i in range(half):
+            best[i] = max(best[i], best[i + half])
+    top = best[0]
+    for i in range(whole, len(row)):
+        top = max(top, wide(row[i]))
+    return top

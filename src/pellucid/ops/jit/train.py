@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
-from pellucid.ops.jit.lanes import FAST, exp, narrow, sigmoid, wide
+from pellucid.ops.jit.lanes import FAST, exp, largest, narrow, sigmoid, wide
 
 Array = np.ndarray[Any, Any]
 CHUNKS = 32  # partial sums of a weight's gradient
@@ -139,23 +139,6 @@ def heads_backward(
                     d_qkv[n, h, i] = narrow(g[i], d_qkv[n, h, i])
             for h in range(K):
                 d_qkv[n, H + K + h] = gv[n, h]
-
-
-@njit(cache=True, fastmath=FAST, error_model="numpy")
-def largest(row: Array) -> float:
-    """max(row): 64 maxima side by side, since one alone is a chain of comparisons that cannot run on lanes."""
-    best, whole = np.full(64, -np.inf, np.float32), len(row) // 64 * 64
-    for start in range(0, whole, 64):
-        part = row[start : start + 64]
-        for i in range(64):
-            best[i] = max(best[i], wide(part[i]))
-    for half in (32, 16, 8, 4, 2, 1):
-        for i in range(half):
-            best[i] = max(best[i], best[i + half])
-    top = best[0]
-    for i in range(whole, len(row)):
-        top = max(top, wide(row[i]))
-    return top
 
 
 @njit(parallel=True, cache=True, fastmath=FAST, error_model="numpy")
