@@ -1,27 +1,45 @@
-"""Sampling tokens/s beside transformers' `generate`: same weights, same prompts, batch 128, one process.
+"""Sampling tokens/s beside transformers' `generate`: same weights, same prompts, batch 128.
 
     pellucid bench sample --out benchmarks/results/sample.json
 
 Workloads: "fixed": every answer has the same length.  "mixed": answers end where an end token is drawn, at lengths that
 differ widely (geometric, mean about 100), as they do in reinforcement learning and in serving; the tokens of each
-library's own answers are counted. Greedy answers of both are compared token by token first.
+library's own answers are counted. Greedy answers of both are compared token by token first (in float32).
 """
 
 from __future__ import annotations
 
-import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from common import SIZES, begin, finish, options, parameters, ratios, table, twins
+from common import (
+    SIZES,
+    Contestant,
+    begin,
+    contest,
+    finish,
+    options,
+    parameters,
+    quiet_transformers,
+    ratios,
+    spec_of,
+    table,
+    take_turns,
+    write_twin,
+)
 from pellucid.engine import Sample, SamplingParams, run_all
 from pellucid.engine import batch as engine_batch
 from pellucid.engine.decode import CompiledStep
+from pellucid.models import load
 from pellucid.nn import Decoder, KVCache
+from pellucid.runtime import choose_threads
 
 ENDS = list(range(3, 23))  # 20 of 2048 tokens: near-uniform draws end with probability of about 1 % at each token
 
@@ -66,21 +84,6 @@ def their_call(model: Any, prompts: list[list[int]], most: int, temperature: flo
     return call
 
 
-def measure(calls: dict[str, Callable[[], list[list[int]]]], rounds: int, seconds: float) -> dict[str, dict[str, float]]:
-    """tokens/s of each contestant in turns; each round counts the tokens that it really produced."""
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    start = time.perf_counter()
-    for turn in range(rounds + 1):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            count = sum(map(len, call()))
-            if turn:
-                found[name].append(count / (time.perf_counter() - began))
-        if turn >= 2 and time.perf_counter() - start > seconds:
-            break
-    return {name: {"median": round(statistics.median(r), 1), "best": round(max(r), 1), "rounds": len(r)} for name, r in found.items()}
-
-
 class Stopwatch:
     """Adds up the seconds spent in methods while it is on."""
 
@@ -121,34 +124,46 @@ def split(call: Callable[[], Any]) -> dict[str, float]:
     return watch.shares()
 
 
-def compare(size: str, batch: int, groups: int, most: int, rounds: int, seconds: float) -> dict[str, Any]:
-    ours, theirs = twins(size)
-    ours.eval()
-    half, their_half = Decoder(ours.spec).eval(), type(theirs)(theirs.config).eval()
-    half.load_state_dict(ours.state_dict())
-    half.bfloat16()
-    their_half.load_state_dict(theirs.state_dict())
-    their_half.tie_weights()
-    their_half.to(torch.bfloat16)
-    prompts = prompts_of(batch, groups, ours.spec.vocab)
-    equal = ours_call(ours, prompts, 24, 0.0, False)() == their_call(theirs, prompts, 24, 0.0, False)()
-    if not equal:
-        raise SystemExit("greedy answers differ: nothing to compare")
-    result: dict[str, Any] = {"parameters": parameters(size), "batch": batch, "prompts": groups, "greedy_equal": equal}
-    for title, temperature, mixed, length in (("fixed length, greedy", 0.0, False, most), ("fixed length, temperature 1", 1.0, False, most),
-                                              ("mixed lengths, temperature 1", 1.0, True, 3 * most)):
-        calls = {"pellucid float32": ours_call(ours, prompts, length, temperature, mixed),
-                 "pellucid bf16": ours_call(half, prompts, length, temperature, mixed),
-                 "transformers float32": their_call(theirs, prompts, length, temperature, mixed),
-                 "transformers bf16": their_call(their_half, prompts, length, temperature, mixed)}
-        found = measure(calls, rounds, seconds)
-        table(f"{size}, batch {batch} ({groups} prompts), at most {length} tokens: {title}", found)
-        compared = ratios(found, {"float32 / float32": ("pellucid float32", "transformers float32"),
-                                  "bf16 / bf16": ("pellucid bf16", "transformers bf16"),
-                                  "float32 / bf16": ("pellucid float32", "transformers bf16")})
-        shares = {name: split(calls[f"pellucid {name}"]) for name in ("float32", "bf16")}
-        print("  where pellucid's time goes (float32): " + ", ".join(f"{k} {v:.0%}" for k, v in shares["float32"].items()), flush=True)
-        result[title] = {"max_tokens": length, "tokens_per_second": found, "ratios": compared, "split": shares}
+def contestant(what: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], int], Callable[[], dict[str, Any]]]:
+    """One of those that are compared, in this process: the beginnings of its greedy answers, a round, where its time goes."""
+    choose_threads(what["threads"])
+    prompts = prompts_of(what["batch"], what["prompts"], spec_of(what["size"]).vocab)
+    workload = what["most"], what["temperature"], what["mixed"]
+    if what["kind"] == "pellucid":
+        model = load(what["folder"], dtype=what["dtype"])
+        made, greedy = ours_call(model, prompts, *workload), ours_call(model, prompts, 24, 0.0, False)
+    else:
+        from transformers import AutoModelForCausalLM
+
+        quiet_transformers()
+        theirs = AutoModelForCausalLM.from_pretrained(what["folder"], dtype=getattr(torch, what["dtype"])).eval()
+        made, greedy = their_call(theirs, prompts, *workload), their_call(theirs, prompts, 24, 0.0, False)
+    return ({"greedy": greedy()}, lambda: sum(map(len, made())),
+            lambda: {"split": split(made)} if what["kind"] == "pellucid" else {})
+
+
+def compare(size: str, batch: int, groups: int, most: int, rounds: int, seconds: float, threads: int | None) -> dict[str, Any]:
+    result: dict[str, Any] = {"parameters": parameters(size), "batch": batch, "prompts": groups}
+    with tempfile.TemporaryDirectory() as folder:
+        twin = write_twin(size, Path(folder) / "model")
+        for title, temperature, mixed, length in (("fixed length, greedy", 0.0, False, most), ("fixed length, temperature 1", 1.0, False, most),
+                                                  ("mixed lengths, temperature 1", 1.0, True, 3 * most)):
+            common = {"size": size, "folder": str(twin), "threads": threads, "batch": batch, "prompts": groups, "most": length,
+                      "temperature": temperature, "mixed": mixed}
+            contestants = {f"{kind} {short}": Contestant(__file__, common | {"kind": kind, "dtype": dtype})
+                           for kind in ("pellucid", "transformers") for short, dtype in (("float32", "float32"), ("bf16", "bfloat16"))}
+            if contestants["pellucid float32"].ready["greedy"] != contestants["transformers float32"].ready["greedy"]:
+                raise SystemExit("greedy answers differ: nothing to compare")
+            result["greedy_equal"] = True
+            found = contest(contestants, rounds, seconds)
+            table(f"{size}, batch {batch} ({groups} prompts), at most {length} tokens: {title}", found)
+            compared = ratios(found, {"float32 / float32": ("pellucid float32", "transformers float32"),
+                                      "bf16 / bf16": ("pellucid bf16", "transformers bf16"),
+                                      "bf16 / float32": ("pellucid bf16", "transformers float32")})
+            last = {name: c.end() for name, c in contestants.items()}
+            shares = {name: last[f"pellucid {name}"]["split"] for name in ("float32", "bf16")}
+            print("  where pellucid's time goes (bf16): " + ", ".join(f"{k} {v:.0%}" for k, v in shares["bf16"].items()), flush=True)
+            result[title] = {"max_tokens": length, "tokens_per_second": found, "ratios": compared, "split": shares}
     return result
 
 
@@ -159,8 +174,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompts", type=int, default=16, help="different prompts in the batch")
     parser.add_argument("--max-tokens", type=int, default=96)
     chosen = parser.parse_args(argv)
+    if chosen.contestant:
+        return take_turns(partial(contestant, chosen.contestant))
     result = begin("sample", chosen)
-    result["sizes"] = {size: compare(size, chosen.batch, chosen.prompts, chosen.max_tokens, chosen.rounds, chosen.seconds)
+    result["sizes"] = {size: compare(size, chosen.batch, chosen.prompts, chosen.max_tokens, chosen.rounds, chosen.seconds, chosen.threads)
                        for size in chosen.sizes}
     return finish(result, chosen.json)
 
