@@ -25,6 +25,7 @@ from typing import Any
 
 from pellucid.engine.hash_chain import HashChain
 from pellucid.engine.params import SamplingParams
+from pellucid.engine.planning import depth_first
 from pellucid.engine.prefix_cache import NoReuse, PrefixCache
 from pellucid.engine.radix_tree import RadixTree
 from pellucid.engine.request import Request
@@ -118,7 +119,7 @@ CACHES = {
     "chain, tokens": lambda tokens: HashChain(tokens, 1), "radix, lru": lambda tokens: RadixTree(tokens),
     "radix, cost": lambda tokens: RadixTree(tokens, policy="cost"),
 }
-ORDERS = {"first come": first_come, "longest hit": longest_hit}
+ORDERS = {"first come": first_come, "longest hit": longest_hit, "depth first": depth_first}
 
 
 def main() -> None:

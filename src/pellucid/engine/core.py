@@ -17,6 +17,7 @@ import torch
 
 from pellucid import events
 from pellucid.engine.hash_chain import HashChain
+from pellucid.engine.planning import depth_first
 from pellucid.engine.prefix_cache import NoReuse, PrefixCache
 from pellucid.engine.radix_tree import RadixTree
 from pellucid.engine.request import Request, State
@@ -29,7 +30,8 @@ from pellucid.nn import Decoder
 from pellucid.nn.count import cache_entries, count
 from pellucid.runtime import Choice, available_memory_bytes
 
-ORDERS: dict[str, Callable[[], Order]] = {"first-come": lambda: first_come, "longest-hit": lambda: longest_hit, "fair": Fair}
+ORDERS: dict[str, Callable[[], Order]] = {"first-come": lambda: first_come, "longest-hit": lambda: longest_hit,
+                                     "depth-first": lambda: depth_first, "fair": Fair}
 
 
 @dataclass
@@ -67,7 +69,8 @@ class EngineConfig:
     running: int = 64
     """Requests that run at a time."""
     order: str = "first-come"
-    """Who is admitted first: first-come, longest-hit (in the prefix cache), fair (the namespace served least)."""
+    """Who is admitted first: first-come, longest-hit (in the prefix cache), depth-first (through the tree of the waiting prompts' prefixes),
+    fair (the namespace served least)."""
     swap: bool = False
     """Preempted requests keep their cache in host memory instead of computing it again."""
     drafts: int = 0
