@@ -10,17 +10,21 @@ from pellucid.nn.attention import Attention
 from pellucid.nn.block import Block, PostBlock
 from pellucid.nn.cross_attention import CrossAttention
 from pellucid.nn.delta_net import GatedDeltaNet
+from pellucid.nn.experts import Experts
 from pellucid.nn.feedforward import FeedForward, PlainFeedForward
 from pellucid.nn.latent_attention import LatentAttention
+from pellucid.nn.long_context import DualChunkAttention, StreamingAttention
 from pellucid.nn.site import Site
-from pellucid.nn.specs import GDN, MLA, MLP, Attn, Layer, Residual
+from pellucid.nn.specs import GDN, MLA, MLP, Attn, DualChunk, Layer, MoE, Residual, Streaming
 
 BUILD: dict[type, Any] = {
-    Attn: Attention,
+    Attn: lambda spec, site: REACH[type(spec.reach)](spec, site),
     MLA: LatentAttention,
     GDN: GatedDeltaNet,
     MLP: lambda spec, site: (FeedForward if spec.gated else PlainFeedForward)(spec, site),
+    MoE: Experts,
 }
+REACH: dict[type, type[Attention]] = {type(None): Attention, Streaming: StreamingAttention, DualChunk: DualChunkAttention}
 RESIDUAL: dict[type, Any] = {Residual: lambda layer: PostBlock if layer.order == "post" else Block}
 
 

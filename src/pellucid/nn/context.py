@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pellucid.nn.cache import KVCache
-from pellucid.nn.specs import Rope
+from pellucid.nn.specs import MoE, Rope
 from pellucid.ops import bias_of, rope_angles, rope_frequencies, visible
 
 
@@ -18,12 +18,20 @@ from pellucid.ops import bias_of, rope_angles, rope_frequencies, visible
 class Routing:
     """What the routers of one forward pass decided, layer by layer, for balance losses and for what is shown.
 
-    logits: (N, E) each, before scores are made; chosen: (N, k) expert ids each; real (N,): False for padding, None if all are.
+    specs: of the layers. logits: (N, E) each, before scores are made. chosen: (N, k) expert ids each; empty where experts
+    choose. real (N,): False for padding, None if all are. rows: sequences that the N tokens are.
     """
 
+    specs: list[MoE] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
     chosen: list[Tensor] = field(default_factory=list)
     real: Tensor | None = None
+    rows: int = 1
+
+    def add(self, spec: MoE, logits: Tensor, chosen: Tensor) -> None:
+        self.specs.append(spec)
+        self.logits.append(logits)
+        self.chosen.append(chosen)
 
 
 @dataclass
@@ -60,11 +68,26 @@ class Context:
         if rope.dim == 0:
             return None, None
         if rope not in self._angles:
-            # the longest sequence of the batch decides, and only where it matters (on a GPU, asking is a wait)
-            length = int(self.positions.max()) + 1 if rope.by_length else 0
-            frequencies = _frequencies(rope, self.positions.device, length)
-            self._angles[rope] = rope_angles(self.positions, frequencies, self.dtype, rope.attention_factor)
+            self._angles[rope] = self.angles(rope, self.positions)
         return self._angles[rope]
+
+    def angles(self, rope: Rope, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos, sin (B or 1, T, r) of any positions (B or 1, T)."""
+        if rope.by_row:
+            each = [_frequencies(rope, positions.device, n) for n in self.lengths().tolist()]
+            frequencies = torch.stack(each)[:, None]
+        else:  # the longest sequence of the batch decides, and only where it matters (on a GPU, asking is a wait)
+            frequencies = _frequencies(rope, positions.device, int(positions.max()) + 1 if rope.by_length else 0)
+        return rope_angles(positions, frequencies, self.dtype, rope.attention_factor)
+
+    def lengths(self) -> Tensor:
+        """(B or 1,) tokens of each sequence of this pass; with a cache, of the first pass that it saw (the prompt)."""
+        found = self.positions.amax(-1) + 1
+        if self.cache is None:
+            return found
+        if self.cache.began is None:
+            self.cache.began = found
+        return self.cache.began
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """The mask as 0 and -inf, to be added to scores: made once, not in every layer."""

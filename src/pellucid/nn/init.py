@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from pellucid.nn.experts import ExpertLinear
 from pellucid.nn.linear import CentredRMSNorm, LayerNorm, Linear, RMSNorm
 
 M = TypeVar("M", bound=nn.Module)
@@ -22,9 +23,9 @@ def init_weights(model: M, seed: int = 0) -> M:
     g = torch.Generator().manual_seed(seed)
     depths = {name: len(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and name.endswith("layers")}
     for name, module in model.named_modules():
-        if isinstance(module, Linear):
-            depth = next((n for stack, n in depths.items() if name.startswith(stack)), 1) if name.endswith((".o", ".down")) else 0
-            std = module.weight.shape[1] ** -0.5 * (max(2 * depth, 1) ** -0.5)
+        if isinstance(module, Linear | ExpertLinear):
+            depth = next((n for stack, n in depths.items() if name.startswith(stack)), 1) if name.endswith((".o", ".out", ".down")) else 0
+            std = module.weight.shape[-1] ** -0.5 * (max(2 * depth, 1) ** -0.5)
             module.weight.normal_(0, std, generator=g)
             if module.bias is not None:
                 module.bias.zero_()

@@ -11,7 +11,7 @@ counts from them (nn/count.py). No block ever asks for a model's name: where two
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pellucid.ops import BY_LENGTH
@@ -38,6 +38,16 @@ class Rope:
     def by_length(self) -> bool:
         """Whether the frequencies depend on the length of the sequence."""
         return self.scaling_dict.get("rope_type") in BY_LENGTH
+
+    @property
+    def by_row(self) -> bool:
+        """Whether each sequence of a batch has frequencies of its own length, which it keeps when it grows (Qwen v1)."""
+        return self.scaling_dict.get("rope_type") == "qwen-ntk"
+
+    @property
+    def in_training(self) -> Rope:
+        """Qwen v1 stretches its rotation in use only."""
+        return replace(self, scaling=()) if self.by_row else self
 
 
 # --- mixers -----------------------------------------------------------------------------------------------------------
@@ -158,9 +168,13 @@ class MoE:
     clamp: tuple[float, float] | None = None  # (alpha, limit): gpt-oss's clamped gate
     shared: int = 0  # width of the expert that sees every token; 0: none
     shared_gate: bool = False  # it is multiplied by sigmoid(gate x)
-    capacity: float | None = None  # tokens an expert takes at most, in shares of an even load; the others are dropped
+    capacity: float | None = None  # tokens an expert takes at most in training, in shares of an even load; the others are dropped
     expert_choice: bool = False  # experts choose tokens (arXiv 2202.09368)
-    aux_loss: float = field(default=0.0, compare=False)  # weight of the balance loss in training
+    # What keeps the experts busy in training, and changes no number of the model:
+    aux_loss: float = field(default=0.0, compare=False)  # weight of the balance loss
+    balance: str = field(default="switch", compare=False)  # switch: over all tokens and layers; sequence: DeepSeek-V3's, within each
+    z_loss: float = field(default=0.0, compare=False)  # weight of the mean squared log sum exp of the router's logits
+    bias_speed: float = field(default=0.001, compare=False)  # of the selection bias, a step (DeepSeek-V3: 0.001)
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,17 @@ from pellucid.ops.delta import (
     gated_delta_reference,
     l2_norm,
 )
+from pellucid.ops.dispatch import Pairs, capacity_of, pairs_by_expert, pairs_of_choice
+from pellucid.ops.experts import (
+    ExpertWeights,
+    choose_experts,
+    experts,
+    experts_few,
+    experts_grouped,
+    experts_reference,
+    experts_sorted,
+    gated,
+)
 from pellucid.ops.heads import qkv_heads, qkv_heads_reference
 from pellucid.ops.indexer import choose_keys, chosen_mask, index_scores, index_scores_reference
 from pellucid.ops.latent import (
@@ -32,24 +43,31 @@ from pellucid.ops.rope import (
     rope_attention_factor,
     rope_frequencies,
 )
+from pellucid.ops.router import expert_choice, route
 from pellucid.ops.sinusoid import sinusoids
 from pellucid.ops.softmax import log_softmax, online_softmax, softmax
 from pellucid.ops.tiles import attention_one_query, attention_tiled
+from pellucid.ops.versions import attention_of_versions
 from pellucid.ops.visible import bias_of, visible
 
 __all__ = [
     "ACTIVATIONS",
     "BY_LENGTH",
+    "ExpertWeights",
+    "Pairs",
     "apply_rope",
     "apply_rope_reference",
     "attention",
+    "attention_of_versions",
     "attention_one_query",
     "attention_reference",
     "attention_sdpa",
     "attention_tiled",
     "bias_of",
+    "capacity_of",
     "causal_conv",
     "choose_attention",
+    "choose_experts",
     "choose_gated_delta",
     "choose_jit",
     "choose_keys",
@@ -58,6 +76,13 @@ __all__ = [
     "chunked_cross_entropy",
     "contrastive_loss",
     "cross_entropy_reference",
+    "expert_choice",
+    "experts",
+    "experts_few",
+    "experts_grouped",
+    "experts_reference",
+    "experts_sorted",
+    "gated",
     "gated_delta",
     "gated_delta_chunked",
     "gated_delta_reference",
@@ -71,6 +96,8 @@ __all__ = [
     "log_n_scale",
     "log_softmax",
     "online_softmax",
+    "pairs_by_expert",
+    "pairs_of_choice",
     "qkv_heads",
     "qkv_heads_reference",
     "rms_norm",
@@ -78,6 +105,7 @@ __all__ = [
     "rope_angles",
     "rope_attention_factor",
     "rope_frequencies",
+    "route",
     "sinusoids",
     "softmax",
     "swiglu",

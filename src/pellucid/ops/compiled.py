@@ -46,7 +46,7 @@ def _start_numba() -> Choice:
     if numba.threading_layer() == "workqueue":
         return Choice(False, "numba found neither OpenMP nor TBB: its own threads do not bear two callers at once")
     with kernel_cache():
-        for name in ("train", "decode", "draw"):
+        for name in ("train", "decode", "draw", "experts"):
             importlib.import_module(f"pellucid.ops.jit.{name}")
     return Choice(True, f"numba {numba.__version__} compiles the CPU kernels")
 
