@@ -148,11 +148,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def fill(model: nn.Module, folder: Path) -> None:
-    """Every parameter pulls its tensors; anything missing, unused or of another shape is an error with its name."""
+    """Every parameter pulls its tensors, and stays the object that an optimizer may hold; anything missing, unused or of
+    another shape is an error with its name."""
     with ExitStack() as stack:
         weights = Weights(folder, stack, family_of(model.spec))
         weights.check(model, main_layers(model))
-        weights.fill(model, main_layers(model))
+        weights.fill(model, main_layers(model), adopt=False)
 
 
 def save(

@@ -151,8 +151,9 @@ class Weights:
             events.note(f"{self.folder}: {'; '.join(problems)}; missing weights are random", "warning")
 
     @torch.no_grad()
-    def fill(self, model: nn.Module, layers: int) -> None:
-        """Every parameter pulls its pieces. What the file lacks stays as it is.
+    def fill(self, model: nn.Module, layers: int, adopt: bool = True) -> None:
+        """Every parameter pulls its pieces. What the file lacks stays as it is. adopt=False: parameters stay the objects
+        that they are (an optimizer holds them), and only their values change.
 
         A tensor that is a whole parameter as it stands becomes the parameter: the file's mapped pages, private to this
         process (writing copies them), take the place of memory that was never touched. The others are copied, on several
@@ -163,7 +164,7 @@ class Weights:
             for name, parameter, piece in list(targets(model, self.family.names, layers, self)):
                 if piece.name not in self:
                     continue
-                if self._adoptable(name, parameter, piece):
+                if adopt and self._adoptable(name, parameter, piece):
                     owner, _, leaf = name.rpartition(".")
                     model.get_submodule(owner)._parameters[leaf] = nn.Parameter(self.stored(piece.name), parameter.requires_grad)
                 else:

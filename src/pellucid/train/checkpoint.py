@@ -10,6 +10,8 @@ import json
 import random
 import re
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,12 @@ VERSION = 1
 OPTIMIZER = Path("optimizer") / "state.safetensors"  # in a folder of its own: beside model.safetensors it would be weights
 
 
-def save_checkpoint(folder: str | Path, model: Decoder, optimizer: Optimizers, state: dict[str, Any], tokenizer: Any = None) -> None:
-    """`state`: plain JSON values of the caller (step, data position ...)."""
+def save_checkpoint(folder: str | Path, model: Decoder, optimizer: Optimizers, state: dict[str, Any], tokenizer: Any = None,
+                    write: Callable[[Path], None] | None = None) -> None:
+    """`state`: plain JSON values of the caller (step, data position ...). write: how the weights get into a folder."""
     names: dict[torch.Tensor, str] = {p: n for n, p in model.named_parameters()}
     with atomic_folder(folder) as new:
-        write_model(model, new)
+        (write or partial(write_model, model))(new)
         tensors = {k: v.contiguous() for k, v in optimizer.state_tensors(names).items()}
         (new / OPTIMIZER).parent.mkdir()
         save_file(tensors | {"rng::torch": torch.get_rng_state()}, new / OPTIMIZER)
@@ -56,8 +59,9 @@ def has_checkpoint(folder: str | Path) -> bool:
     return (folder / "state.json").exists()
 
 
-def load_checkpoint(folder: str | Path, model: Decoder, optimizer: Optimizers) -> dict[str, Any]:
-    """Fills model, optimizer and the global generators; returns the caller's state."""
+def load_checkpoint(folder: str | Path, model: Decoder, optimizer: Optimizers,
+                    read: Callable[[Path], None] | None = None) -> dict[str, Any]:
+    """Fills model, optimizer and the global generators; returns the caller's state. read: the inverse of `write`."""
     folder = Path(folder)
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -65,7 +69,7 @@ def load_checkpoint(folder: str | Path, model: Decoder, optimizer: Optimizers) -
         if state["version"] != VERSION:
             raise BadInput(f"{folder} was written by another version ({state['version']}, not {VERSION})",
                            next="start again without --resume")
-        fill(model, folder)
+        (read or partial(fill, model))(folder)
         torch.set_rng_state(tensors.pop("rng::torch"))
         version, numbers, gauss = state.pop("python_rng")
         random.setstate((version, tuple(numbers), gauss))

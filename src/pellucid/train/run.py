@@ -17,6 +17,7 @@ from typing import Any, Generic, Self, TypeVar
 from pellucid import events
 from pellucid.errors import Interrupted
 from pellucid.messages import say, three_parts
+from pellucid.models.hub import fill, write_model
 from pellucid.nn import Decoder
 from pellucid.optim import OptimConfig, Schedule, build_optimizer
 from pellucid.train.budget import Budget
@@ -91,6 +92,14 @@ class Run(Generic[C, H]):
         """The inverse of `state`."""
         raise NotImplementedError
 
+    def write(self, folder: Path) -> None:
+        """The weights, into a folder."""
+        write_model(self.model, folder)
+
+    def read(self, folder: Path) -> None:
+        """The inverse of `write`."""
+        fill(self.model, folder)
+
     # --- the loop -------------------------------------------------------------------------------------------------------
 
     def run(self) -> H:
@@ -141,13 +150,13 @@ class Run(Generic[C, H]):
     def save(self) -> None:
         assert self.checkpoint is not None
         state = self.state() | {"history": vars(self.history)}
-        save_checkpoint(self.checkpoint, self.model, self.stepper.optimizer, state, self.tokenizer)
+        save_checkpoint(self.checkpoint, self.model, self.stepper.optimizer, state, self.tokenizer, self.write)
 
     def resume(self) -> bool:
         """Continue from the checkpoint if there is one; returns whether there was."""
         if self.checkpoint is None or not has_checkpoint(self.checkpoint):
             return False
-        state = load_checkpoint(self.checkpoint, self.model, self.stepper.optimizer)
+        state = load_checkpoint(self.checkpoint, self.model, self.stepper.optimizer, self.read)
         self.history = type(self.history).of(state["history"])
         self.restore(state)
         self.budget.start(self.history.steps, self.history.seconds)
