@@ -163,18 +163,11 @@ class Engine:
 
     def _draw(self, places: list[tuple[Request, int]], logits: torch.Tensor) -> tuple[list[int], list[float]]:
         """One token for each (request, number of its drafts that come before); logits (len(places), V)."""
-        tokens, logprobs = [0] * len(places), [0.0] * len(places)
-        together: dict[int, list[int]] = {}  # rows that draw their t-th token
-        for i, (r, j) in enumerate(places):
-            together.setdefault(len(r.output) + j if r.params.temperature else 0, []).append(i)
-        for t, rows in together.items():
-            requests = [places[i][0] for i in rows]
-            sampler = Sampler([r.params for r in requests], [r.seed for r in requests], logits.device)
-            drawn, logs = sampler(logits[rows], t)
-            for k, i in enumerate(rows):
-                tokens[i] = int(drawn[k])
-                logprobs[i] = 0.0 if logs is None else float(logs[k])
-        return tokens, logprobs
+        requests = [r for r, _ in places]
+        sampler = Sampler([r.params for r in requests], [r.seed for r in requests], logits.device)
+        steps = torch.tensor([len(r.output) + j for r, j in places], device=logits.device)
+        tokens, logprobs = sampler(logits, steps)
+        return tokens.tolist(), [] if logprobs is None else logprobs.tolist()
 
     def _up_to_the_end(self, r: Request, tokens: list[int]) -> list[int]:
         """Nothing behind an end token, or beyond max_tokens."""

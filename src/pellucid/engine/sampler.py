@@ -61,33 +61,35 @@ class Sampler:
             setattr(self, name, getattr(self, name)[rows])
         self._plan()
 
-    def __call__(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
-        """logits (B, V) -> tokens (B,) int64, and their log-probabilities (B,) if any request asked for them.
+    def __call__(self, logits: Tensor, step: int | Tensor) -> tuple[Tensor, Tensor | None]:
+        """logits (B, V) -> tokens (B,) int64, and their log-probabilities (B,) if any request asked for them. step: how many
+        tokens each sequence has drawn before: one number, or one for each (B,).
 
         Rows that truncate are drawn by PyTorch, all others by a compiled kernel where there is one: how a row is drawn
         never depends on its neighbours.
         """
+        steps = step if isinstance(step, Tensor) else torch.full_like(self.seeds, step)
         compiled = logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.bfloat16) and choose_jit().value
-        tokens, logprobs = self._draw_compiled(logits, step) if compiled else self._draw(logits, step, slice(None))
+        tokens, logprobs = self._draw_compiled(logits, steps) if compiled else self._draw(logits, steps, slice(None))
         if bool((tokens < 0).any()):
             raise PellucidError("the model's logits are not numbers", "its weights diverged in training, or are damaged",
                                 "check them with `pellucid eval`, or go back to an earlier checkpoint")
         if compiled and len(self._truncating):
-            tokens[self._truncating], some = self._draw(logits[self._truncating], step, self._truncating)
+            tokens[self._truncating], some = self._draw(logits[self._truncating], steps, self._truncating)
             if logprobs is not None and some is not None:
                 logprobs[self._truncating] = some
         return tokens, logprobs
 
-    def _draw_compiled(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
+    def _draw_compiled(self, logits: Tensor, steps: Tensor) -> tuple[Tensor, Tensor | None]:
         from pellucid.ops.jit.draw import draw
         from pellucid.ops.jit.lanes import array
 
         same_threads()
         tokens, logprobs = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits) if self.logprobs else 0)
-        draw(array(logits.contiguous()), array(self.temperature), array(self.seeds), step, array(tokens), array(logprobs))
+        draw(array(logits.contiguous()), array(self.temperature), array(self.seeds), array(steps), array(tokens), array(logprobs))
         return tokens, logprobs if self.logprobs else None
 
-    def _draw(self, logits: Tensor, step: int, rows: Tensor | slice) -> tuple[Tensor, Tensor | None]:
+    def _draw(self, logits: Tensor, steps: Tensor, rows: Tensor | slice) -> tuple[Tensor, Tensor | None]:
         """The readable twin, and the only path that truncates. `rows`: whose settings these logits follow. A row that holds
         NaN, or whose largest logit is infinite, gives token -1."""
         logits, temperature = logits.float(), self.temperature[rows]
@@ -105,7 +107,7 @@ class Sampler:
             kept = truncate(kept, self.top_k[rows], self.top_p[rows])
             kept = kept.masked_fill(probs < self.min_p[rows][:, None] * probs.amax(-1, keepdim=True), 0.0)
         seeds = self.seeds[rows]
-        tokens = draw(kept, uniform(seeds, torch.full_like(seeds, step)))
+        tokens = draw(kept, uniform(seeds, steps[rows]))
         tokens = torch.where(greedy, logits.argmax(-1), tokens)
         return tokens.where(finite, -1), probs.gather(-1, tokens[:, None]).squeeze(-1).log() if self.logprobs else None
 

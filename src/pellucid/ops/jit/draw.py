@@ -61,8 +61,8 @@ def chosen(weights: Array, sums: Array, point: float) -> int:
 
 
 @njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
-def draw(logits: Array, temperature: Array, seeds: Array, step: int, tokens: Array, logprobs: Array) -> None:
-    """tokens (B,) int64 of logits (B, V); temperature 0: the largest logit, the first of equal ones.
+def draw(logits: Array, temperature: Array, seeds: Array, steps: Array, tokens: Array, logprobs: Array) -> None:
+    """tokens (B,) int64 of logits (B, V), each its row's `steps[b]`-th draw with `seeds[b]`; temperature 0: the largest logit, the first of equal ones.
 
     logprobs (B,): their log-probabilities at that temperature (at 1 for temperature 0), or (0,) where nobody asked.
     A row whose largest logit is not finite, or that holds NaN, gives token -1. The sums are float64 over blocks of
@@ -88,7 +88,7 @@ def draw(logits: Array, temperature: Array, seeds: Array, step: int, tokens: Arr
         whole = sums.sum()
         tokens[b] = -1
         if whole > 0:  # not NaN
-            token = greedy(row, top) if heat == 0 else chosen(weights, sums, uniform(seeds[b], step) * whole)
+            token = greedy(row, top) if heat == 0 else chosen(weights, sums, uniform(seeds[b], steps[b]) * whole)
             tokens[b] = token
             if logprobs.size:
                 logprobs[b] = (wide(row[token]) - top) * scale - np.log(whole)
