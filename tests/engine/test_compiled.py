@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -249,6 +250,15 @@ def test_the_second_process_compiles_nothing(tmp_path):
 def test_where_numba_cannot_run_the_twin_does_and_says_why(variables):
     said = in_a_process(**variables)
     assert "CompiledStep" not in said and ("turned off" in said or "cannot be used" in said), said
+
+
+def test_a_point_past_the_end_falls_to_the_last_token_with_weight():
+    from pellucid.ops.jit.draw import chosen
+
+    weights = np.zeros(130, np.float32)
+    weights[[3, 70]] = 0.5
+    sums = np.array([0.5, 0.5, 0.0])  # of 64 tokens each
+    assert [chosen(weights, sums, point) for point in (0.0, 0.49, 0.5, 0.99, 1.0, 1.1)] == [3, 3, 70, 70, 70, 70]
 
 
 def test_draws_follow_the_distribution():

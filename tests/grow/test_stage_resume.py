@@ -28,8 +28,8 @@ from pellucid.nn import MLP, Attn, Decoder, DecoderSpec, Layer, Rope, init_weigh
 from pellucid.tokenizers import train_bpe
 
 STEPS = 4
-BEFORE = {"sft": ("tokenizer", "pretrain"), "grpo": ("tokenizer", "pretrain", "sft")}
-CONFIGS = {"sft": "LoopConfig", "grpo": "OnlineConfig"}
+BEFORE = {"pretrain": ("tokenizer",), "sft": ("tokenizer", "pretrain"), "grpo": ("tokenizer", "pretrain", "sft")}
+CONFIGS = {"pretrain": "LoopConfig", "sft": "LoopConfig", "grpo": "OnlineConfig"}
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +38,7 @@ def steps_instead_of_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
         module = importlib.import_module(f"pellucid.grow.{FILES[stage]}")
         made = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, made=made, **k: made(*a, **(k | {"seconds": None, "steps": STEPS})))
+    monkeypatch.setattr("pellucid.grow.pretrain._baselines", lambda train, heldout: {})  # seconds, and no part of the training
     monkeypatch.setattr(recipe, "demonstrations", lambda minutes: 60)
     monkeypatch.setattr(recipe, "problems", lambda minutes, speed: 4)
     monkeypatch.setattr(recipe, "MAX_TOKENS", 12)
@@ -51,20 +52,26 @@ def prepared(folder: Path, stage: str, dtype: str) -> None:
     rng, mix = random.Random(0), recipe.task_mix()
     texts = [f"{p.prompt}\n{mix.demonstrate(p, rng)}" for p in (mix.sample(rng, "train") for _ in range(100))]
     tokenizer = train_bpe(texts, 400)
+    (folder.parent / "corpus.txt").write_text(("\n\n".join(texts) * 100)[:110_000], encoding="utf-8")
     spec = DecoderSpec(400, 32, (Layer(Attn(2, 1, 16, Rope(16), qk_norm=True), MLP(48)),) * 2, tied=True, context=512, family="qwen3")
-    job = Job(GrowConfig(minutes=1, out=folder, threads=1))
+    job = Job(config_of(folder))
     job.plan = Plan([], {}, 1.0, {}, [{"stage": s, "seconds": 1.0, "memory_bytes": 0} for s in recipe.STAGES], "cpu", dtype,
-                    tokens_per_second=100.0)
+                    shape=[32, 2, 2, 1, 48], tokens_per_second=100.0)
     job.report, job.done = {"prompts": [], "stages": [], "evaluation": {"sft": {"pass@1": 0.0}}}, list(BEFORE[stage])
     job.stage_folder("tokenizer").mkdir(parents=True)
     tokenizer.save(job.stage_folder("tokenizer"))
-    save(init_weights(Decoder(spec), 5), job.stage_folder(job.done[-1]), tokenizer=tokenizer)
+    if stage != "pretrain":
+        save(init_weights(Decoder(spec), 5), job.stage_folder(job.done[-1]), tokenizer=tokenizer)
     job._save_state()
+
+
+def config_of(folder: Path, resume: bool = False) -> GrowConfig:
+    return GrowConfig(minutes=1, out=folder, threads=1, corpus=folder.parent / "corpus.txt", resume=resume)
 
 
 def gone_on(folder: Path, stage: str, stop_at: int | None = None, seen: list[int] | None = None) -> tuple[Job, Any]:
     """The stage in a job that is opened again, stopped in a step or run to its end: the job and the stage's result."""
-    job = Job(GrowConfig(minutes=1, out=folder, threads=1, resume=True))
+    job = Job(config_of(folder, resume=True))
     job._open()
 
     def reader(event: Any) -> None:
@@ -93,7 +100,7 @@ def test_a_stage_that_stops_and_goes_on_equals_one_that_does_not_bit_for_bit(sta
     broken, result = gone_on(tmp_path / "broken", stage, seen=steps)
     assert steps == [1, 2, 3, 4], "no step was made twice"
 
-    given = init_weights(Decoder(straight.model.spec), 5)
+    given = init_weights(Decoder(straight.model.spec), straight.config.seed if stage == "pretrain" else 5)
     moved = [not torch.equal(a, b) for a, b in zip(straight.model.parameters(), given.parameters(), strict=True)]
     assert all(moved), "a stage that changes nothing proves nothing"
     for a, b in zip(straight.model.parameters(), broken.model.parameters(), strict=True):
