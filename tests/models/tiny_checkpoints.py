@@ -9,16 +9,24 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    DeepseekV32Config,
     Gemma3TextConfig,
     GPT2Config,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     Qwen3NextConfig,
 )
 
@@ -33,7 +41,12 @@ LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embed
 DELTA = {"num_hidden_layers": 4, "head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
          "linear_value_head_dim": 12, "linear_conv_kernel_dim": 4}
 PART = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25}
+MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
 GPT2 = {"vocab_size": 96, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 128, "layer_norm_epsilon": 1e-3, **IDS}
+MLA = {**BASE, "num_key_value_heads": 4, "q_lora_rank": 20, "kv_lora_rank": 12, "qk_nope_head_dim": 10, "qk_rope_head_dim": 8,
+       "v_head_dim": 14, "n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 1, "moe_intermediate_size": 20,
+       "first_k_dense_replace": 1}
+V3 = {**MLA, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "norm_topk_prob": True}
 # every config takes its own copy of a dict: Phi-3 writes into what it is given
 CASES: dict[str, PreTrainedConfig] = {
     "qwen3": Qwen3Config(**BASE, head_dim=16),
@@ -73,27 +86,53 @@ CASES: dict[str, PreTrainedConfig] = {
                                                 "sliding_attention": {"rope_type": "default", "rope_theta": 5e3}}),
     "gemma3-biases": Gemma3TextConfig(**BASE, head_dim=10, sliding_window=9, tie_word_embeddings=False, attention_bias=True,
                                       layer_types=["full_attention", "sliding_attention"], hidden_activation="silu"),
-    "qwen3-next-dense": Qwen3NextConfig(**{**BASE, **DELTA}, mlp_only_layers=[0, 1, 2, 3], rms_norm_eps=1e-2, rope_parameters={**PART}),
+    "mixtral": MixtralConfig(**BASE, num_local_experts=6, num_experts_per_tok=3, sliding_window=9, rms_norm_eps=1e-4),
+    "qwen2-moe": Qwen2MoeConfig(**{**BASE, **MOE, "num_hidden_layers": 4}, shared_expert_intermediate_size=28, mlp_only_layers=[1],
+                                use_sliding_window=True, sliding_window=6, max_window_layers=2, rms_norm_eps=1e-4),
+    "qwen3-moe": Qwen3MoeConfig(**{**BASE, **MOE, "num_hidden_layers": 3}, head_dim=16, norm_topk_prob=True, decoder_sparse_step=2,
+                                tie_word_embeddings=True),
+    "qwen3-moe-window": Qwen3MoeConfig(**BASE, **MOE, use_sliding_window=True, sliding_window=6, attention_bias=True),
+    "gpt-oss": GptOssConfig(**{**BASE, "intermediate_size": 40}, head_dim=16, sliding_window=6, num_local_experts=6,
+                            num_experts_per_tok=2, swiglu_limit=0.6, rms_norm_eps=1e-4,
+                            rope_parameters={**YARN, "rope_theta": 150000.0, "truncate": False}),
+    "deepseek-v2": DeepseekV2Config(**{**MLA, "n_shared_experts": 2}, topk_method="group_limited_greedy", n_group=4, topk_group=2,
+                                    routed_scaling_factor=16.0, rope_parameters={**YARN, "mscale": 0.707, "mscale_all_dim": 0.707}),
+    "deepseek-v2-lite": DeepseekV2Config(**{**MLA, "q_lora_rank": None}, topk_method="greedy", rms_norm_eps=1e-3,
+                                         rope_parameters={**YARN, "mscale": 0.5, "mscale_all_dim": 0.9}),
+    "deepseek-v3": DeepseekV3Config(**V3, num_mtp_layers=0, rope_parameters={**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}),
+    "deepseek-v3-plain": DeepseekV3Config(**{**V3, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "norm_topk_prob": False},
+                                          num_mtp_layers=0, rope_interleave=False, attention_bias=True, tie_word_embeddings=True),
+    "deepseek-v3.2": DeepseekV32Config(**V3, index_topk=5, index_head_dim=12, index_n_heads=8,
+                                       rope_parameters={**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}),
+    "qwen3-next": Qwen3NextConfig(**{**BASE, **MOE, **DELTA}, shared_expert_intermediate_size=28, mlp_only_layers=[1], rms_norm_eps=1e-2,
+                                  rope_parameters={**PART}),
+    "qwen3.5-moe": Qwen3_5MoeTextConfig(**{k: v for k, v in BASE.items() if k != "intermediate_size"}, **MOE, **DELTA, rms_norm_eps=1e-2,
+                                        shared_expert_intermediate_size=28, rope_parameters={**PART, "mrope_section": [2, 1, 1]}),
     "qwen3.5": Qwen3_5TextConfig(**{**BASE, **DELTA, "linear_conv_kernel_dim": 3}, tie_word_embeddings=True, attention_bias=True,
                                  layer_types=["linear_attention", "full_attention"] * 2, rms_norm_eps=3e-3,
                                  rope_parameters={**PART, "mrope_section": [2, 1, 1]}),
 }
 
 
-def written(name: str, folder: Path, **options: object) -> PreTrainedModel:
-    """The reference model of a case (eager attention, float32), after writing it to `folder`."""
-    config = CASES[name]
+def written(case: str | PreTrainedConfig, folder: Path, **options: object) -> PreTrainedModel:
+    """The reference model of a case, or of a config (eager attention, float32), after writing it to `folder`."""
+    config = CASES[case] if isinstance(case, str) else case
     model = AutoModelForCausalLM.from_config(deepcopy(config), attn_implementation="eager")
-    g = torch.Generator().manual_seed(len(name))
-    with torch.no_grad():
-        for key, tensor in model.state_dict().items():
-            noise = torch.randn(tensor.shape, generator=g)
-            centred = config.model_type.startswith(("gemma", "qwen3_next", "qwen3_5")) and "linear_attn" not in key
-            scale = not centred and key.endswith("weight") and ("norm" in key or ".ln_" in key)
-            tensor.copy_(1 + 0.3 * noise if scale else 0.6 * noise if "conv1d" in key else 0.2 * noise)
+    redrawn(model, len(case) if isinstance(case, str) else 0, centred=config.model_type.startswith(("gemma", "qwen3_next", "qwen3_5")))
     model.tie_weights()
     model.save_pretrained(folder, **options)
     return model.eval()
+
+
+@torch.no_grad()
+def redrawn(model: torch.nn.Module, seed: int, centred: bool = False) -> torch.nn.Module:
+    """Every persistent tensor drawn anew. centred: weights of norms are stored less 1, but for those of the gated delta net."""
+    g = torch.Generator().manual_seed(seed)
+    for key, tensor in model.state_dict().items():
+        noise = torch.randn(tensor.shape, generator=g)
+        scale = not (centred and "linear_attn" not in key) and key.endswith("weight") and ("norm" in key or ".ln_" in key)
+        tensor.copy_(1 + 0.3 * noise if scale else 0.6 * noise if "conv1d" in key else 0.2 * noise)
+    return model
 
 
 def tokens(B: int, T: int, seed: int = 0) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from pellucid.nn import GDN, MLA, MLP, Attn, Decoder, DecoderSpec, Layer, Rope
+from pellucid.nn.specs import DualChunk, Streaming
 
 LLAMA3 = (("rope_type", "llama3"), ("factor", 4.0), ("high_freq_factor", 4.0), ("low_freq_factor", 1.0),
           ("original_max_position_embeddings", 16))
@@ -33,6 +34,9 @@ SPECS = {
     "mla-plain": spec(*(MLA(3, None, 9, 4, 10, Rope(6)),) * 2, eps=1e-3),
     "delta": spec(GDN(2, 4, 8, 6), Attn(4, 2, 16, Rope(4), qk_norm=True, gate=True), GDN(2, 2, 4, 10, conv=3), norm="rms_centred", eps=1e-2),
     "delta-only": spec(*(GDN(1, 3, 6, 8),) * 2, eps=1e-3),
+    "streaming": spec(Attn(4, 2, 8, ROPE, qk_norm=True, reach=Streaming(2, 9)), Attn(2, 1, 12, Rope(8, interleaved=True), qkv_bias=True,
+                                                                                    reach=Streaming(0, 5))),
+    "dual-chunk": spec(Attn(4, 2, 8, ROPE, qk_norm=True, reach=DualChunk(16, 5)), Attn(2, 1, 12, Rope(8), gate=True, reach=DualChunk(9, 0))),
     "interleaved": spec(*(Attn(2, 2, 8, Rope(8, interleaved=True)),) * 2, family="llama"),
 }
 

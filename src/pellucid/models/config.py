@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from pellucid.errors import BadInput
-from pellucid.nn.specs import DecoderSpec, Rope
+from pellucid.nn.specs import DecoderSpec, MoE, Rope
 from pellucid.ops import rope_attention_factor
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"  # the words of `layer_types`
@@ -67,6 +67,10 @@ class Config:
     def head_dim(self, default: int | None = None) -> int:
         return self.whole("head_dim", default or self.dim // self.heads, high=2**14)
 
+    def experts(self, default: int) -> int:
+        """How many: `num_experts` or `num_local_experts`; transformers itself reads the one and writes the other (Qwen3-MoE)."""
+        return self.whole("num_experts" if self.get("num_experts") is not None else "num_local_experts", default, low=0, high=2**16)
+
     def window(self, default: int | None) -> int | None:
         """`sliding_window`. The one field where null is not absence: it means no window (Mistral 0.2 and later)."""
         if self.fields.get("sliding_window", default) is None:
@@ -75,17 +79,19 @@ class Config:
 
     def rope(
         self, head_dim: int, partial: bool = False, original: int | None = None, aliases: Mapping[str, str] | None = None,
+        theta: float = 10_000.0,
     ) -> Rope:
         """`rope_parameters` (transformers 5), or `rope_theta` beside `rope_scaling` (older files).
 
         partial: whether this family may rotate only the first part of each head. original: the family's own default of
         `original_max_position_embeddings`, which stands outside of these fields then. aliases: its own words for kinds.
+        theta: what it is where the file does not say.
         """
         fields = self.get("rope_parameters") or self.get("rope_scaling") or {}
         if not isinstance(fields, dict):
             raise wrong("rope_parameters", fields, "an object")
         fields = {k: v for k, v in fields.items() if v is not None}
-        theta = number("rope_theta", fields.get("rope_theta") or self.get("rope_theta", 10_000.0))
+        theta = number("rope_theta", fields.get("rope_theta") or self.get("rope_theta", theta))
         turned = number("partial_rotary_factor", fields.get("partial_rotary_factor", self.get("partial_rotary_factor", 1)), high=1.1)
         dim = int(head_dim * turned)
         if (turned != 1 and not partial) or dim % 2 or not 0 < dim <= head_dim:
@@ -119,6 +125,7 @@ def yarn(fields: dict[str, Any], dim: int) -> dict[str, Any]:
     truncate = fields.get("truncate", True)
     if not isinstance(truncate, bool):
         raise wrong("truncate", truncate, "true or false")
+    fields = {name: value for name, value in fields.items() if value != 0 or not name.startswith("mscale")}  # 0: as if absent
     numbers = {name: number(name, fields[name]) for name in YARN if name in fields}
     return {**numbers, **({"truncate": truncate} if "truncate" in fields else {})}
 
@@ -155,6 +162,14 @@ def wrong(name: str, value: Any, must: str) -> BadInput:
     shown = repr(value)
     return BadInput(f"config.json: {name} is {shown[:60]}{'...' if len(shown) > 60 else ''}", f"it must be {must}",
                     "check that the folder is a complete Hugging Face checkpoint")
+
+
+def experts_checked(moe: MoE) -> MoE:
+    """The spec itself, if each token can be given that many of these experts."""
+    if not 0 < moe.top_k <= moe.experts:
+        raise BadInput(f"config.json: {moe.top_k} of {moe.experts} experts", "that cannot be chosen",
+                       "check that the folder is a complete Hugging Face checkpoint")
+    return moe
 
 
 def layer_types(c: Config, other: str = SLIDING) -> list[str] | None:

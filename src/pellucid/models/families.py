@@ -12,7 +12,8 @@ from pellucid.models.config import Config
 from pellucid.models.names import Names
 
 T = TypeVar("T")
-MODULES = ("bert", "clip", "deepseek", "gemma", "gpt2", "llama", "mistral", "phi", "qwen", "qwen_next", "transformer")
+MODULES = ("bert", "clip", "deepseek", "gemma", "gpt2", "gpt_oss", "llama", "mistral", "mixtral", "phi",
+           "qwen", "qwen1", "qwen_moe", "qwen_next", "transformer")
 """The files of families."""
 
 

@@ -76,6 +76,40 @@ GPT2: Names = {
 }
 """Its matrices stand as (in, out), because TensorFlow's did."""
 
+def _experts(router: str, expert: str, parts: tuple[str, str, str], fused: str) -> Names:
+    """One tensor an expert: gate, up and down; or all of them in one, as transformers holds them in memory."""
+    gate, up, down = (f"{expert}.{{e}}.{part}.weight" for part in parts)
+    return {
+        "layers.{i}.ffn.router.weight": [(f"{router}.weight",), (f"{fused}.gate.weight",)],
+        "layers.{i}.ffn.experts.gate_up.weight": [(gate, up), (f"{fused}.experts.gate_up_proj",)],
+        "layers.{i}.ffn.experts.down.weight": [(down,), (f"{fused}.experts.down_proj",)],
+    }
+
+
+MIXTRAL: Names = {
+    **LLAMA,
+    **_experts("model.layers.{i}.block_sparse_moe.gate", "model.layers.{i}.block_sparse_moe.experts", ("w1", "w3", "w2"), "model.layers.{i}.mlp"),
+}
+
+QWEN_MOE: Names = {
+    **LLAMA,
+    **_experts("model.layers.{i}.mlp.gate", "model.layers.{i}.mlp.experts", ("gate_proj", "up_proj", "down_proj"), "model.layers.{i}.mlp"),
+    "layers.{i}.ffn.shared.gate_up.weight": tuple(f"model.layers.{{i}}.mlp.shared_expert.{x}_proj.weight" for x in ("gate", "up")),
+    "layers.{i}.ffn.shared.down.weight": ("model.layers.{i}.mlp.shared_expert.down_proj.weight",),
+    "layers.{i}.ffn.shared_gate.weight": ("model.layers.{i}.mlp.shared_expert_gate.weight",),
+}
+
+GPT_OSS: Names = {
+    **LLAMA,
+    "layers.{i}.mixer.sinks": ("model.layers.{i}.self_attn.sinks",),
+    **{f"layers.{{i}}.ffn.router.{w}": (f"model.layers.{{i}}.mlp.router.{w}",) for w in ("weight", "bias")},
+    "layers.{i}.ffn.experts.gate_up.weight": ("model.layers.{i}.mlp.experts.gate_up_proj^T^interleaved",),
+    "layers.{i}.ffn.experts.gate_up.bias": ("model.layers.{i}.mlp.experts.gate_up_proj_bias^interleaved",),
+    "layers.{i}.ffn.experts.down.weight": ("model.layers.{i}.mlp.experts.down_proj^T",),
+    "layers.{i}.ffn.experts.down.bias": ("model.layers.{i}.mlp.experts.down_proj_bias",),
+}
+
+
 def _latent(ours: str, theirs: str) -> Names:
     """A layer of DeepSeek's, beside what is Llama's."""
     modules = {"q": "q_proj", "q_a": "q_a_proj", "q_norm": "q_a_layernorm", "q_b": "q_b_proj", "kv_a": "kv_a_proj_with_mqa",
@@ -83,8 +117,17 @@ def _latent(ours: str, theirs: str) -> Names:
                "indexer.k_norm": "indexer.k_norm", "indexer.weights": "indexer.weights_proj"}
     llama = {name.replace("layers.{i}.", ours, 1): tuple(source.replace("model.layers.{i}.", theirs) for source in entry)
              for name, entry in LLAMA.items() if name.startswith("layers.{i}.") and "mixer" not in name}
-    return {**llama, **{f"{ours}mixer.{name}.{w}": (f"{theirs}self_attn.{source}.{w}",)
-                        for name, source in modules.items() for w in ("weight", "bias")}}
+    each, shared = f"{theirs}mlp.experts.{{e}}.", f"{theirs}mlp.shared_experts."
+    return {
+        **llama,
+        **{f"{ours}mixer.{name}.{w}": (f"{theirs}self_attn.{source}.{w}",) for name, source in modules.items() for w in ("weight", "bias")},
+        f"{ours}ffn.router.weight": (f"{theirs}mlp.gate.weight",),
+        f"{ours}ffn.router.select_bias": (f"{theirs}mlp.gate.e_score_correction_bias",),
+        f"{ours}ffn.experts.gate_up.weight": [(f"{each}gate_proj.weight", f"{each}up_proj.weight"), (f"{theirs}mlp.experts.gate_up_proj",)],
+        f"{ours}ffn.experts.down.weight": [(f"{each}down_proj.weight",), (f"{theirs}mlp.experts.down_proj",)],
+        f"{ours}ffn.shared.gate_up.weight": (f"{shared}gate_proj.weight", f"{shared}up_proj.weight"),
+        f"{ours}ffn.shared.down.weight": (f"{shared}down_proj.weight",),
+    }
 
 
 DEEPSEEK: Names = {
@@ -105,7 +148,7 @@ def _hybrid(*projections: str) -> Names:
     own = {"in_proj.weight": projections, "conv": ("conv1d.weight",), "A_log": ("A_log",), "dt_bias": ("dt_bias",),
            "norm.weight": ("norm.weight",), "out.weight": ("out_proj.weight",)}
     return {
-        **LLAMA,
+        **QWEN_MOE,
         **{f"layers.{{i}}.mixer.qkv.{w}": (f"{attention}q_proj.{w}[0,3]^grouped", f"{attention}k_proj.{w}", f"{attention}v_proj.{w}")
            for w in ("weight", "bias")},
         **{f"layers.{{i}}.mixer.{ours}": tuple(delta + name for name in theirs) for ours, theirs in own.items()},
@@ -113,7 +156,25 @@ def _hybrid(*projections: str) -> Names:
 
 
 QWEN3_NEXT = _hybrid("in_proj_qkvz.weight[0:4]^grouped", "in_proj_ba.weight[4,5]^grouped")
-QWEN3_5 = _hybrid("in_proj_qkv.weight[0:3]", "in_proj_z.weight[3]", "in_proj_b.weight[4]", "in_proj_a.weight[5]")
+QWEN3_5 = {
+    name: entry[::-1] if isinstance(entry, list) else entry
+    for name, entry in _hybrid("in_proj_qkv.weight[0:3]", "in_proj_z.weight[3]", "in_proj_b.weight[4]", "in_proj_a.weight[5]").items()}
+"""On the Hub its experts stand in one tensor."""
+
+
+QWEN1: Names = {
+    "embed.weight": ("transformer.wte.weight",),
+    **{
+        f"layers.{{i}}.{ours}.{w}": tuple(f"transformer.h.{{i}}.{name}.{w}" for name in theirs)
+        for ours, theirs in (
+            ("norm1", ("ln_1",)), ("mixer.qkv", ("attn.c_attn",)), ("mixer.o", ("attn.c_proj",)), ("norm2", ("ln_2",)),
+            ("ffn.gate_up", ("mlp.w2", "mlp.w1")), ("ffn.down", ("mlp.c_proj",)))  # w2 is the gate
+        for w in ("weight", "bias")
+    },
+    "norm.weight": ("transformer.ln_f.weight",),
+    "head.weight": ("lm_head.weight",),
+}
+"""GPT-2's words, but its matrices stand as they are multiplied."""
 
 
 BERT: Names = {
