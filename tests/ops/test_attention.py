@@ -191,3 +191,20 @@ def test_visible_by_hand():
     assert visible(2, 4, window=2).int().tolist() == [[0, 1, 1, 0], [0, 0, 1, 1]]
     assert visible(3, 2).int().tolist() == [[0, 0], [1, 0], [1, 1]]
     assert visible(2, 3, causal=False, window=1).int().tolist() == [[0, 1, 1], [0, 0, 1]]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("causal", [True, False])
+def test_sinks(shape, window, causal):
+    """A logit of each head in the softmax: its gradient too, in every group of heads, for one query and for many."""
+    B, H, K, T, S, d = SHAPES[shape]
+    qkv = made(B, H, K, T, S, d)
+    sinks = torch.linspace(-1, 2, H).requires_grad_()
+    for name, mask in masks(B, T, S):
+        if name == "bias" and window is not None:
+            continue  # a query may see nothing then
+        want = both(lambda q, k, v, sinks, mask=mask: attention_reference(q, k, v, sinks=sinks, mask=mask, window=window, causal=causal), [*qkv, sinks])
+        got = both(lambda q, k, v, sinks, mask=mask: attention(q, k, v, sinks=sinks, mask=mask, window=window, causal=causal), [*qkv, sinks])
+        for what, a, b in zip(("out", "q", "k", "v", "sinks"), got, want, strict=True):
+            assert (a - b).abs().max() <= 1e-5 * max(1.0, b.abs().max().item()), (name, what)

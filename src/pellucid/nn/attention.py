@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pellucid.nn.context import Context
 from pellucid.nn.linear import Linear
 from pellucid.nn.site import Site
-from pellucid.nn.specs import Attn
+from pellucid.nn.specs import Attn, Rope
 from pellucid.ops import attention, log_n_scale, qkv_heads
 
 
@@ -30,11 +30,8 @@ class Attention(nn.Module):
         self.sinks = nn.Parameter(torch.zeros(H)) if spec.sinks else None
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        B, T, _ = x.shape
-        H, d = self.spec.heads, self.spec.head_dim
-        q, k, v, gate = self.heads(x, ctx)
-        if self.spec.logn:
-            q = q * log_n_scale(ctx.positions, self.spec.logn).to(q.dtype)[:, None, :, None]
+        T = x.shape[1]
+        q, k, v, gate = self.heads(x, ctx, *ctx.rotation(self.rope))
         end = T
         if ctx.cache is not None:
             end = ctx.cache.length + T
@@ -45,17 +42,28 @@ class Attention(nn.Module):
             k, v, bias = k[:, :, :end], v[:, :, :end], None if bias is None else bias[..., :end]
         out = attention(q, k, v, causal=self.spec.causal, mask=bias, window=self.spec.window, scale=self.spec.scale,
                         sinks=self.sinks)
-        out = out.transpose(1, 2).reshape(B, T, H * d).to(x.dtype)
+        return self.joined(out, gate, x.dtype)
+
+    @property
+    def rope(self) -> Rope:
+        return self.spec.rope.in_training if self.training else self.spec.rope
+
+    def joined(self, out: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Results of the heads (B, H, T, d) -> (B, T, D)"""
+        out = out.transpose(1, 2).flatten(2).to(dtype)
         return self.o(out if gate is None else out * torch.sigmoid(gate))  # type: ignore[no-any-return]
 
-    def heads(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """q (B, H, T, d), k, v (B, K, T, d), normed and turned, and the gate (B, T, H d) before its sigmoid."""
+    def heads(
+        self, x: Tensor, ctx: Context, cos: Tensor | None, sin: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """q (B, H, T, d), k, v (B, K, T, d), normed and turned (None: not turned), and the gate (B, T, H d) before its sigmoid."""
         H, K, d = self.spec.heads, self.spec.kv_heads, self.spec.head_dim
         qkv, gate = self.qkv(x), None
         if self.spec.gate:
             qkv, gate = qkv.split(((H + 2 * K) * d, H * d), -1)
-        cos, sin = ctx.rotation(self.spec.rope)
         norms = (self.q_norm.scale, self.k_norm.scale) if self.spec.qk_norm else None
         eps = self.q_norm.eps if self.spec.qk_norm else 0.0
         q, k, v = qkv_heads(qkv.unflatten(-1, (H + 2 * K, d)), H, cos, sin, norms, eps, self.spec.rope.interleaved)
+        if self.spec.logn and not self.training:
+            q = q * log_n_scale(ctx.positions, self.spec.logn).to(q.dtype)[:, None, :, None]
         return q, k, v, gate

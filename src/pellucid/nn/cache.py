@@ -33,6 +33,7 @@ class KVCache:
         self.capacity, self.batch, self.room = capacity, batch, 0
         self.length = 0  # columns written in every layer
         self.first = first
+        self.began: Tensor | None = None  # (B or 1,) tokens of each sequence's first pass, if a rotation asked for them
         self.device = torch.device(device)
         self.entries = [[torch.empty(batch, heads, 0, width, dtype=dtype, device=device)
                          for heads, width in cache_shapes(layer.mixer)] for layer in spec.layers]
@@ -73,6 +74,8 @@ class KVCache:
     def key_mask(self, upcoming: int) -> Tensor | None:
         """(B or 1, 1, 1, width) True where a key is real; None when all are."""
         end = self.length + upcoming
+        if not any(self.entries):  # every layer's states are of constant size: none has columns to hide
+            return None
         self._make_room(end)
         width = self.width(upcoming)
         if self.first is None and width == end:
@@ -102,6 +105,8 @@ class KVCache:
         self.batch = len(rows)
         if self.first is not None:
             self.first = self.first[rows]
+        if self.began is not None and len(self.began) > 1:
+            self.began = self.began[rows]
 
     def _make_room(self, end: int) -> None:
         """At least `end` columns: an eighth more, so that growing costs little, in steps of 16."""

@@ -21,6 +21,7 @@ from pellucid.nn.specs import (
     EncoderSpec,
     Layer,
     MoE,
+    Streaming,
     VisionSpec,
 )
 
@@ -51,7 +52,13 @@ class Count:
 def attn(a: Attn, D: int) -> Count:
     q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
     vectors = (q * (1 + a.gate) + 2 * kv) * a.qkv_bias + D * a.out_bias + 2 * a.head_dim * a.qk_norm + a.heads * a.sinks
-    return Count(D * (q * (1 + a.gate) + 2 * kv) + q * D, vectors, entries=2 * kv)
+    kept = reach_of(a)
+    return Count(D * (q * (1 + a.gate) + 2 * kv) + q * D, vectors, entries=0 if kept else 2 * kv, state=2 * kv * kept)
+
+
+def reach_of(a: Attn) -> int:
+    """Tokens that a cache of constant size keeps; 0 where it grows."""
+    return a.reach.sinks + a.reach.window if isinstance(a.reach, Streaming) else 0
 
 
 def mla(a: MLA, D: int) -> Count:
@@ -95,7 +102,7 @@ def count(part: Any, dim: int) -> Count:
 def cache_shapes(mixer: Any) -> list[tuple[int, int]]:
     """(heads, width) of each tensor that the mixer's cache keeps for every token."""
     if isinstance(mixer, Attn):
-        return [(mixer.kv_heads, mixer.head_dim)] * 2
+        return [] if reach_of(mixer) else [(mixer.kv_heads, mixer.head_dim)] * 2
     if isinstance(mixer, MLA):
         indexer = [] if mixer.indexer is None else [(1, mixer.indexer.dim)]
         return [(1, mixer.kv_rank), (1, mixer.rope.dim), *indexer]
@@ -174,7 +181,7 @@ def layer_parameters(layer: Layer, dim: int, norm: int) -> int:
 def mixing_flops(mixer: Any, context: int) -> int:
     """Forward FLOPs of one token at position `context` beside the products with weights."""
     if isinstance(mixer, Attn):
-        return 4 * mixer.heads * mixer.head_dim * min(context, mixer.window or context)
+        return 4 * mixer.heads * mixer.head_dim * min(context, mixer.window or reach_of(mixer) or context)
     if isinstance(mixer, MLA):  # in the absorbed form: scores against latent and rotated key, then a sum of latents
         seen = context if mixer.indexer is None else min(context, mixer.indexer.top_k)
         index = 0 if mixer.indexer is None else 2 * mixer.indexer.heads * mixer.indexer.dim * context

@@ -101,15 +101,21 @@ def attention(
 def _attention_with_sinks(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, *, causal: bool, mask: Tensor | None, window: int | None, scale: float | None,
 ) -> Tensor:
-    """A key of zeros in front, whose score is the sink's logit through the mask and whose value is zero."""
-    T, S = q.shape[2], k.shape[2]
-    seen = visible(T, S, causal=causal, window=window, device=q.device)[None, None]
-    if mask is not None and mask.dtype == torch.bool:
-        seen, mask = seen & mask, None
-    bias = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, -torch.inf)
-    bias = bias if mask is None else bias + mask
-    B, H = q.shape[:2]
-    front = sinks.to(q.dtype).view(1, H, 1, 1).expand(B, H, T, 1)
-    bias = torch.cat((front, bias.expand(B, H, T, S)), -1)
-    k, v = (torch.cat((x.new_zeros(*x.shape[:2], 1, x.shape[3]), x), 2) for x in (k, v))
-    return attention(q, k, v, causal=False, mask=bias, scale=scale)
+    """One more key in front, that every query sees, whose value is zero and whose score is the sink's logit: queries get an entry for
+    each head of their group (1 for their own), in which that key holds the logits. So gradients reach them as they reach keys."""
+    (B, H, T, d), (K, S) = q.shape, k.shape[1:3]
+    scale, G = d**-0.5 if scale is None else scale, H // K
+    own = torch.eye(G, dtype=q.dtype, device=q.device).view(1, 1, G, 1, G).expand(B, K, G, T, G).flatten(1, 2)
+    front = torch.cat((k.new_zeros(K, d), (sinks / scale).view(K, G).to(k.dtype)), -1)[None, :, None].expand(B, K, 1, d + G)
+    k = torch.cat((front, torch.cat((k, k.new_zeros(B, K, S, G)), -1)), 2)
+    if window is not None:  # it would hide the key in front
+        seen = visible(T, S, causal=causal, window=window, device=q.device)[None, None]
+        if mask is None or mask.dtype == torch.bool:
+            mask = seen if mask is None else seen & mask
+        else:
+            mask = mask.masked_fill(~seen, -torch.inf)
+        causal = False
+    if mask is not None:
+        always = mask.new_ones(()) if mask.dtype == torch.bool else mask.new_zeros(())
+        mask = torch.cat((always.expand(*mask.shape[:-1], 1), mask), -1)
+    return attention(torch.cat((q, own), -1), k, torch.cat((v.new_zeros(B, K, 1, v.shape[-1]), v), 2), causal=causal, mask=mask, scale=scale)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BY_LENGTH = ("dynamic", "longrope")
+BY_LENGTH = ("dynamic", "longrope", "qwen-ntk")
 """The kinds whose frequencies depend on how long the sequence is. Keys that a cache holds keep the frequencies that they
 were turned by: with a cache, logits change a little where a border is crossed, here as in transformers."""
 
@@ -29,30 +29,36 @@ def rope_frequencies(dim: int, theta: float, scaling: Mapping[str, Any] | None =
     `low_freq_factor` are divided by `factor`, short ones stay, between them interpolate (Llama 3.1 release).
     yarn: the same with a ramp over j instead of wavelengths (arXiv 2309.00071; with attention_factor 1 it is NTK by parts).
     dynamic: a larger theta, as far as `length` exceeds the original context.  longrope: f_j over a number for each j,
-    of one list up to the original context and of another beyond (arXiv 2402.13753).
+    of one list up to the original context and of another beyond (arXiv 2402.13753).  qwen-ntk: a larger theta too, in steps where
+    `length` passes the original context and its doublings (Qwen v1).
     Raises ValueError for a kind it does not know: guessing would give wrong numbers silently.
     """
     scaling = scaling or {}
     kind, original = scaling.get("rope_type", "default"), scaling.get("original_max_position_embeddings", 0)
+    if kind == "qwen-ntk":
+        alpha = max(2 ** math.ceil(math.log2(length / original) + 1) - 1, 1) if length else 1
+        theta = theta * alpha ** (dim / (dim - 2))
     if kind == "dynamic":
         stretch = scaling["factor"] * max(length, original) / original - (scaling["factor"] - 1)
         theta = theta * stretch ** (dim / (dim - 2))
-    f = theta ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-    if kind in ("default", "dynamic"):
+    # In the order of operations that models are trained with: where positions are large, the last bit of f_j counts.
+    periods = theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    f = 1.0 / periods
+    if kind in ("default", "dynamic", "qwen-ntk"):
         return f
     if kind == "linear":
         return f / scaling["factor"]
     if kind == "longrope":
-        return f / torch.tensor(scaling["long_factor" if length > original else "short_factor"])
+        return 1.0 / (torch.tensor(scaling["long_factor" if length > original else "short_factor"]) * periods)
     if kind == "yarn":
-        slow = _yarn_ramp(dim, theta, scaling)
-        return slow * f / scaling["factor"] + (1 - slow) * f
+        fast = 1 - _yarn_ramp(dim, theta, scaling)
+        return 1.0 / (scaling["factor"] * periods) * (1 - fast) + f * fast
     if kind == "llama3":
-        turns = original * f / (2 * math.pi)  # how often the pair turns within the original context
+        turns = original / (2 * math.pi / f)  # how often the pair turns within the original context
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slow pair, fully scaled; 1: fast pair, untouched
         return (1 - keep) * f / scaling["factor"] + keep * f
-    raise ValueError(f"rope_type {kind!r} is not supported (default, linear, llama3, yarn, dynamic, longrope are)")
+    raise ValueError(f"rope_type {kind!r} is not supported (default, linear, llama3, yarn, dynamic, longrope, qwen-ntk are)")
 
 
 def _yarn_ramp(dim: int, theta: float, scaling: Mapping[str, Any]) -> Tensor:
@@ -64,7 +70,8 @@ def _yarn_ramp(dim: int, theta: float, scaling: Mapping[str, Any]) -> Tensor:
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
-    return ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low or 0.001)).clamp(0, 1)
+    high += 0.001 if low == high else 0
+    return ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
 
 
 def rope_attention_factor(scaling: Mapping[str, Any], context: int) -> float:
