@@ -12,8 +12,10 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
+    BertTokenizer,
     CLIPConfig,
     CLIPModel,
+    CLIPTokenizer,
     MarianConfig,
     MarianMTModel,
     PreTrainedModel,
@@ -72,3 +74,23 @@ def padded(B: int, T: int, lengths: list[int], seed: int = 0, low: int = 3, high
     x = torch.randint(low, high, (B, T), generator=torch.Generator().manual_seed(seed))
     mask = (torch.arange(T)[None] < torch.tensor(lengths)[:, None]).long()
     return x.masked_fill(mask == 0, 1), mask
+
+
+# --- tokenizers of these vocabularies -----------------------------------------------------------------------------------
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def wordpiece(folder: Path) -> None:
+    """A BERT tokenizer of 96 words in `folder`."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{c}" for c in LETTERS), "the", "cat", "dog", "##ing", "run", ".", "?", "!"]
+    words += [f"[x{i}]" for i in range(96 - len(words))]
+    BertTokenizer(vocab={word: i for i, word in enumerate(words)}, do_lower_case=True).save_pretrained(folder)
+
+
+def clip_tokenizer(folder: Path) -> None:
+    """A CLIP tokenizer of 96 tokens in `folder`, the last two of them begin and end."""
+    tokens = [*LETTERS, ".", *(f"{c}</w>" for c in LETTERS), ".</w>", "ca", "cat</w>", "do", "dog</w>", "th", "the</w>", "of</w>"]
+    tokens += [f"<x{i}>" for i in range(94 - len(tokens))] + ["<|startoftext|>", "<|endoftext|>"]
+    merges = [("c", "a"), ("ca", "t</w>"), ("d", "o"), ("do", "g</w>"), ("t", "h"), ("th", "e</w>"), ("o", "f</w>")]
+    CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges).save_pretrained(folder)

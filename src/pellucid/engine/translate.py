@@ -110,7 +110,11 @@ class Run:
             self.mask = self.mask[rows]
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return self.model.logits(hidden[:, -1]).float().index_fill(-1, self.suppress, -torch.inf)
+        return self.model.logits(hidden[:, -1]).float()
+
+    def allowed(self, scores: Tensor) -> Tensor:
+        """scores (..., V), suppressed tokens at -inf."""
+        return scores.index_fill(-1, self.suppress, -torch.inf)
 
 
 @torch.inference_mode()
@@ -123,7 +127,7 @@ def sample(run: Run, params: SamplingParams) -> list[list[Translation]]:
     logits = run.first()
     sampler = Sampler([replace(params, logprobs=True)] * len(active), [seed + j for _ in range(B) for j in range(params.n)], run.device)
     for step in range(params.max_tokens):
-        tokens, logprobs = sampler(logits, step)
+        tokens, logprobs = sampler(run.allowed(logits), step)
         assert logprobs is not None
         going = []
         for row, (target, token, logprob) in enumerate(zip(active, tokens.tolist(), logprobs.tolist(), strict=True)):
@@ -161,7 +165,8 @@ def search(run: Run, n: int, length_penalty: float, early_stopping: bool) -> lis
     logits = run.first()
     for t in range(1, run.max_tokens + 1):
         V = logits.shape[-1]
-        total = (scores[..., None] + torch.log_softmax(logits, -1).view(len(sources), n, V)).flatten(1)
+        logprobs = run.allowed(torch.log_softmax(logits, -1))  # in this order: what is left is not made to sum to 1, as in the reference
+        total = (scores[..., None] + logprobs.view(len(sources), n, V)).flatten(1)
         best, place = total.topk(2 * n)
         beam, token = place // V, place % V
         ended = token == end if t < run.max_tokens else torch.ones_like(token, dtype=torch.bool)

@@ -144,6 +144,7 @@ def pooling_names(config: dict[str, Any]) -> tuple[str, ...]:
 
 
 def dense_layer(folder: Path) -> tuple[Tensor, Tensor | None, bool]:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     act = str(_object(folder / "config.json").get("activation_function", "Tanh")).rsplit(".", 1)[-1]
@@ -152,7 +153,7 @@ def dense_layer(folder: Path) -> tuple[Tensor, Tensor | None, bool]:
     try:
         tensors = load_file(folder / "model.safetensors")
         return tensors["linear.weight"].float(), tensors.get("linear.bias"), act == "Tanh"
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, SafetensorError) as error:
         raise BadInput(f"{folder} holds no dense layer in safetensors", str(error), "fetch the folder again") from error
 
 

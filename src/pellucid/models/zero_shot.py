@@ -50,7 +50,7 @@ def zero_shot(
         raise BadInput(f"{type(module).__name__} does not compare texts with pictures", next="use a CLIP checkpoint")
     preprocess = preprocess or clip_preprocess(module.spec.vision.image)
     texts = label_vectors(module, tokenizer, labels, templates)
-    scale = float(module.logit_scale.exp())
+    scale = float(module.logit_scale.detach().exp())
     probabilities = torch.cat([
         torch.softmax(scale * image_vectors(module, preprocess, pictures[i : i + batch_size]) @ texts.mT, -1)
         for i in range(0, len(pictures), batch_size)]) if pictures else torch.empty(0, len(labels))
