@@ -6,8 +6,9 @@ import re
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizer_samples import CHINESE, EMOJI, MIXED, TEXTS
+from tokenizer_samples import CHINESE, EMOJI, MIXED, TEXTS, clip, wordpiece
 
+from pellucid.tokenizers import Tokenizer
 from pellucid.tokenizers.stream import StreamDecoder
 
 
@@ -53,3 +54,47 @@ def test_show_makes_the_invisible_visible(ours):
     assert "<U+001B>" in shown and "\x1b" not in shown and "\u202e" not in shown
     first, second = ours.show("x\n42", colour=False).split("\n")
     assert first.endswith(f"⏎·{ours.encode('x' + chr(10))[-1]}") and second == "42·298"
+
+
+def loaded(library, folder) -> Tokenizer:
+    library.save(str(folder / "tokenizer.json"))
+    return Tokenizer.load(folder)
+
+
+def test_show_of_words_and_of_clip(tmp_path):
+    """WordPiece shows `##` where a word goes on, CLIP a space where one ends; every token and id is there."""
+    bert = loaded(wordpiece(), tmp_path)
+    shown = bert.show("unaffable 中文!", colour=False)
+    cells = [cell.rsplit("·", 1) for cell in shown.split("|")]
+    assert [int(i) for _, i in cells] == bert.encode("unaffable 中文!")
+    assert "".join(text.removeprefix("##") for text, _ in cells) == "unaffable中文!" and cells[1][0].startswith("##")
+    words = loaded(clip(), tmp_path)
+    cells = [cell.rsplit("·", 1) for cell in words.show("A cat's  中", colour=False).split("|")]
+    assert [int(i) for _, i in cells] == words.encode("A cat's  中") and "".join(t for t, _ in cells).startswith("a␣")
+    assert "\x1b[48;5;" in words.show("a cat") and "<e4>" in words.show("中", colour=False)
+    for tok in (bert, words):
+        for text in [*TEXTS, ""]:
+            assert [int(i) for i in re.findall(r"·(\d+)(?=\||\n|$)", tok.show(text, colour=False))] == tok.encode(text)
+
+
+def test_streams_of_words_and_of_clip(tmp_path):
+    """A letter at a time, no half character, no space at the ends; joined they are the decoded text."""
+    for library in (wordpiece(), clip()):
+        tok = loaded(library, tmp_path)
+        for text in (CHINESE, EMOJI, MIXED, "don't stop, a cat's 12 !"):
+            ids, stream = tok.encode(text), tok.stream()
+            parts = [stream.add(i) for i in ids]
+            whole = "".join(parts) + stream.finish()
+            assert whole == tok.decode(ids)
+            if "\ufffd" not in tok.decode(ids):
+                assert not any("\ufffd" in part for part in parts)
+
+
+def test_facts(ours, tmp_path):
+    facts = ours.facts()
+    assert facts["kind"] == "byte-level BPE" and facts["vocabulary"] == 700 and facts["added"] == 9 and facts["special"] == 3
+    assert facts["ends_an_answer"] == ["<|im_end|>", "<|endoftext|>"] and facts["around_a_text"] == "text"
+    assert facts["template_reads_tools"] and facts["template_switches_thinking"] and facts["template_marks_answers"]
+    bert = loaded(wordpiece(), tmp_path).facts()
+    assert bert["kind"] == "WordPiece" and bert["around_a_text"] == "[CLS] text [SEP]" and bert["templates"] == []
+    assert loaded(clip(), tmp_path).facts()["around_a_text"] == "<|startoftext|> text <|endoftext|>"

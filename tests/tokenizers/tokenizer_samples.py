@@ -91,6 +91,57 @@ def wordpiece() -> Tokenizer:
     return tok
 
 
+def clip() -> Tokenizer:
+    """As CLIP's file: lower case, white space collapsed, words end in </w>, start and end around a text."""
+    tok = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    tok.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "),
+                                           normalizers.Lowercase()])
+    tok.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(patterns.CLIP_PATTERN), "removed", invert=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tok.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tok.train_from_iterator(TEXTS, trainers.BpeTrainer(
+        vocab_size=700, show_progress=False, initial_alphabet=alphabet, end_of_word_suffix="</w>"))
+    data = json.loads(tok.to_str())
+    vocab = data["model"]["vocab"]
+    for word in [*(f"{c}</w>" for c in sorted(alphabet)), "<|startoftext|>", "<|endoftext|>"]:
+        vocab.setdefault(word, len(vocab))
+    data["model"]["unk_token"] = "<|endoftext|>"
+    tok = Tokenizer.from_str(json.dumps(data))
+    tok.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in ("<|startoftext|>", "<|endoftext|>")])
+    start, end = ((name, vocab[name]) for name in ("<|startoftext|>", "<|endoftext|>"))
+    tok.post_processor = processors.RobertaProcessing(end, start, trim_offsets=False, add_prefix_space=False)
+    return tok
+
+
+def older_files(tok: Tokenizer, folder: Path, **config) -> Path:
+    """The files that came before tokenizer.json: vocab.json and merges.txt, or vocab.txt; and tokenizer_config.json."""
+    folder.mkdir(exist_ok=True)
+    model = json.loads(tok.to_str())["model"]
+    if "merges" in model:
+        # Tokens that were added behind the vocabulary stand in it in these files.
+        vocab = dict(sorted(tok.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1]))
+        (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+        lines = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]
+        (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    else:
+        words = sorted(model["vocab"], key=model["vocab"].__getitem__)
+        (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def unigram() -> Tokenizer:
+    """As T5's and XLM-R's files: the special tokens are words of the model too."""
+    tok = Tokenizer(models.Unigram())
+    tok.normalizer, tok.decoder = normalizers.NFKC(), decoders.Metaspace()
+    tok.pre_tokenizer = pre_tokenizers.Metaspace()
+    tok.train_from_iterator(TEXTS, trainers.UnigramTrainer(
+        vocab_size=500, show_progress=False, unk_token="<unk>", special_tokens=["<unk>", "<s>", "</s>"]))
+    return tok
+
+
 def sentencepiece() -> Tokenizer:
     """As Llama 2's file: a space before the text, bytes for what is not in the vocabulary."""
     tok = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
@@ -115,5 +166,6 @@ FAMILIES = {
     "deepseek": deepseek,
     "wordpiece": wordpiece,
     "sentencepiece": sentencepiece,
+    "clip": clip,
 }
-BY_LIBRARY = {"deepseek", "wordpiece", "sentencepiece"}
+BY_LIBRARY = {"deepseek", "wordpiece", "sentencepiece", "clip"}

@@ -4,13 +4,12 @@
     CLIP     <|startoftext|> a <|endoftext|>
     Llama 3  <|begin_of_text|> a
 
-The tokenizer's file says so in its post-processor, unless tokenizer_config.json says with `add_bos_token` and
-`add_eos_token`: rules and results are those of transformers' fast tokenizers.
+The post-processor of tokenizer.json says so. Rules and results are those of transformers' fast tokenizers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pellucid.errors import BadInput
@@ -18,8 +17,6 @@ from pellucid.tokenizers import check
 
 if TYPE_CHECKING:
     import torch
-
-IdOf = Callable[[str], int | None]
 
 
 class Batch(NamedTuple):
@@ -48,27 +45,14 @@ class Frame(NamedTuple):
 BARE = Frame((Part("A", (), 0),), (Part("A", (), 0), Part("B", (), 1)))
 
 
-def frame_of(post: dict[str, Any] | None, config: Mapping[str, Any], id_of: IdOf) -> Frame:
-    """The frame of a file's post-processor (`post`) and config.  `BadInput` for what no file of transformers says."""
-    if "add_bos_token" in config or "add_eos_token" in config:
-        return _by_flags(config, id_of)
+def frame_of(post: dict[str, Any] | None) -> Frame:
+    """The frame of a tokenizer.json's post-processor.  `BadInput` when it is broken, or none that is known."""
     try:
         return BARE if post is None else _by_processor(post)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RecursionError) as error:
+        if isinstance(error, BadInput):
+            raise
         check.broken("the tokenizer's post-processor", f"{type(error).__name__}: {error}")
-
-
-def _by_flags(config: Mapping[str, Any], id_of: IdOf) -> Frame:
-    from pellucid.tokenizers.vocabularies import text_of
-
-    bos, eos = (id_of(text_of(config.get(name))) if config.get(f"add_{name}") else None
-                for name in ("bos_token", "eos_token"))
-
-    def around(text: str, kind: int) -> tuple[Part, ...]:
-        before, after = (() if i is None else (Part("", (i,), kind),) for i in (bos, eos))
-        return (*before, Part(text, (), kind), *after)
-
-    return Frame(around("A", 0), around("A", 0) + around("B", 1))
 
 
 def _by_processor(post: dict[str, Any]) -> Frame:
@@ -139,7 +123,7 @@ def assemble(parts: Sequence[Part], a: list[int], b: list[int]) -> tuple[list[in
     return [i for ids, _ in filled for i in ids], [kind for ids, kind in filled for _ in ids]
 
 
-def pad(rows: Sequence[tuple[list[int], list[int]]], width: int, pad_id: int, pad_type: int, left: bool) -> Batch:
+def pad(rows: Sequence[tuple[list[int], list[int]]], width: int, pad_id: int, left: bool) -> Batch:
     """(B, T) of rows (ids, types) of at most `width` = T tokens."""
     import torch
 
@@ -148,4 +132,4 @@ def pad(rows: Sequence[tuple[list[int], list[int]]], width: int, pad_id: int, pa
         return torch.tensor(padded, dtype=torch.int64).reshape(len(rows), width)
 
     return Batch(table([ids for ids, _ in rows], pad_id), table([[1] * len(ids) for ids, _ in rows], 0),
-                 table([types for _, types in rows], pad_type))
+                 table([types for _, types in rows], 0))

@@ -110,6 +110,8 @@ def read(data: dict[str, Any]) -> ByteLevelBPE:
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(option):
             raise NotByteLevel(f"it sets {option}")
+    if (data.get("decoder") or {}).get("type") != "ByteLevel":
+        raise NotByteLevel("its decoder does not join bytes")
     added = [AddedToken.read(t) for t in data.get("added_tokens") or []]
     names = {t.content for t in added}
     try:

@@ -56,11 +56,14 @@ def open_source(path_or_id: str | Path) -> Source:
     data = read_json(file) if file.suffix == ".json" else None
     if data is None:
         added = check.vocabulary(read_object(folder / "added_tokens.json"), str(folder / "added_tokens.json"))
-        data = from_older_files(folder, family, config, model, added)
+        data, family = from_older_files(folder, family, config, model, added)
     check.tokenizer(data, str(file))
-    for name, text in NAMES.get(family, {}).items():
-        if text in data["model"]["vocab"] or any(token["content"] == text for token in data["added_tokens"] or []):
+    padding, truncation = (part if isinstance(part := data.get(name), dict) else {} for name in ("padding", "truncation"))
+    for name, text in {"pad_token": padding.get("pad_token"), **NAMES.get(family, {})}.items():
+        if text in data["model"]["vocab"] or any(token["content"] == text for token in data.get("added_tokens") or []):
             config.setdefault(name, text)
+    for name, part in (("padding_side", padding), ("truncation_side", truncation)):
+        config.setdefault(name, str(part.get("direction", "right")).lower())
     generation = read_object(folder / "generation_config.json")
     ends = generation.get("eos_token_id")
     eos_ids = [i for i in (ends if isinstance(ends, list) else [ends]) if check.is_id(i)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -152,13 +152,7 @@ class Tokenizer:
         if padding is False and len(lengths) > 1:
             raise BadInput("the rows have different lengths", f"{sorted(lengths)[:8]} tokens", "leave padding=True")
         width = length if padding == "max_length" and length else max(lengths, default=0)
-        return pad(rows, width, self.pad_id, self._padding("pad_token_type_id", "pad_type_id", 0),
-                   self._padding("padding_side", "direction", "right").lower() == "left")
-
-    def _padding(self, name: str, baked: str, default: Any) -> Any:
-        """A setting of padding: the config's, else that baked into tokenizer.json."""
-        found = self.source.config.get(name, (self.source.data.get("padding") or {}).get(baked, default))
-        return found if type(found) is type(default) else default
+        return pad(rows, width, self.pad_id, left=self.source.config.get("padding_side") == "left")
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """The text; bytes that are no UTF-8, and ids without a token, become U+FFFD."""
@@ -236,7 +230,7 @@ class Tokenizer:
 
     @cached_property
     def frame(self) -> Frame:
-        return frame_of(self.source.data.get("post_processor"), self.source.config, self.id_of)
+        return frame_of(self.source.data.get("post_processor"))
 
     @cached_property
     def prefix_ids(self) -> list[int]:
@@ -278,21 +272,42 @@ class Tokenizer:
         """The padding token, else the end of text, else 0."""
         return self.named.get("pad_token", self.named.get("eos_token", 0))
 
+    def facts(self) -> dict[str, Any]:
+        """What an inspector tells of a tokenizer."""
+        model, templates = self.source.data["model"], self.source.templates
+        kind = model.get("type") or ("BPE" if "merges" in model else "unknown")
+        template = self.template() if templates else ""
+        return {
+            "kind": f"byte-level {kind}" if kind == "BPE" and self._table is not None else kind,
+            "vocabulary": self.vocab_size, "merges": len(model.get("merges") or []),
+            "added": len(self.added), "special": len(self.special), "named": self.source.named(),
+            "ends_an_answer": [self._text_of(i) for i in self.eos_ids],
+            "around_a_text": " ".join(part.text.replace("A", "text") or self._text_of(i)
+                                      for part in self.frame.single for i in (part.ids or (0,))),
+            "max_length": self.model_max_length, "engine": self.backend,
+            "templates": sorted(templates), "template_reads_tools": "tools" in template,
+            "template_switches_thinking": "enable_thinking" in template or "thinking is" in template,
+            "template_marks_answers": bool(template) and chat.has_generation(template)}
+
+    def _text_of(self, token: int) -> str:
+        return self.token_bytes(token).decode("utf-8", errors="replace")
+
     # ---- conversations
 
     def render(self, messages: Sequence[chat.Message], tools: list[dict] | None = None, thinking: bool | None = None,
-               add_generation_prompt: bool = True) -> str:
+               add_generation_prompt: bool = True, **variables: Any) -> str:
         """The text of a conversation by the chat template, equal to transformers' `apply_chat_template`.
 
         thinking: True or False where the template knows the switch; None leaves the template's default.
+        variables: what this template reads besides (Llama's `date_string`, `documents` ...).
         """
-        return self._render(messages, tools, thinking, add_generation_prompt, tracking=False)
+        return self._render(messages, tools, thinking, add_generation_prompt, variables, tracking=False)
 
     def _render(self, messages: Sequence[chat.Message], tools: list[dict] | None, thinking: bool | None, prompt: bool,
-                tracking: bool) -> str:
+                variables: Mapping[str, Any], tracking: bool) -> str:
         switch = {} if thinking is None else {"enable_thinking": thinking, "thinking": thinking}
-        return chat.render(self.template(tools), messages, tools, tracking, add_generation_prompt=prompt,
-                           **(self.source.named() | switch))
+        read: dict[str, Any] = {**self.source.named(), **switch, **variables, "add_generation_prompt": prompt}
+        return chat.render(self.template(tools), messages, tools, tracking, **read)
 
     def template(self, tools: list[dict] | None = None) -> str:
         templates = self.source.templates
@@ -304,8 +319,8 @@ class Tokenizer:
         return templates.get("default") or next(iter(templates.values()))
 
     def encode_chat(self, messages: Sequence[chat.Message], tools: list[dict] | None = None,
-                    thinking: bool | None = None,
-                    add_generation_prompt: bool = False) -> tuple[list[int], list[bool]]:
+                    thinking: bool | None = None, add_generation_prompt: bool = False,
+                    **variables: Any) -> tuple[list[int], list[bool]]:
         """(ids, mask), of equal length; mask True: the assistant's own tokens, its end of turn included.
 
         The newline that a template writes behind the end of turn is not the assistant's. Text inside messages and
@@ -315,10 +330,10 @@ class Tokenizer:
         """
         guard = self._guard(self.template(tools))
         messages = [guard.message(message) for message in chat.checked(messages)]
-        tools = guard.foreign(chat.checked_tools(tools))
+        tools, variables = guard.foreign(chat.checked_tools(tools)), guard.foreign(chat.plain(variables))
 
         def render(messages: Sequence[chat.Message], prompt: bool) -> Rendered:
-            return unmark(self._render(messages, tools, thinking, prompt, tracking=True))
+            return unmark(self._render(messages, tools, thinking, prompt, variables, tracking=True))
 
         rendered = render(messages, add_generation_prompt)
         spans = rendered.spans

@@ -52,8 +52,8 @@ def family_of(config: Mapping[str, Any], model: Mapping[str, Any]) -> str:
 
 
 def from_older_files(folder: Path, family: str, config: Mapping[str, Any], model: Mapping[str, Any],
-                     added: Mapping[str, int]) -> Data:
-    """The content of tokenizer.json.  Raises `BadInput` when there are no such files, or they are broken.
+                     added: Mapping[str, int]) -> tuple[Data, str]:
+    """The content of tokenizer.json, and the family.  Raises `BadInput` when there are no such files, or they are broken.
 
     family: "" for what the files' names tell.  config: tokenizer_config.json.  model: config.json.
     added: added_tokens.json (text -> id).
@@ -84,8 +84,8 @@ def from_older_files(folder: Path, family: str, config: Mapping[str, Any], model
         data = make(vocab, reading.read_merges(folder / "merges.txt"), family)
     names = {name: text for name, text in (NAMES[family] | named(config)).items() if config.get(name, text) is not None}
     data["added_tokens"] = added_tokens(data, names, config, added)
-    data["post_processor"] = framed(family, data["added_tokens"], names)
-    return data
+    data["post_processor"] = framed(family, data["added_tokens"], names, config)
+    return data, family
 
 
 # ---- the families
@@ -189,21 +189,23 @@ def _next_free(vocab: Mapping[str, int], tokens: Iterable[Data]) -> int:
     return 1 + max([*vocab.values(), *(token["id"] for token in tokens)], default=-1)
 
 
-def framed(family: str, added: list[Data], names: Mapping[str, str]) -> Data | None:
-    """The post-processor: [CLS] a [SEP] b [SEP]; CLIP's start and end; nothing for the others."""
-    if family not in {"CLIPTokenizer", *BERTS}:
-        return None
+def framed(family: str, added: list[Data], names: Mapping[str, str], config: Mapping[str, Any]) -> Data:
+    """The post-processor: [CLS] a [SEP] b [SEP]; CLIP's start and end; for the others what the config's flags say."""
     ids = {token["content"]: token["id"] for token in added}
     if family == "CLIPTokenizer":
-        start, end = names["bos_token"], names["eos_token"]
-        return {"type": "RobertaProcessing", "sep": [end, ids[end]], "cls": [start, ids[start]],
-                "trim_offsets": False, "add_prefix_space": False}
-    start, end = names.get("cls_token", "[CLS]"), names.get("sep_token", "[SEP]")
+        cls, sep = ([name, ids[name]] for name in (names["bos_token"], names["eos_token"]))
+        return {"type": "RobertaProcessing", "sep": sep, "cls": cls, "trim_offsets": False, "add_prefix_space": False}
+    bert = family in BERTS
+    start = names.get("cls_token") if bert else names.get("bos_token") if config.get("add_bos_token") else None
+    end = names.get("sep_token") if bert else names.get("eos_token") if config.get("add_eos_token") else None
 
-    def token(name: str, kind: int) -> Data:
-        return {"SpecialToken": {"id": name, "type_id": kind}}
+    def part(name: str | None, kind: int) -> list[Data]:
+        return [] if name is None else [{"SpecialToken": {"id": name, "type_id": kind}}]
 
-    single = [token(start, 0), {"Sequence": {"id": "A", "type_id": 0}}, token(end, 0)]
-    pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}, token(end, 1)]
-    special = {name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in (start, end)}
+    def text(name: str, kind: int) -> list[Data]:
+        return [{"Sequence": {"id": name, "type_id": kind}}]
+
+    single = part(start, 0) + text("A", 0) + part(end, 0)
+    pair = single + (part(start, 1) if not bert else []) + text("B", 1) + part(end, 1)
+    special = {name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in (start, end) if name is not None}
     return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": special}
