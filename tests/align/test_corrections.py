@@ -77,6 +77,7 @@ def test_off_policy_mask_by_hand():
     advantages = torch.tensor([-1.0, -1.0, 1.0, 1.0, -1.0, -1.0])
     sequence = torch.tensor([0, 0, 1, 1, 2, 2])
     assert off_policy_mask(logp, sampler, advantages, sequence, 0.5).tolist() == [False, False, True, True, True, True]
+    assert off_policy_mask(logp, sampler, 0 * advantages, sequence, 0.5).all()
 
 
 def test_corrections_act_on_the_policy_term_only():

@@ -223,3 +223,47 @@ def test_nothing_to_learn_is_said():
     only = {"correct": rewards([1, 0, 0, 0]), "format": rewards([1, 1, 1, 1])}  # all but cut ones are equal
     cut = torch.tensor([[True] * 4])
     assert assign_credit(only, torch.full((1, 4), 3), ObjectiveConfig(truncated="mask"), truncated=cut).skip
+
+
+def test_clip_then_kl_then_baseline():
+    """T11: the reward is clipped before the KL penalty, both before the baseline; worked on paper."""
+    cfg = ObjectiveConfig(scale="none", baseline="leave-one-out", reward_clip=1.0, reward_beta=0.5)
+    parts, ones = {"r": rewards([3.0, 0.5, -0.5])}, torch.ones(1, 3, dtype=torch.int64)
+    kl = rewards([0.2, 0.4, -0.6])
+    r = [1.0 - 0.1, 0.5 - 0.2, -0.5 + 0.3]
+    expected = [r[0] - (r[1] + r[2]) / 2, r[1] - (r[0] + r[2]) / 2, r[2] - (r[0] + r[1]) / 2]
+    assert assign_credit(parts, ones, cfg, kl=kl).advantages[0].tolist() == pytest.approx(expected)
+    with pytest.raises(BadInput, match="pass kl"):
+        assign_credit(parts, ones, cfg)
+    assert not assign_credit({"r": rewards([1, 1, 1])}, ones, cfg, kl=kl).skip  # the KL itself tells them apart
+
+
+def test_length_weighted_baseline():
+    """OPO: sum of L R / sum of L; an empty or ungraded completion does not weigh."""
+    a = group_advantages(rewards([1, 0, 4, NAN]), scale="none", baseline="length-weighted",
+                         lengths=torch.tensor([[3, 1, 0, 9]]), valid=torch.tensor([[True, True, False, True]]))
+    assert a[0].tolist() == pytest.approx([0.25, -0.75, 0, 0])
+    with pytest.raises(BadInput, match="lengths"):
+        group_advantages(rewards([1, 0]), baseline="length-weighted")
+
+
+def test_the_smallest_difference_counts():
+    r = rewards([1.0, 1.0, math.nextafter(1.0, 2)])
+    assert informative_groups({"r": r})["r"].item() and group_advantages(r, scale="none")[0].any()
+
+
+def test_token_level_credit_is_the_score():
+    """For `gae` and `returns` the credit of a completion is its score; a group of one is no obstacle there."""
+    parts, ones = {"r": rewards([2.0], [NAN])}, torch.ones(2, 1, dtype=torch.int64)
+    credit = assign_credit(parts, ones, recipe("ppo"))
+    assert credit.advantages.flatten().tolist() == [2, 0] and not credit.skip
+    with pytest.raises(BadInput, match="at least 2"):
+        assign_credit(parts, ones, ObjectiveConfig())
+
+
+def test_soft_overlong_is_trls():
+    from pellucid.align import soft_overlong
+
+    assert soft_overlong(torch.tensor([80, 90, 100, 101]), 100, 20).tolist() == [0, -0.5, -1, -1]
+    with pytest.raises(BadInput, match="margin"):
+        soft_overlong(torch.tensor([1]), 10, 20)

@@ -106,3 +106,25 @@ def test_every_metric_is_explained_and_every_explanation_used():
     used = {pattern: [k for k in keys if fnmatch.fnmatch(k, pattern)] for pattern in table.MEANING}
     assert all(used.values()), [p for p, found in used.items() if not found]
     assert {k for found in used.values() for k in found} == keys
+
+
+def test_what_a_clip_acts_on():
+    """CISPO: tokens whose weight is cut, whatever the sign of A; GMPO: whose log ratio is."""
+    log_r = torch.tensor([-0.5, 0.1, 0.5, 2.0])
+    zero, a = torch.zeros(4), torch.tensor([1.0, -1.0, -1.0, 1.0])
+    counts, sequence = count(torch.ones(4)), torch.arange(4)
+    for policy, low, high, expect in (("cispo", 0.2, 0.4, (1, 2)), ("cispo", 1.0, 4.0, (0, 1)), ("gmpo", 0.2, 0.4, (1, 2)),
+                                      ("gmpo", 0.6, 0.05, (0, 3))):
+        cfg = ObjectiveConfig(policy=policy, clip_low=low, clip_high=high)
+        _, m = objective(log_r, zero, None, a, sequence, cfg, counts)
+        assert (4 * float(m["clip/low"]), 4 * float(m["clip/high"])) == pytest.approx(expect), (policy, low)
+    _, m = objective(log_r, zero, None, a, sequence, ObjectiveConfig(policy="sapo"), counts)
+    assert "clip/low" not in m  # a soft gate silences nobody
+
+
+def test_critic_table_by_hand():
+    v, target = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 3.0, 5.0])
+    got = table.critic_table(v, target, v - torch.tensor([0.0, 0.5, 0.0]), 0.2)
+    assert got["critic/explained"] == pytest.approx(1 - np.var([0, 1, 2]) / np.var([1, 3, 5]))
+    assert (got["critic/value"], got["critic/return"]) == (2, 3) and got["critic/clipped"] == pytest.approx(1 / 3)
+    assert math.isnan(table.critic_table(v, torch.ones(3), v, None)["critic/explained"])

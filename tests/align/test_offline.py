@@ -18,6 +18,7 @@ import pellucid
 from pellucid import events
 from pellucid.align.answers import Answer, Flat, Shuffled, logprobs_of
 from pellucid.align.examples import encode_answer, encode_labelled, encode_pairs, encode_steps, fitted
+from pellucid.align.metrics import OFFLINE_MEANING
 from pellucid.align.offline import Labelled, OfflineConfig, Pair, PreferenceLoop, UnpairedLoop, pair_accuracy
 from pellucid.align.preference_config import PreferenceConfig, preference_recipe
 from pellucid.align.reward_model import (
@@ -239,6 +240,16 @@ def test_micro_batches_change_nothing_elsewhere():
         whole = gradients(make())
         assert max(float(g.abs().max()) for g in whole[0][1] if g is not None) > 1e-4
         close(gradients(make(micro=4)), whole)
+
+
+def test_every_metric_is_explained_and_every_explanation_used():
+    pairs, seen = some_pairs(), set()
+    labelled = [Labelled(p.chosen, i % 2 == 0) for i, p in enumerate(pairs)]
+    for loop in (PreferenceLoop(policy(), pairs, PreferenceConfig(), config(steps=1)),
+                 UnpairedLoop(policy(), labelled, UnpairedConfig(), config(steps=1)),
+                 RewardLoop(RewardModel.of(policy()), pairs, config(steps=1))):
+        seen |= set(loop.run().metrics[0][1])
+    assert seen == set(OFFLINE_MEANING)
 
 
 def test_log_probabilities_are_those_of_each_answer_alone():

@@ -68,6 +68,25 @@ MEANING: dict[str, str] = {
     "critic/clipped": "fraction of tokens on which the critic's step was clipped",
 }
 
+OFFLINE_MEANING: dict[str, str] = {
+    "rewards/chosen": "beta times log p / p_ref of the chosen answer: the reward that the policy itself implies",
+    "rewards/rejected": "the same of the rejected answer",
+    "rewards/margin": "their difference, which is what the loss enlarges",
+    "rewards/accuracy": "fraction of pairs with a positive margin; a tie counts as wrong",
+    "logps/chosen": "log p of the chosen answer. It may fall while training goes well: only the margin is optimised, and "
+                    "both answers can lose to others. If it must not, add the sft loss (rpo)",
+    "logps/rejected": "log p of the rejected answer; it falls",
+    "rewards/good": "KTO: the implied reward of good answers", "rewards/bad": "KTO: of bad answers",
+    "logps/good": "KTO: log p of good answers", "logps/bad": "KTO: log p of bad answers",
+    "kl": "KTO: the reference point, how far the policy has moved on answers to other prompts (nats an answer)",
+    "accuracy": "reward models: fraction of pairs (or steps) judged right; a tie counts as wrong",
+    "margin": "reward models: mean difference of the scores of chosen and rejected",
+    "score/mean": "mean score; the pairs leave it open, centring pulls it to 0", "score/std": "standard deviation of the scores",
+    "score/max": "largest score",
+    "loss": "the loss of the step; log 2 = 0.693 at the start of DPO and of a reward model that knows nothing",
+    "grad_norm": "norm of the gradient before clipping", "lr": "learning rate", "epoch": "passes over the data so far",
+}
+
 
 def shift_shares(
     logp: Tensor, old: Tensor, ref: Tensor | None, advantages: Tensor, ratio: Tensor, log_r: Tensor, tokens: int,

@@ -10,6 +10,7 @@ every step ("live"). The numbers are the same; see which is cheaper for your num
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,8 +95,8 @@ class OfflineLoop(Run[OfflineConfig, OfflineHistory], Generic[I]):
         share_of, parts = self.prepare(ids)
         result = self.stepper.step(self._micro(ids), share_of, progress)
         self.count()
-        numbers = tables.merge(parts) | {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr,
-                                         "epoch": self.order.taken / self.order.items}
+        numbers = self.table(tables.merge(parts)) | {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr,
+                                                     "epoch": self.order.taken / self.order.items}
         h.losses.append((progress, result.loss))
         h.metrics.append((progress, numbers))
         return numbers
@@ -103,6 +104,10 @@ class OfflineLoop(Run[OfflineConfig, OfflineHistory], Generic[I]):
     def prepare(self, ids: list[int]) -> tuple[Callable[[list[int]], Tensor], list[dict[str, Tensor]]]:
         """The loss of a micro-batch of these items as a share of the step's, and the list that its metrics go to."""
         raise NotImplementedError
+
+    def table(self, merged: dict[str, float]) -> dict[str, float]:
+        """The step's metrics from the sums of its shares."""
+        return merged
 
     def _micro(self, ids: list[int]) -> Iterator[list[int]]:
         size = self.config.micro or len(ids)
@@ -190,6 +195,13 @@ class UnpairedLoop(OfflineLoop[Labelled]):
             return loss
 
         return share, parts
+
+    def table(self, merged: dict[str, float]) -> dict[str, float]:
+        good = merged.pop("share/good")
+        for name in ("rewards", "logps"):
+            merged[f"{name}/good"] = merged.pop(f"{name}/good_sum") / good if good else math.nan
+            merged[f"{name}/bad"] = merged.pop(f"{name}/bad_sum") / (1 - good) if good < 1 else math.nan
+        return merged
 
     @torch.no_grad()
     def _reference_point(self, ids: list[int]) -> Tensor:

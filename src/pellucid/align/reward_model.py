@@ -87,6 +87,10 @@ class RewardLoop(OfflineLoop[Pair]):
 
         return share, parts
 
+    def table(self, merged: dict[str, float]) -> dict[str, float]:
+        merged["score/std"] = max(merged.pop("score/square") - merged["score/mean"] ** 2, 0.0) ** 0.5
+        return merged
+
     def write(self, folder: Path) -> None:
         write_reward_model(self.scorer, folder)
 
