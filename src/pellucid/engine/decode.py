@@ -84,13 +84,17 @@ class CompiledStep:
 
         self.model, self.kernels, self.array = model, decode, lanes.array
         keep_freed_memory()
-        self.batch = 0
+        self.batch = self.room = 0  # rows of this step, and rows that buffers have
         self.buffers: dict[tuple[str, int], Tensor] = {}
         self.tables: dict[Rope, list[Any]] = {}
         self.rows = 0  # of the tables
         self.nothing = self.array(torch.empty(0))
 
     def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        return self.logits(self.hidden(tokens, cache))
+
+    def hidden(self, tokens: Tensor, cache: Any) -> Tensor:
+        """tokens (B,) -> the last hidden state (B, D), normed: a buffer."""
         model, array, kernels = self.model, self.array, self.kernels
         cache.reserve(1)
         self._prepare(len(tokens), cache)
@@ -111,11 +115,15 @@ class CompiledStep:
             delta = self._product(layer.ffn.down, gated)
         kernels.add_and_norm(x, array(delta), array(model.norm.weight), model.norm.eps, h_array)
         cache.advance(1)
-        if model.head is None:
-            return torch.mm(h, model.embed.weight.t(), out=self._buffer("logits", model.spec.vocab))
-        return self._product(model.head, h)
+        return h  # type: ignore[no-any-return]
 
-    def _attend(self, mixer: Any, spec: Attn, h: Tensor, index: int, first: Any, cache: KVCache) -> None:
+    def logits(self, h: Tensor) -> Tensor:
+        """(B, D) -> (B, V)"""
+        if self.model.head is None:
+            return torch.mm(h, self.model.embed.weight.t(), out=self._buffer("logits", self.model.spec.vocab)[: len(h)])
+        return self._product(self.model.head, h)
+
+    def _attend(self, mixer: Any, spec: Attn, h: Tensor, index: int, first: Any, cache: Any) -> None:
         array = self.array
         qkv = self._product(mixer.qkv, h)
         self.attended = self._buffer("attended", spec.heads * spec.head_dim)
@@ -131,28 +139,28 @@ class CompiledStep:
         """layer(x), written into a buffer where the layer is a plain matrix; INT8 layers bring their own."""
         if type(layer) is not Linear:
             return layer(x)  # type: ignore[no-any-return]
-        out = self._buffer(f"{id(layer)}", layer.weight.shape[0])
+        out = self._buffer(f"{id(layer)}", layer.weight.shape[0])[: len(x)]
         if layer.bias is not None:
             return torch.addmm(layer.bias, x, layer.weight.t(), out=out)
         return torch.mm(x, layer.weight.t(), out=out)
 
     def _prepare(self, batch: int, cache: KVCache) -> None:
-        """Buffers for this many sequences, rotations for all positions of the cache."""
+        """Buffers for this many sequences (those of a larger batch serve), rotations for all positions of the cache."""
         same_threads()
-        if batch != self.batch:
-            D, dtype = self.model.spec.dim, self.model.embed.weight.dtype
-            self.batch, self.buffers = batch, {}
-            self.x = torch.empty(batch, D)
-            self.h, self.delta = torch.empty(batch, D, dtype=dtype), torch.empty(batch, D, dtype=dtype)
-            self.zeros = self.array(torch.zeros(batch, dtype=torch.int64))
+        if batch > self.room:
+            self.room, self.buffers = batch, {}
+        D, self.batch = self.model.spec.dim, batch
+        self.x = self._buffer("x", D, torch.float32)
+        self.h, self.delta = self._buffer("h", D), self._buffer("delta", D)
+        self.zeros = self.array(self._buffer("zeros", 1, torch.int64).zero_()[:, 0])
         if cache.capacity > self.rows:
             self.rows = cache.capacity
             for rope in {layer.mixer.rope for layer in self.model.spec.layers}:
                 cos, sin = rope_angles(torch.arange(self.rows), rope_frequencies(rope.dim, rope.theta, rope.scaling_dict))
                 self.tables[rope] = [self.array(t[:, : rope.dim // 2].contiguous()) for t in (cos, sin)]
 
-    def _buffer(self, name: str, width: int) -> Tensor:
+    def _buffer(self, name: str, width: int, dtype: torch.dtype | None = None) -> Tensor:
         key = (name, width)
         if key not in self.buffers:
-            self.buffers[key] = torch.empty(self.batch, width, dtype=self.model.embed.weight.dtype)
-        return self.buffers[key]
+            self.buffers[key] = torch.empty(self.room, width, dtype=dtype or self.model.embed.weight.dtype)
+        return self.buffers[key][: self.batch]

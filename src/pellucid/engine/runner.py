@@ -2,7 +2,7 @@
 
 Everything that works on each token alone (projections of the feed-forward, experts, norms, head) sees all tokens at once,
 so that weights are read once a step. Mixers see segments: the requests that got one token each together, every longer
-part by itself.
+part by itself. On a CPU, models of plain attention run by compiled kernels instead (engine/paged_step.py).
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pellucid.engine.decode import unsuited
 from pellucid.engine.paged_cache import Pages, Rows, Saved
+from pellucid.engine.paged_step import PagedBatch, PagedStep
 from pellucid.engine.request import Request
 from pellucid.engine.scheduler import Part, Plan
 from pellucid.nn import Decoder
@@ -26,6 +28,8 @@ class Runner:
         self.model = model
         self.device, self.dtype = model.embed.weight.device, model.compute_dtype or model.embed.weight.dtype
         self.pages = Pages(model.spec, blocks, size, places, dtype=dtype or self.dtype, device=self.device)
+        suited = unsuited(model) is None and self.pages.entries[0][0].dtype == self.dtype
+        self.compiled = PagedStep(model) if suited else None
         self.free_places = list(range(places - 1, -1, -1))
         self.place_of: dict[Request, int] = {}
         self.swapped: dict[Request, Saved] = {}
@@ -43,24 +47,37 @@ class Runner:
         if not plan.parts:
             return {}
         groups = segments_of(plan.parts)
-        tokens = torch.tensor([[t for group in groups for p in group for t in p.request.tokens[p.start : p.start + p.count]]],
-                              device=self.device)
-        ctx = self._context(groups)
-        hidden = self.model.run(tokens, ctx)[0]
-        for segment in ctx.segments or []:
-            segment.ctx.cache.advance(0)  # type: ignore[union-attr]
+        order = [part for group in groups for part in group]
+        hidden = self._compiled(order) if self.compiled and self.compiled.suits(order) else self._flat(groups)
         asked: list[Request] = []
         places: list[int] = []
         at = 0
-        for part in (p for group in groups for p in group):
+        for part in order:
             at += part.count
             if part.samples:
                 asked.append(part.request)
                 places += range(at - 1 - part.request.drafts, at)
         if not asked:
             return {}
-        logits = self.model.logits(hidden[torch.tensor(places, device=self.device)])
+        rows = hidden[torch.tensor(places, device=self.device)]
+        logits = self.compiled.logits(rows) if self.compiled else self.model.logits(rows)
         return dict(zip(asked, logits.split([1 + r.drafts for r in asked]), strict=True))
+
+    def _compiled(self, order: Sequence[Part]) -> Tensor:
+        """The last hidden state (N, D) of all parts, by kernels that read the pages in place."""
+        assert self.compiled is not None
+        tokens = torch.tensor([t for p in order for t in p.request.tokens[p.start : p.start + p.count]])
+        return self.compiled.hidden(tokens, PagedBatch(self.pages, order, self.model.spec.context))
+
+    def _flat(self, groups: Sequence[Sequence[Part]]) -> Tensor:
+        """The same through the model itself: the readable twin, for every kind of mixer."""
+        tokens = torch.tensor([[t for group in groups for p in group for t in p.request.tokens[p.start : p.start + p.count]]],
+                              device=self.device)
+        ctx = self._context(groups)
+        hidden = self.model.run(tokens, ctx)[0]
+        for segment in ctx.segments or []:
+            segment.ctx.cache.advance(0)  # type: ignore[union-attr]
+        return hidden
 
     def _context(self, groups: Sequence[Sequence[Part]]) -> Context:
         flat = Context(torch.empty(0), self.dtype, segments=[])

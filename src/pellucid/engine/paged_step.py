@@ -1,0 +1,72 @@
+"""A whole step of the engine by compiled kernels on a CPU: all tokens of all requests as rows of one batch.
+
+Between the products everything is the decoding step's (engine/decode.py); attention reads the pages where they lie
+(ops/jit/paged.py). The readable twin is the flat pass of engine/runner.py, which gathers. Prompts use the same kernels: a
+chunk of a few hundred tokens spends its time in products; long prompts are better off with the twin, whose attention is
+products too (`suits`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pellucid.engine.decode import CompiledStep
+from pellucid.engine.paged_cache import Pages
+from pellucid.engine.scheduler import Part
+from pellucid.nn import Attn, Decoder
+
+MOST_PAIRS = 2**17
+"""Pairs of a token and one before it, in a step: more of them are faster as products (about 2 ns a pair and head entry of 32)."""
+
+
+class PagedBatch:
+    """The step's tokens, and where their entries lie. Speaks as a cache to `CompiledStep`."""
+
+    first = None
+
+    def __init__(self, pages: Pages, parts: Sequence[Part], capacity: int):
+        self.pages, self.capacity = pages, capacity
+        ends = [p.start + p.count for p in parts]
+        self.slots = torch.zeros(len(parts), max(ends), dtype=torch.int64)
+        for row, (part, end) in enumerate(zip(parts, ends, strict=True)):
+            self.slots[row, :end] = pages.slots(part.request.blocks, 0, end)
+        counts = torch.tensor([p.count for p in parts])
+        self.request = torch.repeat_interleave(torch.arange(len(parts)), counts)
+        self.positions = torch.cat([torch.arange(p.start, e) for p, e in zip(parts, ends, strict=True)])
+        self.into = self.slots[self.request, self.positions]
+
+    def reserve(self, tokens: int) -> None:
+        """The scheduler has given the blocks."""
+
+    def advance(self, tokens: int) -> None:
+        """Counters are the requests' own."""
+
+
+class PagedStep(CompiledStep):
+    """`hidden(tokens (N,), batch)` -> (N, D); `logits` of the rows that are asked for."""
+
+    def __init__(self, model: Decoder):
+        super().__init__(model)
+        from pellucid.ops.jit import paged
+
+        self.paged = paged
+
+    @staticmethod
+    def suits(parts: Sequence[Part]) -> bool:
+        return sum(p.count * (p.start + (p.count + 1) // 2) for p in parts) <= MOST_PAIRS
+
+    def _attend(self, mixer: Any, spec: Attn, h: Tensor, index: int, first: Any, cache: PagedBatch) -> None:
+        array = self.array
+        qkv = array(self._product(mixer.qkv, h))
+        self.attended = self._buffer("attended", spec.heads * spec.head_dim)
+        q_weight, k_weight = map(array, (mixer.q_norm.weight, mixer.k_norm.weight)) if spec.qk_norm else (self.nothing, self.nothing)
+        eps, positions = mixer.q_norm.eps if spec.qk_norm else 0.0, array(cache.positions)
+        keys, values = map(array, cache.pages.entries[index])
+        write, attend = self.paged.attend_kernels(spec.head_dim, spec.heads // spec.kv_heads)
+        write(qkv, k_weight, eps, *self.tables[spec.rope], positions, array(cache.into), keys, values)
+        attend(qkv, q_weight, eps, *self.tables[spec.rope], positions, array(cache.request), array(cache.slots), spec.window or 0,
+               spec.head_dim**-0.5, keys, values, array(self.attended))
