@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import assert_equal
 from tiny_encoders import CASES, padded, redraw, written
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPVisionConfig, MarianConfig
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.marian.modeling_marian import MarianDecoderLayer
@@ -19,7 +20,7 @@ from pellucid.models import save, spec_of
 from pellucid.models.families import family_of
 from pellucid.models.names import targets
 from pellucid.models.transformer import from_torch, to_torch
-from pellucid.nn import DualEncoder, Encoder, EncoderDecoder, KVCache, count_parameters, init_weights
+from pellucid.nn import DualEncoder, Encoder, EncoderDecoder, KVCache, count_parameters, forward_flops, init_weights
 from pellucid.nn.build import build_layer
 from pellucid.nn.context import Context
 from pellucid.nn.linear import Linear
@@ -163,6 +164,16 @@ def test_counts_from_the_spec(pair):
     if isinstance(ours, EncoderDecoder):  # the reference counts its two tables of sinusoids, and its bias is no parameter
         count += 2 * ours.spec.context * ours.spec.dim - ours.logits_bias.numel()
     assert count == theirs.num_parameters()
+
+
+@pytest.mark.parametrize("name", ["bert", "bert-mlm"])
+def test_flops_equal_the_counter_of_torch(name, tmp_path):
+    _, ours = opened(name, tmp_path)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        hidden = ours(torch.full((1, 24), 5))
+        if name == "bert-mlm":
+            ours.logits(hidden)
+    assert counter.get_total_flops() == 24 * forward_flops(ours.spec, 24)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

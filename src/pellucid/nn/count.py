@@ -189,9 +189,15 @@ def mixing_flops(mixer: Any, context: int) -> int:
     return 8 * mixer.v_heads * mixer.k_dim * mixer.v_dim  # decay, read, write, read
 
 
-def forward_flops(spec: DecoderSpec, context: int) -> int:
-    """Forward FLOPs for one token at position `context`: 2 per matrix weight used, and the mixers' own."""
-    total = 2 * spec.vocab * spec.dim
+def forward_flops(spec: DecoderSpec | EncoderSpec, context: int) -> int:
+    """Forward FLOPs for one token that sees `context` tokens, itself included: 2 per matrix weight used, and the mixers' own.
+
+    Of an encoder without what it does once a text, however long: a pooler, a classifier.
+    """
+    if isinstance(spec, EncoderSpec):
+        total = 2 * (spec.vocab + spec.dim) * spec.dim * (spec.head == "mlm")
+    else:
+        total = 2 * spec.vocab * spec.dim
     for layer in spec.layers:
         total += 2 * (count(layer.mixer, spec.dim).active_matrices + count(layer.ffn, spec.dim).active_matrices)
         total += mixing_flops(layer.mixer, context)

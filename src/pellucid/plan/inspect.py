@@ -20,7 +20,7 @@ from pellucid.models.families import unwrapped
 from pellucid.models.hub import local_folder, read_config, shape_of, spec_of
 from pellucid.models.weights import stored_dtypes
 from pellucid.nn.count import cache_entries, count, forward_flops, layer_norms, mixing_flops
-from pellucid.nn.specs import DecoderSpec, Layer, MoE
+from pellucid.nn.specs import DecoderSpec, EncoderSpec, Layer, MoE
 from pellucid.runtime import dtype_of
 from pellucid.tokenizers import Tokenizer
 
@@ -95,8 +95,8 @@ class Inspection:
         return None if self.flops_per_token is None else 3 * self.flops_per_token
 
     def flops(self, context: int) -> int | None:
-        """Forward FLOPs of one token that sees `context` tokens, itself included; None for models that are no decoder."""
-        return forward_flops(self.spec, context) if isinstance(self.spec, DecoderSpec) else None
+        """Forward FLOPs of one token that sees `context` tokens, itself included; None for shapes of two sides."""
+        return forward_flops(self.spec, context) if isinstance(self.spec, DecoderSpec | EncoderSpec) else None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, as `--json` prints it."""
