@@ -13,7 +13,7 @@ pytest.importorskip("trl", reason="optional reference: pip install pellucid[pari
 
 import trl_trainers
 
-from pellucid.align.aggregation import Counts
+from pellucid.align.aggregation import Counts, aggregate
 from pellucid.align.divergence import dft, distill_logits, jsd_rows, sparse_rows
 from pellucid.align.preference import LOSSES, Terms, preference_objective
 from pellucid.align.preference_config import PreferenceConfig
@@ -306,9 +306,15 @@ def test_sparse_divergences(beta, tail):
     torch.testing.assert_close(sparse_rows(s, every.indices, every.values, beta=beta, tail="drop"), full, atol=1e-6, rtol=1e-5)
 
 
-def test_dft_is_trls(tmp_path):
-    """trl: -log p * sg[p], over the tokens of the batch."""
-    logp = (-2 * torch.rand(7)).requires_grad_()
-    expected = (-logp * logp.exp().detach()).sum() / 7
-    (a,), (b,) = (torch.autograd.grad(x, logp) for x in (dft(logp).mean(), expected))
-    torch.testing.assert_close(a, b)
+@pytest.mark.parametrize("loss", ["nll", "dft"])
+def test_supervised_losses(tmp_path, batch, loss):
+    """SFTTrainer's own loss: means over the labelled tokens of the whole step, of which this is a micro-batch."""
+    logp, _, _, mask = batch
+    trainer, tokens = trl_trainers.sft(tmp_path, loss_type=loss), int(mask.sum()) + 11
+    ids = torch.zeros(mask.shape, dtype=torch.long)
+    other = trainer.compute_loss(trl_trainers.Answers(logp), dict(input_ids=ids, labels=ids, attention_mask=ids + 1),
+                                 num_items_in_batch=tokens)
+    flat_logp = logp[mask]
+    each = dft(flat_logp) if loss == "dft" else -flat_logp
+    mine = aggregate(each, torch.zeros(len(each), dtype=torch.long), "token-mean", Counts(tokens, 2 * P))
+    same(batch, mine, other)

@@ -77,6 +77,14 @@ def reward(out, model=None, **options):
     return RewardTrainer(model or reward_model(), args=args, train_dataset=PAIRS, processing_class=tokenizer())
 
 
+def sft(out, **options):
+    from trl import SFTConfig, SFTTrainer
+
+    data = Dataset.from_dict({"prompt": ["ab", "cde"], "completion": ["abc", "d"]})
+    args = SFTConfig(output_dir=str(out), **(COMMON | dict(max_steps=1) | options))
+    return SFTTrainer(language_model(), args=args, train_dataset=data, processing_class=tokenizer())
+
+
 class Answers:
     """A model that answers with the given numbers, in the form of trl's fused head."""
 
@@ -89,5 +97,5 @@ class Answers:
         logp = self.logps[min(self.calls, len(self.logps) - 1)]
         self.calls += 1
         zeros = torch.zeros_like(logp)
-        return SimpleNamespace(log_probs=logp, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool(),
+        return SimpleNamespace(log_probs=logp, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool(), label_mask=logp != 0,
                                log_sum_sq_probs=zeros if self.log_square is None else self.log_square)
