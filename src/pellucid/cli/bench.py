@@ -52,6 +52,18 @@ def tokenizer(config: Bench) -> int:
     return _run("tokenizer", config, [])
 
 
+def load(config: Bench) -> int:
+    return _run("load", config, [])
+
+
+def forward(config: Bench) -> int:
+    return _run("forward", config, [])
+
+
+def parity(config: Bench) -> int:
+    return _run("parity", config, [])
+
+
 def grow(config: BenchGrow) -> int:
     return _run("grow", config, ["--seeds", str(config.seeds), "--minutes", f"{config.minutes:g}"])
 
