@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import begin, finish, options
 
+from common import begin, finish, options
 from pellucid.models import save
 from pellucid.nn import MLP, Attn, Decoder, DecoderSpec, Layer, Rope, count_parameters, init_weights
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import begin, finish, options
 
 import pellucid
+from common import begin, finish, options
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "models"))
 import tiny_checkpoints as decoders

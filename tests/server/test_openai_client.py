@@ -58,7 +58,8 @@ def test_chat_is_what_the_engine_says(client: openai.OpenAI, llm: LLM):
     assert answer.choices[0].message.content == expected.text
     assert answer.choices[0].finish_reason == expected.finish_reason == "length"
     assert answer.usage.model_dump(exclude_none=True) == {
-        "prompt_tokens": len(ids), "completion_tokens": 20, "total_tokens": len(ids) + 20}
+        "prompt_tokens": len(ids), "completion_tokens": 20, "total_tokens": len(ids) + 20,
+        "prompt_tokens_details": {"cached_tokens": 0}}
     assert answer.object == "chat.completion" and answer.model == "tiny" and answer.id.startswith("chatcmpl-")
 
 
@@ -255,3 +256,20 @@ def test_the_key(llm: LLM, capfd: pytest.CaptureFixture[str]):
         assert client_of(url, "s3cret-key").models.list().data[0].id == "tiny"
     out = capfd.readouterr()
     assert "s3cret" not in out.out + out.err
+
+
+def test_requests_run_together_and_the_second_turn_finds_the_first_in_the_cache(client: openai.OpenAI, llm: LLM):
+    from concurrent.futures import ThreadPoolExecutor
+
+    def ask(i: int) -> str:
+        turn = [{"role": "user", "content": f"number {i} of many, and some more words to fill a block"}]
+        return client.chat.completions.create(model="tiny", messages=turn, temperature=0, max_tokens=24).choices[0].message.content
+
+    alone = [ask(i) for i in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(ask, range(6))) == alone
+    talk = [{"role": "user", "content": "one two three four five six seven eight nine ten " * 2}]
+    first = client.chat.completions.create(model="tiny", messages=talk, temperature=0, max_tokens=20)
+    again = client.chat.completions.create(model="tiny", messages=talk, temperature=0, max_tokens=20, n=2)
+    assert again.usage.prompt_tokens_details.cached_tokens >= 16
+    assert [c.message.content for c in again.choices] == [first.choices[0].message.content] * 2

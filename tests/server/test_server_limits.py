@@ -15,6 +15,7 @@ import pytest
 from served_models import Actor
 
 from pellucid import events
+from pellucid.engine.core import EngineConfig
 from pellucid.errors import BadInput
 from pellucid.server import running_server
 from pellucid.server.run import bind, url_of
@@ -29,7 +30,7 @@ def actor() -> Actor:
 
 @pytest.fixture(scope="module")
 def url(actor: Actor) -> Iterator[str]:
-    with running_server(actor.llm, "actor", waiting=2, max_body=20_000) as url:
+    with running_server(actor.llm, "actor", waiting=2, max_body=20_000, engine=EngineConfig(running=1)) as url:
         yield url
 
 

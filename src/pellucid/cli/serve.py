@@ -10,10 +10,12 @@ import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pellucid.cli.base import Common, Positional, prepare
+from pellucid.cli.watch import EngineLines
 from pellucid.errors import BadInput, PellucidError
-from pellucid.events import Event, emit
+from pellucid.events import Event, emit, subscribed
 from pellucid.messages import add, say
 
 add({
@@ -53,6 +55,24 @@ class Serve(Common):
     waiting: int = 16
     """Requests that may wait; more are answered with 429.
     允许排队的请求数；超出则返回 429。"""
+    running: int = 64
+    """Requests that run at a time.
+    同时运行的请求数。"""
+    cache_tokens: int | None = None
+    """Tokens that the cache has room for; by default what memory allows, at most as many full contexts as requests run.
+    缓存可容纳的词元数；默认取内存所允许的，最多为并发数个完整上下文。"""
+    prefix: Literal["chain", "radix", "radix-cost", "none"] = "chain"
+    """Prefix cache: chain of block hashes, radix tree (exact to the token; radix-cost evicts what is cheapest to lose), or none.
+    前缀缓存：分块哈希链、基数树（精确到词元；radix-cost 先淘汰损失最小者）或不用。"""
+    order: Literal["first-come", "longest-hit", "depth-first", "fair"] = "first-come"
+    """Who is admitted first: the oldest, the longest hit in the prefix cache, depth first by prefix, or the least served API user.
+    准入次序：先到先得、前缀命中最长、按前缀深度优先，或得到服务最少者。"""
+    budget: int = 512
+    """Tokens computed in a step; prompts longer than that are cut into chunks.
+    每步计算的词元数；更长的提示会被分块。"""
+    drafts: int = 0
+    """Tokens proposed from the request's own text and checked in one pass (speculative decoding); the answers do not change.
+    从请求自身文本中猜测、一次验证的词元数（投机解码）；不改变回答。"""
 
 
 @dataclass
@@ -71,6 +91,7 @@ def serve(config: Serve) -> None:
     except ModuleNotFoundError as error:
         raise PellucidError("serving needs fastapi and uvicorn", str(error), "pip install 'pellucid[serve]'") from error
     from pellucid.engine import LLM
+    from pellucid.engine.core import EngineConfig
 
     key = read_key(config.api_key_file) if config.api_key_file else None
     with bind(config.host, config.port) as listener:  # before the model is loaded: a taken port is told at once
@@ -82,8 +103,11 @@ def serve(config: Serve) -> None:
         print(f"{name}: {url}/v1   ({say('serve.stop')})\n  {example(url, name, key is not None)}", file=sys.stderr)
         if key is None and not is_loopback(listener):
             print(open_to_all(config.host, listener), file=sys.stderr)  # also with --quiet
-        with contextlib.suppress(KeyboardInterrupt):  # the ordinary end of a server
-            serve_forever(llm, name, listener, api_key=key, waiting=config.waiting)
+        engine = EngineConfig(cache_tokens=config.cache_tokens, prefix=config.prefix, order=config.order, running=config.running,
+                              budget=config.budget, drafts=config.drafts)
+        lines = contextlib.nullcontext() if config.quiet or config.json else subscribed(EngineLines(sys.stderr))
+        with contextlib.suppress(KeyboardInterrupt), lines:  # Ctrl-C is the ordinary end of a server
+            serve_forever(llm, name, listener, api_key=key, waiting=config.waiting, engine=engine)
 
 
 def is_loopback(listener: socket.socket) -> bool:

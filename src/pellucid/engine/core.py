@@ -36,7 +36,8 @@ ORDERS: dict[str, Callable[[], Order]] = {"first-come": lambda: first_come, "lon
 
 @dataclass
 class EngineStep(events.Event):
-    """One step of the engine.  planning, seconds: of the scheduler, and of the whole step."""
+    """One step of the engine.  prompt, hit: tokens of the prompts admitted in it, and of those that the prefix cache held.
+    planning, seconds: of the scheduler, and of the whole step."""
 
     kind = "engine_step"
     step: int
@@ -45,6 +46,8 @@ class EngineStep(events.Event):
     running: int
     waiting: int
     admitted: int
+    prompt: int
+    hit: int
     preempted: int
     available: int
     blocks: int
@@ -194,10 +197,12 @@ class Engine:
         t["generated_tokens"] += sum(len(tokens) for _, tokens in given)
         t["computed_tokens"] += plan.tokens
         t["preemptions"] += len(plan.preempted)
-        t["hit_tokens"] += sum(r.hit for r in plan.admitted if r.preemptions == 0)
+        new = [r for r in plan.admitted if r.preemptions == 0]
+        hit = sum(r.hit for r in new)
+        t["hit_tokens"] += hit
         events.emit(EngineStep(
             self.steps, plan.tokens, sum(len(tokens) for _, tokens in given), len(self.scheduler.running), len(self.scheduler.waiting),
-            len(plan.admitted), len(plan.preempted), self.cache.available(), self.cache.blocks, planning, seconds))
+            len(plan.admitted), sum(len(r.prompt) for r in new), hit, len(plan.preempted), self.cache.available(), self.cache.blocks, planning, seconds))
 
     def snapshot(self) -> dict[str, Any]:
         """The engine's real state, as plain data: queue, running requests with their block tables, totals."""

@@ -95,6 +95,12 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """BadInput where the request could never run, even alone."""
+        self.check(request)
+        request.number = self.arrivals = self.arrivals + 1
+        self.waiting.append(request)
+
+    def check(self, request: Request) -> None:
+        """BadInput where the request could never run, even alone."""
         most = min(request.limit, self.context)
         if len(request.prompt) == 0:
             raise BadInput("the prompt is empty", "there is nothing to continue", "give at least one token of text")
@@ -104,8 +110,6 @@ class Scheduler:
         if self._blocks(most) > self.cache.blocks:
             raise BadInput(f"a request of up to {most} tokens needs {self._blocks(most)} blocks of {self.cache.size} tokens",
                            f"the cache has {self.cache.blocks}", "ask for fewer tokens, or start with a larger cache")
-        request.number = self.arrivals = self.arrivals + 1
-        self.waiting.append(request)
 
     def finish(self, request: Request, reason: str) -> None:
         """Out of the engine in whatever state it is; its blocks are free at once."""

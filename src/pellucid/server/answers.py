@@ -28,7 +28,7 @@ class Envelope:
     def __post_init__(self) -> None:
         self.id = f"{self.prefix}-{secrets.token_hex(12)}"
 
-    def body(self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None, part: str = "") -> dict[str, Any]:
+    def body(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None, part: str = "") -> dict[str, Any]:
         body = {"id": self.id, "object": self.object + part, "created": self.created, "model": self.model, "choices": choices}
         return body if usage is None else body | {"usage": usage}
 
@@ -41,10 +41,11 @@ def text_envelope(model: str) -> Envelope:
     return Envelope(model, "text_completion", "cmpl")
 
 
-def usage_of(job: Job) -> dict[str, int]:
-    """Tokens of all prompts (each once) and of all answers, end tokens included."""
+def usage_of(job: Job) -> dict[str, Any]:
+    """Tokens of all prompts (each once) and of all answers, end tokens included; those of prompts that were in the cache."""
     prompt, completion = job.prompt_tokens, job.completion_tokens
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": job.cached_tokens}}
 
 
 def tool_call(piece: Piece) -> dict[str, Any]:

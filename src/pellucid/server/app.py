@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 import pellucid
 from pellucid.engine import LLM
+from pellucid.engine.core import EngineConfig
 from pellucid.engine.batch import check_length
 from pellucid.errors import BadInput
 from pellucid.server import errors
@@ -35,13 +36,14 @@ from pellucid.server.worker import Job, Worker
 T = TypeVar("T")
 
 
-def create_app(llm: LLM, name: str, *, api_key: str | None = None, waiting: int = 16, max_body: int = 4 << 20) -> FastAPI:
+def create_app(llm: LLM, name: str, *, api_key: str | None = None, waiting: int = 16, max_body: int = 4 << 20,
+               engine: EngineConfig | None = None) -> FastAPI:
     """An ASGI application that serves `llm` under the model name `name`.
 
-    api_key: what clients must send as bearer token; None: nothing.  waiting: requests that may wait for the one that
-    runs; more get 429.  max_body: bytes of the largest request.
+    api_key: what clients must send as bearer token; None: nothing.  waiting: requests that may wait beside those that run; more get
+    429.  max_body: bytes of the largest request.  engine: how many run at a time, the cache, and so on.
     """
-    worker = Worker(llm, waiting)
+    worker = Worker(llm, waiting, engine)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -128,7 +130,10 @@ def submit(worker: Worker, body: Sampling, prompts: list[list[int]], options: di
             check_length(len(ids), p.max_tokens, context)
     except BadInput as error:
         raise told(error, "messages" if isinstance(body, ChatRequest) else "prompt", "context_length_exceeded") from error
-    return worker.submit(prompts, params, [options | {"stops": body.stops}] * len(prompts))
+    try:
+        return worker.submit(prompts, params, [options | {"stops": body.stops}] * len(prompts))
+    except BadInput as error:
+        raise told(error, "max_tokens", "context_length_exceeded") from error
 
 
 async def unless_gone(answer: Awaitable[T], job: Job, request: Request) -> T:
