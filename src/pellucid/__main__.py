@@ -33,6 +33,9 @@ VERBS = {
         "sft": Verb("pellucid.cli.train:sft", "supervised fine-tuning on conversations", "在对话数据上做监督微调"),
     }),
     "align": Verb("", "make a model better by rewards", "用奖励对齐模型", {
+        "dpo": Verb("pellucid.cli.align_offline:dpo", "preferences in pairs: DPO and its family", "成对偏好：DPO 及其同族"),
+        "kto": Verb("pellucid.cli.align_offline:kto", "single answers labelled good or bad", "单个标注好坏的回答"),
+        "rm": Verb("pellucid.cli.align_offline:rm", "a reward model from pairs", "从成对数据训练奖励模型"),
         "grpo": Verb("pellucid.cli.align:grpo", "group-relative policy optimisation on verifiable tasks",
                      "在可验证任务上做组相对策略优化"),
     }),

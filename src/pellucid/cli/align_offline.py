@@ -1,0 +1,262 @@
+"""`pellucid align dpo | kto | rm`: learning from preferences that are given, for any checkpoint and any data set of the usual formats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pellucid.cli.base import Common, Positional, prepare
+from pellucid.errors import BadInput
+
+if TYPE_CHECKING:
+    from pellucid.align.offline import OfflineConfig, OfflineLoop
+    from pellucid.tokenizers import Tokenizer
+
+
+@dataclass(frozen=True)
+class OfflineOptions(Common):
+    """What the methods on given answers share."""
+
+    model: Positional[str]
+    """Checkpoint to start from (and the reference): a folder or a Hub id.
+    起始检查点（同时是参考模型）：目录或 Hub id。"""
+    data: Positional[str]
+    """Data set: a .jsonl, .json or .parquet file, a folder, or a Hub id; its format is recognised.
+    数据集：.jsonl、.json 或 .parquet 文件、目录或 Hub id；格式自动识别。"""
+    out: Path = Path("runs/align")
+    """Folder for the model and the resume state.
+    结果与续训状态的目录。"""
+    steps: int | None = None
+    """Optimizer steps; by default one pass over the data.
+    优化步数；默认遍历数据一遍。"""
+    minutes: float | None = None
+    """Length of the run in minutes, instead of --steps.
+    分钟数（代替 --steps）。"""
+    batch: int = 32
+    """Examples in a step.
+    每步样本数。"""
+    micro: int | None = None
+    """Examples in a micro-batch: memory only, the numbers stay.
+    微批样本数：只影响内存，不影响数值。"""
+    length: int = 1024
+    """Longest example in tokens; longer ones lose their end.
+    最长样本（词元）；更长者截去末尾。"""
+    optimizer: Literal["muon", "adamw"] = "adamw"
+    """Optimizer.
+    优化器。"""
+    lr: float = 1e-6
+    """Learning rate (about 1e-4 for a model of a million parameters).
+    学习率（百万参数的模型约 1e-4）。"""
+    split: str = "train"
+    """Which part of a data set with several.
+    数据集含多个部分时取哪一部分。"""
+    dry_run: bool = False
+    """Print the objective, the arithmetic of a step and the first example as the model sees it, and stop.
+    只打印目标函数、每步的算术与模型所见的第一个样本，然后停止。"""
+    resume: bool = False
+    """Go on with the interrupted run in the same folder.
+    继续同一目录中被中断的训练。"""
+
+
+@dataclass(frozen=True)
+class Dpo(OfflineOptions):
+    """Direct preference optimisation and its family, on pairs of a better and a worse answer.
+    直接偏好优化及其同族方法：从一好一坏的回答对中学习。
+
+    $ pellucid align dpo runs/grow/model pairs.jsonl --loss sigmoid --beta 0.1 --lr 1e-4
+    """
+
+    loss: tuple[str, ...] = ("sigmoid",)
+    """Losses: sigmoid (DPO), cdpo, robust, ipo, ipo_sum, hinge, sigmoid_norm, exo_pair, nca_pair, bco_pair, sppo_hard, apo_zero, apo_down, aot,
+    aot_unpaired, discopop, simpo, cpo, orpo, sft; several are added up with equal weights.
+    损失函数；给出多个则等权相加。"""
+    beta: float = 0.1
+    """How strongly the policy is held to the reference.
+    对参考模型的约束强度。"""
+    smoothing: float = 0.0
+    """Share of pairs whose label is believed to be wrong (cdpo, robust, exo_pair, aot, simpo, cpo).
+    估计标错的样本比例。"""
+    reference: Literal["precompute", "live"] = "precompute"
+    """Log-probabilities of the reference: computed once before the run, or in every step.
+    参考模型的对数概率：训练前一次算好，或每步计算。"""
+
+
+@dataclass(frozen=True)
+class Kto(OfflineOptions):
+    """Kahneman-Tversky optimisation, on single answers that are labelled good or bad (pairs are taken apart).
+    KTO：从单个标注好坏的回答中学习（成对数据会被拆开）。
+
+    $ pellucid align kto runs/grow/model feedback.jsonl --lr 1e-4
+    """
+
+    beta: float = 0.1
+    """How strongly the policy is held to the reference.
+    对参考模型的约束强度。"""
+    good_weight: float = 1.0
+    """Weight of good answers.
+    好回答的权重。"""
+    bad_weight: float = 1.0
+    """Weight of bad answers.
+    坏回答的权重。"""
+
+
+@dataclass(frozen=True)
+class Rm(OfflineOptions):
+    """A reward model by Bradley-Terry, on pairs; transformers opens it as a sequence classifier with one label.
+    用 Bradley-Terry 在成对数据上训练奖励模型；transformers 可作为单标签序列分类器打开。
+
+    $ pellucid align rm runs/grow/model pairs.jsonl --lr 1e-4
+    """
+
+    centring: float = 0.0
+    """Weight of (r_chosen + r_rejected)^2, which keeps rewards near zero.
+    使奖励保持在零附近的惩罚权重。"""
+
+
+def dpo(config: Dpo) -> None:
+    from pellucid.align.examples import encode_pairs
+    from pellucid.align.offline import PreferenceLoop, pair_accuracy
+    from pellucid.align.preference_config import PreferenceConfig, preference_formula
+
+    objective = PreferenceConfig({name: 1.0 for name in config.loss}, beta=config.beta, smoothing=config.smoothing)
+    job = Job(config, "dpo", "preference", encode_pairs, preference_formula(objective))
+    if job.ready:
+        held = job.heldout
+        job.run(lambda settings, **how: PreferenceLoop(job.model, job.items, objective, settings, evaluate=lambda: (
+            "held-out pairs told apart", *pair_accuracy(job.model, held, job.reference(held))), **how), save_decoder)
+
+
+def kto(config: Kto) -> None:
+    from pellucid.align.examples import encode_labelled
+    from pellucid.align.offline import UnpairedLoop
+    from pellucid.align.unpaired import UnpairedConfig
+
+    objective = UnpairedConfig(beta=config.beta, good_weight=config.good_weight, bad_weight=config.bad_weight)
+    formula = "good: w_d (1 - σ(β (c - z)));  bad: w_u (1 - σ(β (z - c)));  z = max(0, mean log p/p_ref of mismatched answers)"
+    job = Job(config, "kto", "unpaired-preference", encode_labelled, f"{formula}, β = {config.beta:g}")
+    if job.ready:
+        job.run(lambda settings, **how: UnpairedLoop(job.model, job.items, objective, settings, evaluate=job.labels_told_apart, **how),
+                save_decoder)
+
+
+def rm(config: Rm) -> None:
+    from pellucid.align.examples import encode_pairs
+    from pellucid.align.reward_model import RewardLoop, RewardModel, save_reward_model
+
+    job = Job(config, "rm", "preference", encode_pairs,
+              "-log σ(r_chosen - r_rejected - margin)" + (f" + {config.centring:g} (r_chosen + r_rejected)²" if config.centring else ""))
+    if not job.ready:
+        return
+    scorer = RewardModel.of(job.model, config.seed or 0)
+
+    def told_apart() -> tuple[str, float, dict[str, Any]]:
+        import torch
+
+        with torch.no_grad():
+            better = scorer.eval().scores([p.chosen for p in job.heldout]) > scorer.scores([p.rejected for p in job.heldout])
+        return "held-out pairs told apart", float(better.float().mean()), {"pairs": len(job.heldout)}
+
+    job.run(lambda settings, **how: RewardLoop(scorer, job.items, settings, centring=config.centring, evaluate=told_apart, **how),
+            lambda _, folder, tokenizer: save_reward_model(scorer, folder, tokenizer))
+
+
+def save_decoder(model: Any, folder: Path, tokenizer: Tokenizer) -> None:
+    from pellucid.models import save
+
+    save(model, folder, tokenizer=tokenizer)
+
+
+class Job:
+    """Data, model and folder of one run: what the three methods share. `ready` is False after a dry run."""
+
+    def __init__(self, config: OfflineOptions, stage: str, wanted: Any, encode: Callable[..., list[Any]], formula: str):
+        from pellucid import events
+        from pellucid.data.formats_files import open_data
+        from pellucid.data.split import is_heldout
+        from pellucid.models import load
+        from pellucid.tokenizers import Tokenizer
+
+        self.config, self.stage = config, stage
+        device = prepare(config)
+        self.tokenizer = Tokenizer.load(config.model)
+        records = list(open_data(config.data, config.split, wanted=wanted))
+        parts: dict[bool, list[Any]] = {False: [], True: []}
+        for record in records:
+            parts[is_heldout(str(record.prompt))].append(record)  # type: ignore[attr-defined]
+        if not parts[True] and len(parts[False]) > 1:
+            parts[True].append(parts[False].pop())
+        if not (parts[False] and parts[True]):
+            raise BadInput(f"{config.data} holds too few examples", "one part is held out to measure what was learned",
+                           "give at least two examples with different prompts")
+        self.items, self.heldout = (encode(self.tokenizer, parts[k], config.length) for k in (False, True))
+        self.formula = formula
+        events.note(f"{stage}: {formula}")
+        events.note(f"{len(self.items)} examples to learn from, {len(self.heldout)} held out by a hash of their prompt")
+        self.ready = not config.dry_run
+        if config.dry_run:
+            self._show()
+            return
+        self.model = load(config.model, device=str(device))
+
+    def reference(self, pairs: Sequence[Any]) -> Any:
+        """Log-probabilities of the held-out pairs under the given weights, computed once."""
+        from pellucid.align.answers import logprobs_of
+
+        if not hasattr(self, "_reference"):
+            self._reference = logprobs_of(self.model.eval(), [a for p in pairs for a in (p.chosen, p.rejected)])
+        return self._reference
+
+    def labels_told_apart(self) -> tuple[str, float, dict[str, Any]]:
+        """Held-out answers whose implicit reward log p / p_ref lies on the right side of the median."""
+        import torch
+
+        from pellucid.align.answers import logprobs_of
+
+        answers = [x.answer for x in self.heldout]
+        now = torch.stack([x.sum() for x in logprobs_of(self.model.eval(), answers)])
+        if not hasattr(self, "_before"):
+            self._before = now
+        reward, good = now - self._before, torch.tensor([x.good for x in self.heldout], device=now.device)
+        if bool(good.all()) or not bool(good.any()):
+            return "held-out labels told apart", 0.5, {"answers": len(good)}
+        pairs = reward[good][:, None] - reward[~good][None, :]  # the chance that a good answer gained more than a bad one (AUC)
+        return "held-out labels told apart", float((pairs > 0).float().mean() + 0.5 * (pairs == 0).float().mean()), {"answers": len(good)}
+
+    def run(self, make: Callable[..., OfflineLoop[Any]], write: Callable[[Any, Path, Tokenizer], None]) -> None:
+        from pellucid import events
+
+        c = self.config
+        loop = make(self.settings(), checkpoint=c.out / "checkpoint", tokenizer=self.tokenizer, resume_hint="the same command with --resume")
+        assert loop.evaluate is not None
+        name, before, _ = loop.evaluate()
+        if c.resume and not loop.resume():
+            events.note(f"nothing to resume in {c.out}: starting from {c.model}", "warning")
+        history = loop.run()
+        _, after, _ = loop.evaluate()
+        write(self.model, c.out / "model", self.tokenizer)
+        events.emit(events.StageEnd(self.stage, history.seconds, before, after, name, "", True))
+        print(f"{name} {before:.1%} -> {after:.1%}; model in {c.out / 'model'}")
+
+    def settings(self) -> OfflineConfig:
+        from pellucid.align.offline import OfflineConfig
+        from pellucid.optim import OptimConfig
+
+        c = self.config
+        seconds = None if c.minutes is None else c.minutes * 60
+        steps = c.steps if c.steps is not None or seconds is not None else max(1, -(-len(self.items) // c.batch))
+        return OfflineConfig(stage=self.stage, steps=steps, seconds=seconds, batch=min(c.batch, len(self.items)), micro=c.micro,
+                             optim=OptimConfig(c.optimizer, lr=c.lr), seed=c.seed or 0,
+                             reference=c.reference if isinstance(c, Dpo) else "precompute")
+
+    def _show(self) -> None:
+        """What a run would do."""
+        settings, first = self.settings(), self.items[0]
+        print(f"objective: {self.formula}")
+        print(f"step: {settings.batch} examples in micro-batches of {settings.micro or settings.batch}; "
+              f"{'by the clock' if settings.steps is None else f'{settings.steps} steps'}; {len(self.items)} examples")
+        for name in ("chosen", "rejected", "answer"):
+            if (answer := getattr(first, name, None)) is not None:
+                print(f"first example, {name}: prompt {self.tokenizer.decode(answer.prompt)!r}, "
+                      f"{answer.trained} trained tokens {self.tokenizer.decode(answer.tokens)!r}")

@@ -1,0 +1,72 @@
+"""`pellucid align dpo | kto | rm` as a person runs them: a folder, a file of pairs, a model that tells the held-out pairs apart."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+import pellucid
+from pellucid.__main__ import main
+from pellucid.models import save
+from pellucid.nn import MLP, Attn, Decoder, DecoderSpec, Layer, Rope, init_weights
+from pellucid.tokenizers import train_bpe
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "m"
+    tokenizer = train_bpe(["yes no good bad what is it one two three four five six " * 50, "".join(map(chr, range(32, 127)))], 380)
+    spec = DecoderSpec(380, 32, (Layer(Attn(4, 2, 8, Rope(8), qk_norm=True), MLP(48)),), context=128)
+    save(init_weights(Decoder(spec)), folder, tokenizer=tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng, file = random.Random(0), tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    rows = [{"prompt": f"what is {rng.randrange(10**6)}", "chosen": " good yes", "rejected": " bad no"} for _ in range(60)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+def last(out: str) -> float:
+    return float(out.rsplit("-> ", 1)[1].split("%")[0])
+
+
+@pytest.mark.parametrize("argv", [["dpo"], ["dpo", "--loss", "ipo", "sft", "--micro", "4"], ["kto"], ["rm", "--centring", "0.01"]], ids=" ".join)
+def test_held_out_answers_are_told_apart(model: Path, pairs: Path, argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    code = main(["align", argv[0], str(model), str(pairs), *argv[1:], "--out", str(tmp_path), "--steps", "12", "--batch", "16", "--lr", "0.01"])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    assert last(out) > 90
+    if argv[0] == "rm":
+        from transformers import AutoModelForSequenceClassification
+
+        assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").config.num_labels == 1
+    else:
+        assert pellucid.load(tmp_path / "model").spec == pellucid.load(model).spec
+
+
+def test_a_dry_run_says_what_would_happen_and_does_nothing(model: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["align", "dpo", str(model), str(pairs), "--dry-run", "--out", str(tmp_path / "o"), "--batch", "8"]) == 0
+    out = capsys.readouterr().out
+    assert "-log σ" in out and "8 examples" in out and "good yes" in out and "what is" in out
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(("argv", "says"), [
+    (["dpo", "--loss", "sigmoidd"], "sigmoid"), (["dpo", "--smoothing", "0.1"], "smoothing"), (["dpo", "--data-x", "1"], "--data-x"),
+    (["kto", "--beta", "0"], "beta")])
+def test_refusals(model: Path, pairs: Path, argv: list[str], says: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["align", argv[0], str(model), str(pairs), *argv[1:]]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_data_that_cannot_be_pairs(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"question": "a"}\n')
+    assert main(["align", "dpo", str(model), str(file)]) == 2
+    assert main(["align", "dpo", str(model), str(tmp_path / "none.jsonl")]) == 2
+    file.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    assert main(["align", "dpo", str(model), str(file)]) == 2 and "at least two" in capsys.readouterr().err
