@@ -49,9 +49,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@$(PIP) -e ".[fast,serve,data]"
 	@touch $@
 
-$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.installed-dev: pyproject.toml constraints.txt tests/references.txt | $(BIN)/python
 	@echo "Installing pellucid and what its tests need into $(VENV) (once; a few minutes) ..."
 	@$(PIP) -e ".[dev,parity]"
+	@$(PIP) --no-deps -r tests/references.txt
 	@touch $@ $(VENV)/.installed
 
 $(BIN)/python:
