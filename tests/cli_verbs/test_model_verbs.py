@@ -362,3 +362,19 @@ def test_serve_warns_where_everybody_may_ask(
     assert ("--api-key-file" in err) == bool(warned) and warned in err
     if warned:
         assert all(word in err for word in {"en": ("why: --host 0.0.0.0", "next: "), "zh": ("原因: ", "下一步: ")}[lang])
+
+
+def test_a_checkpoint_with_holes_runs_when_asked_to(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, tmp_path / "holes")
+    path = tmp_path / "holes" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    code, _, err = run(capsys, "generate", tmp_path / "holes", "one", "--max-tokens", "3")
+    assert code == 2 and "missing: model.layers.0.mlp.up_proj.weight (1)" in err and "--allow-missing" in err
+    code, _, err = run(capsys, "generate", tmp_path / "holes", "one", "--max-tokens", "3", "--allow-missing")
+    assert code == 0 and "model.layers.0.mlp.up_proj.weight" in err

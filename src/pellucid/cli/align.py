@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pellucid.cli.base import Common, Positional, prepare
+from pellucid.cli.base import OpensModel, Positional, prepare
 
 
 @dataclass(frozen=True)
-class Grpo(Common):
+class Grpo(OpensModel):
     """Group-relative policy optimisation: sample groups, grade them, push towards what earned more.
     组相对策略优化：成组采样、打分、朝得分高的方向更新。
 
@@ -75,7 +75,7 @@ def grpo(config: Grpo) -> None:
     extra: dict[str, Any] = {"max_tokens": config.max_tokens} if config.recipe == "dr-grpo" else {}
     objective = recipe(config.recipe, **extra)
     events.note(formula(objective))
-    model, tokenizer = load(config.model, device=str(device)), Tokenizer.load(config.model)
+    model, tokenizer = load(config.model, device=str(device), allow_missing=config.allow_missing), Tokenizer.load(config.model)
     seconds = None if config.minutes is None else config.minutes * 60
     steps = config.steps if config.steps is not None or seconds is not None else 20
     loop = OnlineLoop(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pellucid.cli.base import Common, Positional, prepare
+from pellucid.cli.base import OpensModel, Positional, prepare
 from pellucid.errors import BadInput
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class OfflineOptions(Common):
+class OfflineOptions(OpensModel):
     """What the methods on given answers share."""
 
     model: Positional[str]
@@ -198,7 +198,7 @@ class Job:
         if config.dry_run:
             self._show()
             return
-        self.model = load(config.model, device=str(device))
+        self.model = load(config.model, device=str(device), allow_missing=config.allow_missing)
 
     def reference(self, pairs: Sequence[Any]) -> Any:
         """Log-probabilities of the held-out pairs under the given weights, computed once."""

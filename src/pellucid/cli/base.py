@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-__all__ = ["Common", "Positional", "prepare", "run"]
+__all__ = ["Common", "OpensModel", "Positional", "prepare", "run"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,15 @@ class Common:
     device: str = "auto"
     """cpu, cuda, or auto: the GPU where there is one.
     cpu、cuda 或 auto（有 GPU 就用 GPU）。"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OpensModel(Common):
+    """Options of every verb that opens a checkpoint."""
+
+    allow_missing: bool = False
+    """Go on when weights are missing from the checkpoint, or some are left over: missing ones are random, and both are named.
+    检查点缺少或多出权重时仍继续：缺少的随机初始化，并逐一列出。"""
 
 
 def run(config_class: type[T], function: Callable[[T], int | None], argv: list[str], verb: str) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pellucid.cli.base import Common, Positional, prepare
+from pellucid.cli.base import OpensModel, Positional, prepare
 
 if TYPE_CHECKING:
     from pellucid.nn import Decoder
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Eval(Common):
+class Eval(OpensModel):
     """Greedy accuracy and pass@k on problems that no training has seen; format, reasoning and length apart.
     在训练从未见过的题目上：贪心准确率与 pass@k；格式、推理、长度分开统计。
 
@@ -72,7 +72,7 @@ def evaluate(config: Eval) -> None:
     prepare(config)
     task = task_of(config.tasks)
     # As `serve` and `chat` open it: an INT8 folder is measured with its INT8 products.
-    model, tokenizer = open_model(config.model, device=config.device), Tokenizer.load(config.model)
+    model, tokenizer = open_model(config.model, device=config.device, allow_missing=config.allow_missing), Tokenizer.load(config.model)
     rollouts = Rollouts(model, tokenizer, task, max_tokens=config.max_tokens)
     scores = tasks.evaluate(task, rollouts.for_evaluation(config.seed or 0), config.problems, config.k, config.seed or 0)
     events.emit(events.Evaluation("eval", "pass@1", scores.pass_at_1, scores.record()))

@@ -6,14 +6,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from pellucid.cli.base import Common, Positional, prepare
+from pellucid.cli.base import OpensModel, Positional, prepare
 from pellucid.cli.failures import is_terminal
 from pellucid.errors import BadInput
 from pellucid.events import Event, emit
 
 
 @dataclass(frozen=True)
-class Generate(Common):
+class Generate(OpensModel):
     """Complete a prompt; or many at once, each line of a file, in the same batches. A single text appears as it is written.
     续写一个提示；或把文件的每一行作为提示，一起批量续写。只有一个文本时边写边显示。
 
@@ -71,7 +71,7 @@ def generate(config: Generate) -> None:
     prepare(config, seed=None)
     params = SamplingParams(max_tokens=config.max_tokens, temperature=config.temperature, top_p=config.top_p,
                             top_k=config.top_k, n=config.n, seed=config.seed, stop=config.stop)
-    llm = LLM(config.model, device=config.device)
+    llm = LLM(config.model, device=config.device, allow_missing=config.allow_missing)
     ids = [llm.chat_ids([{"role": "user", "content": p}]) if config.chat else llm.tokenizer.encode(p) for p in prompts]
     if len(ids) == config.n == 1 and not config.json:
         for chunk in llm.stream(ids[0], params):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pellucid.cli.base import Common, Positional, prepare
+from pellucid.cli.base import OpensModel, Positional, prepare
 from pellucid.cli.watch import EngineLines
 from pellucid.errors import BadInput, PellucidError
 from pellucid.events import Event, emit, subscribed
@@ -30,7 +30,7 @@ NEW_KEY = """python3 -c 'import secrets; print(secrets.token_urlsafe())' > key; 
 
 
 @dataclass(frozen=True)
-class Serve(Common):
+class Serve(OpensModel):
     """Serve a model in OpenAI's protocol: chat and text completions, streaming, tool calls. Any OpenAI client works.
     以 OpenAI 协议提供模型服务：对话与续写、流式输出、工具调用；任何 OpenAI 客户端可用。
 
@@ -96,7 +96,7 @@ def serve(config: Serve) -> None:
     key = read_key(config.api_key_file) if config.api_key_file else None
     with bind(config.host, config.port) as listener:  # before the model is loaded: a taken port is told at once
         prepare(config, seed=None)
-        llm = LLM(config.model, device=config.device)
+        llm = LLM(config.model, device=config.device, allow_missing=config.allow_missing)
         name = config.name or Path(config.model).resolve().name
         url = url_of(listener)
         emit(Serving(f"{url}/v1", name, key is not None))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pellucid.cli.base import Common, Positional, prepare
+from pellucid.cli.base import OpensModel, Positional, prepare
 from pellucid.errors import BadInput
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TrainOptions(Common):
+class TrainOptions(OpensModel):
     """What every training run is told."""
 
     model: Positional[str]
@@ -154,7 +154,7 @@ def _train(config: TrainOptions, tokenizer: Any, rows: Packed, heldout: HeldOut,
     device = prepare(config)
     if config.compile and device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++") or shutil.which("cl")):
         raise BadInput("--compile needs a C++ compiler", "none of g++, clang++ and cl is on the path", "leave it out")
-    model = load(config.model, device=str(device))
+    model = load(config.model, device=str(device), allow_missing=config.allow_missing)
     if config.length > model.spec.context:
         raise BadInput(f"--length {config.length} exceeds the model's context of {model.spec.context}",
                        next=f"use --length {model.spec.context} or less")

@@ -56,20 +56,20 @@ class LLM:
 
     def __init__(
         self, model: str | os.PathLike[str] | Decoder, tokenizer: Tokenizer | None = None, *, dtype: str = "float32",
-        device: str = "cpu", max_batch: int = 512,
+        device: str = "cpu", max_batch: int = 512, allow_missing: bool = False,
     ):
         if isinstance(model, Decoder):
             if tokenizer is None:
                 raise TypeError("LLM(model, tokenizer): a model object needs its tokenizer")
             self.model, self.tokenizer = model, tokenizer
         else:
-            self.model = open_model(model, dtype, device)
+            self.model = open_model(model, dtype, device, allow_missing)
             self.tokenizer = tokenizer or Tokenizer.load(model)
         self.max_batch = max_batch
 
     @property
     def context(self) -> int:
-        return self.model.spec.context
+        return self.model.spec.limit
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None,
@@ -147,11 +147,13 @@ class LLM:
         return Completion(index, text, s.tokens, s.logprobs if s.params.logprobs else None, s.finish_reason or "cancelled")
 
 
-def open_model(path_or_id: str | os.PathLike[str], dtype: str = "float32", device: str = "cpu") -> Decoder:
+def open_model(
+    path_or_id: str | os.PathLike[str], dtype: str = "float32", device: str = "cpu", allow_missing: bool = False,
+) -> Decoder:
     """The model of a folder or Hub id as it is to run: with INT8 products where the folder holds INT8 weights."""
     folder = local_folder(path_or_id)
     if not is_int8(read_config(folder)):
-        return load(folder, dtype=dtype, device=device)
+        return load(folder, dtype=dtype, device=device, allow_missing=allow_missing)  # type: ignore[no-any-return]
     if choose_device(device).value.type != "cpu" and device != "auto":
         raise BadInput(f"INT8 models do not run on {device} yet", "their products are made for the CPU",
                        "use --device cpu, or the float checkpoint")
