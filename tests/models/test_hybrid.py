@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import BASE, DELTA, PART, assert_equal, tokens
+from tiny_checkpoints import BASE, DELTA, PART, assert_equal, tokens, written
 from transformers import (
     AutoModelForCausalLM,
     Gemma3Config,
@@ -72,6 +72,19 @@ def test_the_text_model_of_a_multimodal_file(model, layout, tmp_path):
         want = want_of(input_ids=x).logits
         assert_equal(ours(x), want)
         assert_equal(back(input_ids=x).logits, want)
+
+
+@pytest.mark.parametrize("name", ["qwen3-next", "qwen3.5-moe"])
+@pytest.mark.parametrize("options", [{"save_original_format": False}, {"max_shard_size": "30KB"}], ids=["fused", "sharded"])
+def test_layouts_of_files(name, options, tmp_path):
+    """Experts in one tensor or one by one, all in one file or in many; saving writes what the Hub has: fused for Qwen3.5."""
+    reference = written(name, tmp_path / "in", **options)
+    ours, x = pellucid.load(tmp_path / "in"), tokens(2, 30)
+    with torch.no_grad():
+        assert_equal(ours(x), reference(input_ids=x).logits)
+    save(ours, tmp_path / "out")
+    fused = any(key.endswith("mlp.experts.gate_up_proj") for key in load_file(tmp_path / "out" / "model.safetensors"))
+    assert fused == (name == "qwen3.5-moe")
 
 
 def test_what_gemma_3_4b_leaves_unsaid(tmp_path):

@@ -74,21 +74,27 @@ def test_loss_and_the_gradient_of_every_parameter(pair):
     labels = x.clone()
     labels[0, :9] = -100
     loss = theirs(input_ids=x, labels=labels).loss
-    grads = dict(zip(dict(theirs.named_parameters()), torch.autograd.grad(loss, list(theirs.parameters())), strict=True))
+    grads = dict(zip(dict(theirs.named_parameters()), torch.autograd.grad(loss, list(theirs.parameters()), allow_unused=True), strict=True))
     shifted = labels[:, 1:].flatten()
     total = chunked_cross_entropy(ours.hidden(x)[:, :-1].flatten(0, 1), ours.head_weight, shifted, 50)
     mean = total / (shifted != -100).sum()
     assert_equal(mean, loss, "loss")
-    parameters = dict(ours.named_parameters())
-    mine = dict(zip(parameters, torch.autograd.grad(mean, list(parameters.values())), strict=True))
+    parameters = {name: p for name, p in ours.named_parameters() if p.requires_grad}  # no selection bias of a router
+    mine = dict(zip(parameters, torch.autograd.grad(mean, list(parameters.values()), allow_unused=True), strict=True))
     seen = set()
     for name, _, piece in targets(ours, find(ours.spec.family).names, len(ours.spec.layers), grads):
+        if name not in mine:
+            assert piece.name not in grads
+            continue
+        seen.add(piece.name)
+        if "indexer" in piece.name:  # what it chooses passes no gradient
+            assert mine[name] is None and grads[piece.name] is None
+            continue
         want = piece.theirs(grads[piece.name])
         assert want.abs().max() > 0, f"{piece.name}: a gradient of zero proves nothing"
         worst = (piece.ours(mine[name]) - want).abs().max() / want.abs().max()
         # sums of decays: the reference takes differences of rounded totals, and is further from float64 than we are
         assert worst < (1e-4 if "linear_attn" in piece.name else 2e-5), f"{piece.name}: {worst:.1e}"
-        seen.add(piece.name)
     assert seen == set(grads)
 
 
@@ -125,8 +131,13 @@ def test_transformers_opens_what_we_write(pair, tmp_path):
     before, after = theirs.config.to_dict(), back.config.to_dict()
     for field in ("rope_parameters", "layer_types", "sliding_window", "head_dim", "attention_bias", "mlp_bias",
                   "tie_word_embeddings", "rms_norm_eps", "max_position_embeddings", "vocab_size", "eos_token_id", "hidden_act",
-                  "original_max_position_embeddings", "n_positions", "query_pre_attn_scalar", "hidden_activation", "activation_function", "layer_norm_epsilon"):
-        assert before.get(field) == after.get(field), field
+                  "original_max_position_embeddings", "n_positions", "query_pre_attn_scalar", "hidden_activation", "activation_function", "layer_norm_epsilon",
+                  "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_routed_experts", "n_shared_experts",
+                  "num_experts_per_tok", "moe_intermediate_size", "first_k_dense_replace", "mlp_layer_types", "topk_method", "routed_scaling_factor",
+                  "rope_interleave", "num_nextn_predict_layers", "index_topk", "index_head_dim", "index_n_heads",
+                  "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim",
+                  "num_experts", "shared_expert_intermediate_size", "mlp_only_layers", "norm_topk_prob"):
+        assert field not in before or before[field] == after.get(field), field
 
 
 def test_older_spelling_of_the_config(pair, tmp_path, request):
@@ -158,7 +169,8 @@ def test_older_spelling_of_the_config(pair, tmp_path, request):
 def test_counts_from_the_spec(pair, capsys):
     theirs, ours, folder = pair
     count = count_parameters(ours.spec)
-    assert count == sum(p.numel() for p in ours.parameters()) == theirs.num_parameters()
+    stored = sum(b.numel() for n, b in theirs.named_buffers() if n.endswith("e_score_correction_bias"))  # a buffer there
+    assert count == sum(p.numel() for p in ours.parameters()) == theirs.num_parameters() + stored
     inspect(Inspect(str(folder)))
     assert re.search(rf"^parameters +{count:,}$", capsys.readouterr().out, re.M)
 

@@ -18,7 +18,7 @@ Rows are the last dimension but one of a matrix, and the only one of a vector; w
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -110,30 +110,34 @@ GPT_OSS: Names = {
 }
 
 
-def _latent(ours: str, theirs: str) -> Names:
-    """A layer of DeepSeek's, beside what is Llama's."""
-    modules = {"q": "q_proj", "q_a": "q_a_proj", "q_norm": "q_a_layernorm", "q_b": "q_b_proj", "kv_a": "kv_a_proj_with_mqa",
-               "kv_norm": "kv_a_layernorm", "kv_b": "kv_b_proj", "o": "o_proj", "indexer.q": "indexer.wq_b", "indexer.k": "indexer.wk",
-               "indexer.k_norm": "indexer.k_norm", "indexer.weights": "indexer.weights_proj"}
-    llama = {name.replace("layers.{i}.", ours, 1): tuple(source.replace("model.layers.{i}.", theirs) for source in entry)
-             for name, entry in LLAMA.items() if name.startswith("layers.{i}.") and "mixer" not in name}
-    each, shared = f"{theirs}mlp.experts.{{e}}.", f"{theirs}mlp.shared_experts."
-    return {
-        **llama,
-        **{f"{ours}mixer.{name}.{w}": (f"{theirs}self_attn.{source}.{w}",) for name, source in modules.items() for w in ("weight", "bias")},
-        f"{ours}ffn.router.weight": (f"{theirs}mlp.gate.weight",),
-        f"{ours}ffn.router.select_bias": (f"{theirs}mlp.gate.e_score_correction_bias",),
-        f"{ours}ffn.experts.gate_up.weight": [(f"{each}gate_proj.weight", f"{each}up_proj.weight"), (f"{theirs}mlp.experts.gate_up_proj",)],
-        f"{ours}ffn.experts.down.weight": [(f"{each}down_proj.weight",), (f"{theirs}mlp.experts.down_proj",)],
-        f"{ours}ffn.shared.gate_up.weight": (f"{shared}gate_proj.weight", f"{shared}up_proj.weight"),
-        f"{ours}ffn.shared.down.weight": (f"{shared}down_proj.weight",),
-    }
+LATENT = {
+    "q": "q_proj", "q_a": "q_a_proj", "q_norm": "q_a_layernorm", "q_b": "q_b_proj", "kv_a": "kv_a_proj_with_mqa", "kv_norm": "kv_a_layernorm",
+    "kv_b": "kv_b_proj", "o": "o_proj", "indexer.q": "indexer.wq_b", "indexer.k": "indexer.wk", "indexer.k_norm": "indexer.k_norm",
+    "indexer.weights": "indexer.weights_proj"}
+
+DEEPSEEK_LAYER: Names = {
+    **{name: entry for name, entry in LLAMA.items() if name.startswith("layers.") and "mixer" not in name},
+    **{f"layers.{{i}}.mixer.{ours}.{w}": (f"model.layers.{{i}}.self_attn.{theirs}.{w}",) for ours, theirs in LATENT.items() for w in ("weight", "bias")},
+    **_experts("model.layers.{i}.mlp.gate", "model.layers.{i}.mlp.experts", ("gate_proj", "up_proj", "down_proj"), "model.layers.{i}.mlp"),
+    "layers.{i}.ffn.router.select_bias": ("model.layers.{i}.mlp.gate.e_score_correction_bias",),
+    "layers.{i}.ffn.shared.gate_up.weight": tuple(f"model.layers.{{i}}.mlp.shared_experts.{x}_proj.weight" for x in ("gate", "up")),
+    "layers.{i}.ffn.shared.down.weight": ("model.layers.{i}.mlp.shared_experts.down_proj.weight",),
+}
+
+
+def _behind(layer: Names) -> Names:
+    """The same for layers that are counted behind the main ones."""
+    def moved(choice: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(source.replace("{i}", "{n}") for source in choice)
+
+    return {name.replace("layers.{i}.", "mtp.{i}.block.", 1): [moved(choice) for choice in entry] if isinstance(entry, list) else moved(entry)
+            for name, entry in layer.items()}
 
 
 DEEPSEEK: Names = {
     **{name: entry for name, entry in LLAMA.items() if not name.startswith("layers.")},
-    **_latent("layers.{i}.", "model.layers.{i}."),
-    **_latent("mtp.{i}.block.", "model.layers.{n}."),
+    **DEEPSEEK_LAYER,
+    **_behind(DEEPSEEK_LAYER),
     "mtp.{i}.norm_embedded.weight": ("model.layers.{n}.enorm.weight",),
     "mtp.{i}.norm_hidden.weight": ("model.layers.{n}.hnorm.weight",),
     "mtp.{i}.join.weight": ("model.layers.{n}.eh_proj.weight",),
@@ -306,7 +310,7 @@ class Piece:
         return view.unflatten(dim, (self.groups, view.shape[dim] // self.groups)).narrow(dim, *self.within)
 
 
-def targets(model: nn.Module, names: Names, layers: int = 0, have: Collection[str] | None = None) -> Iterator[tuple[str, Tensor, Piece]]:
+def targets(model: nn.Module, names: Names, layers: int = 0, have: Container[str] | None = None) -> Iterator[tuple[str, Tensor, Piece]]:
     """(our name, parameter, piece) for every Hub tensor that fills a parameter of the model.
 
     layers: of the main stack, for `{n}`. have: the names in a file, to choose between alternatives.
@@ -336,7 +340,7 @@ def _numbered(source: str, number: int, layers: int) -> str:
     return source.replace("{i}", str(number)).replace("{n}", str(layers + number))
 
 
-def _choose(entry: list[tuple[str, ...]], number: int, layers: int, parameter: Tensor, have: Collection[str] | None) -> tuple[str, ...]:
+def _choose(entry: list[tuple[str, ...]], number: int, layers: int, parameter: Tensor, have: Container[str] | None) -> tuple[str, ...]:
     """The first alternative whose names (the first and the last expert's) are all there; else the first."""
     for choice in entry if have is not None else ():
         bare = [re.sub(r"\[.*?\]|\^\w+", "", _numbered(source, number, layers)) for source in choice]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from pellucid.errors import BadInput
-from pellucid.models.config import FULL, LINEAR, Config, layer_types, rope_fields, rotary_share, wrong
+from pellucid.models.config import FULL, LINEAR, Config, experts_checked, layer_types, rope_fields, rotary_share, wrong
 from pellucid.models.families import family
 from pellucid.models.names import QWEN3_5, QWEN3_NEXT
 from pellucid.nn.specs import GDN, MLP, Attn, DecoderSpec, Layer, MoE
@@ -25,10 +25,9 @@ KEPT = ("head_dim", "num_attention_heads", "num_key_value_heads", "attention_bia
 
 @family("qwen3_next", architecture="Qwen3NextForCausalLM", names=QWEN3_NEXT, fields=lambda spec: next_fields(spec), ignored=IGNORED)
 def qwen3_next(c: Config) -> DecoderSpec:
-    every, dense = c.whole("decoder_sparse_step", 1), dense_layers(c)
-    moe = experts(c, 512, 10, bool(c.get("norm_topk_prob", True))) if c.whole("num_experts", 512, low=0) else None
-    return hybrid(c, "qwen3_next", [
-        moe if moe is not None and i not in dense and (i + 1) % every == 0 else mlp(c, 5632) for i in range(c.layers)])
+    moe = experts(c, 512, 10, bool(c.get("norm_topk_prob", True))) if c.experts(512) else None
+    dense = dense_layers(c) if moe is not None else range(c.layers)
+    return hybrid(c, "qwen3_next", [mlp(c, 5632) if i in dense or moe is None else moe for i in range(c.layers)])
 
 
 @family("qwen3_5_text", architecture="Qwen3_5ForCausalLM", names=QWEN3_5, fields=lambda spec: fields(spec),
@@ -69,12 +68,10 @@ def mlp(c: Config, width: int) -> MLP:
 
 
 def experts(c: Config, count: int, top_k: int, renormalize: bool) -> MoE:
-    moe = MoE(c.whole("num_experts", count, high=2**16), c.whole("num_experts_per_tok", top_k), c.whole("moe_intermediate_size", 512),
-              activation(c), renormalize=renormalize, shared=c.whole("shared_expert_intermediate_size", 512), shared_gate=True,
-              aux_loss=c.number("router_aux_loss_coef", 0.001, low=-1))
-    if moe.top_k > moe.experts:
-        raise BadInput(f"config.json: {moe.top_k} of {moe.experts} experts", "that cannot be chosen")
-    return moe
+    return experts_checked(MoE(
+        c.experts(count), c.whole("num_experts_per_tok", top_k), c.whole("moe_intermediate_size", 512), activation(c),
+        renormalize=renormalize, shared=c.whole("shared_expert_intermediate_size", 512), shared_gate=True,
+        aux_loss=c.number("router_aux_loss_coef", 0.001, low=-1)))
 
 
 def activation(c: Config) -> str:
@@ -82,10 +79,10 @@ def activation(c: Config) -> str:
 
 
 def dense_layers(c: Config) -> list[int]:
-    layers = c.get("mlp_only_layers", [])
-    if not isinstance(layers, list) or not all(isinstance(i, int) for i in layers):
-        raise wrong("mlp_only_layers", layers, "a list of layers")
-    return layers
+    only, every = c.get("mlp_only_layers", []), c.whole("decoder_sparse_step", 1)
+    if not isinstance(only, list) or not all(isinstance(i, int) for i in only):
+        raise wrong("mlp_only_layers", only, "a list of layers")
+    return [i for i in range(c.layers) if i in only or (i + 1) % every]
 
 
 # --- and back ---------------------------------------------------------------------------------------------------------
@@ -116,7 +113,6 @@ def fields(spec: DecoderSpec) -> dict[str, Any]:
 
 def next_fields(spec: DecoderSpec) -> dict[str, Any]:
     ffns = [layer.ffn for layer in spec.layers]
-    renormalize = {"norm_topk_prob": next(ffn.renormalize for ffn in ffns if isinstance(ffn, MoE))} if any(
-        isinstance(ffn, MoE) for ffn in ffns) else {}
-    return {**fields(spec), **renormalize, "decoder_sparse_step": 1,
+    moe = next((ffn for ffn in ffns if isinstance(ffn, MoE)), None)
+    return {**fields(spec), **({} if moe is None else {"norm_topk_prob": moe.renormalize}), "decoder_sparse_step": 1,
             "mlp_only_layers": [i for i, ffn in enumerate(ffns) if isinstance(ffn, MLP)]}
