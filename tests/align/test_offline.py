@@ -286,6 +286,8 @@ def test_order_is_a_function_of_seed_and_epoch():
     assert sorted(i for batch in seen for i in batch) == sorted(list(range(5)) * 3)
     b.load_state(Shuffled(5, 3, 1).state() | {"taken": 6})
     assert b.next() == seen[2]
+    whole = Shuffled(5, 5, 1)
+    assert len({tuple(whole.next()) for _ in range(4)}) > 2, "every epoch has its own order"
     with pytest.raises(BadInput, match="seed"):
         Shuffled(5, 3, 2).load_state(a.state())
 
