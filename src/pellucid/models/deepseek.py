@@ -22,7 +22,7 @@ from pellucid.ops import ACTIVATIONS
 
 MTP_COPIES = (r"\.layers\.\d+\.embed_tokens\.weight$", r"\.shared_head\.head\.weight$")  # of the model's own embedding and head
 KEPT = ("intermediate_size", "n_routed_experts", "num_experts_per_tok", "n_shared_experts", "moe_intermediate_size", "n_group",
-        "topk_group", "routed_scaling_factor", "norm_topk_prob", "topk_method", "moe_layer_freq")
+        "topk_group", "routed_scaling_factor", "norm_topk_prob", "topk_method", "moe_layer_freq", "aux_loss_alpha", "seq_aux")
 """What a model of one kind of layer alone would not say of the other kind."""
 
 
@@ -73,7 +73,8 @@ def experts(c: Config, count: int, shared: int, hidden: int, top_k: int | None, 
     if top_k > count or count % router.groups or router.top_groups > router.groups:
         raise BadInput(f"config.json: {top_k} of {count} experts, from {router.top_groups} of {router.groups} groups", "that cannot be chosen")
     return replace(router, experts=count, top_k=top_k, hidden=hidden, act=activation(c), wide_router=True,
-                   shared=hidden * c.whole("n_shared_experts", shared, low=0, high=2**16))
+                   shared=hidden * c.whole("n_shared_experts", shared, low=0, high=2**16),
+                   aux_loss=c.get("aux_loss_alpha", 0.0), balance="sequence" if c.get("seq_aux", True) else "switch")
 
 
 def v3_experts(c: Config) -> MoE:

@@ -129,7 +129,8 @@ class Weights:
 
         allow_missing: missing and unused ones are only told; a wrong shape is always refused.
         """
-        missing, wrong, used = dict.fromkeys(()), [], set()
+        missing: dict[str, None] = {}
+        wrong, used = [], set()
         for _, _, piece in targets(model, self.family.names, layers, self):
             if piece.name not in self:
                 missing[piece.name] = None
