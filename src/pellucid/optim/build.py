@@ -83,11 +83,13 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizers:
     parts = {f"{n}.weight": m.parts for n, m in model.named_modules() if hasattr(m, "parts")}
     fused = next(iter(named.values())).device.type in ("cpu", "cuda")
     if config.name == "adamw":
-        matrices, vectors = [p for p in named.values() if p.ndim >= 2], [p for p in named.values() if p.ndim < 2]
+        matrices = [p for n, p in named.items() if p.ndim >= 2 and not n.endswith("bias")]  # biases of experts are stacked
+        vectors = [p for n, p in named.items() if p.ndim < 2 or n.endswith("bias")]
         groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=vectors, weight_decay=0.0)]
         return Optimizers([torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)])
-    inner = [n for n, p in named.items() if p.ndim == 2 and n.startswith("layers.")]
-    muon = Muon([dict(params=[named[n] for n in inner], parts=[parts.get(n, (named[n].shape[0],)) for n in inner])],
+    inner = [n for n, p in named.items() if n.startswith("layers.") and not n.endswith("bias")
+             and (p.ndim == 2 or (p.ndim == 3 and n in parts))]  # three dimensions: the matrices of experts
+    muon = Muon([dict(params=[named[n] for n in inner], parts=[parts.get(n, (named[n].shape[-2],)) for n in inner])],
                 lr=config.lr, weight_decay=config.weight_decay, dtype=getattr(torch, config.dtype))
     rest = [p for n, p in named.items() if n not in set(inner)]
     adam = torch.optim.AdamW(rest, lr=config.adam_lr, betas=config.betas, weight_decay=0.0, fused=fused)

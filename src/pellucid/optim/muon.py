@@ -34,7 +34,8 @@ def orthogonalize(m: Tensor, steps: int = 5, dtype: torch.dtype = torch.float32)
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised, times lr * sqrt(max(1, rows / columns)); decoupled weight decay.
 
-    params: 2-D weights, or groups with a `parts` list: the row counts of the matrices that a weight stacks (q, k, v;
+    params: weights of two dimensions, or of three (the matrices of experts, each by itself), or groups with a `parts` list:
+    the row counts of the matrices that a weight stacks (q, k, v;
     gate, up). Each matrix is orthogonalised by itself, all matrices of one shape in one batch of products.
     """
 
@@ -48,7 +49,7 @@ class Muon(torch.optim.Optimizer):
         assert closure is None
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-            parts = group["parts"] or [(p.shape[0],) for p in group["params"]]
+            parts = group["parts"] or [(p.shape[-2],) for p in group["params"]]
             for p, rows in zip(group["params"], parts):
                 if p.grad is None:
                     continue
@@ -57,10 +58,10 @@ class Muon(torch.optim.Optimizer):
                 direction = p.grad.lerp(momentum, group["momentum"])  # Nesterov: look one step ahead
                 if group["weight_decay"]:
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                for piece, target in zip(direction.split(rows), p.split(rows)):
+                for piece, target in zip(direction.split(rows, -2), p.split(rows, -2)):
                     by_shape[piece.shape].append((piece, target))
             for shape, pairs in by_shape.items():
                 updates = orthogonalize(torch.stack([d for d, _ in pairs]), group["steps"], self.dtype)
-                scale = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
+                scale = group["lr"] * max(1.0, shape[-2] / shape[-1]) ** 0.5
                 for (_, target), update in zip(pairs, updates):
                     target.add_(update, alpha=-scale)

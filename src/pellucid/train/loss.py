@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pellucid.data.packing import IGNORE, Packed
-from pellucid.nn import Decoder
+from pellucid.nn import Decoder, Routing
+from pellucid.nn.experts import balance_loss, balanced
 from pellucid.ops import chunked_cross_entropy
 from pellucid.tokenizers import Tokenizer
 
@@ -17,15 +18,23 @@ def language_loss(model: Decoder, rows: Packed) -> tuple[Tensor, int]:
     """Sum of -log p(label) in nats over the labelled positions, and their number.
 
     Positions without a label (the prompt, padding) never reach the vocabulary: their logits are not computed.
+
+    In training, a mixture of experts adds its balance losses (`router_aux_loss_coef`), which are means, times that number:
+    divided by the labels of a step they stand beside the mean of the rest. Over micro-batches that is their mean, weighted by
+    labels. It is not the balance of the whole step, since the switch loss is a product of two means: experts are kept busy
+    within each micro-batch, the more strictly the smaller it is.
     """
-    hidden = model.hidden(rows.tokens, positions=rows.positions, documents=rows.documents)
+    routing = Routing() if model.training and balanced(model.spec) else None
+    hidden = model.hidden(rows.tokens, positions=rows.positions, documents=rows.documents, routing=routing)
     labels = rows.labels.flatten()
     trained = labels != IGNORE
     count = int(trained.sum())
     flat = hidden.flatten(0, 1)
     if count < len(labels):
         flat, labels = flat[trained], labels[trained]
-    return chunked_cross_entropy(flat, model.head_weight.to(flat.dtype), labels), count
+    loss = chunked_cross_entropy(flat, model.head_weight.to(flat.dtype), labels)
+    balance = None if routing is None else balance_loss(routing)
+    return loss if balance is None else loss + count * balance, count
 
 
 def share_of(model: Decoder, total: int) -> Callable[[Packed], Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pellucid import events
+from pellucid.nn.experts import update_biases
 from pellucid.optim import Optimizers, Schedule
 from pellucid.runtime import keep_freed_memory
 
@@ -52,5 +53,6 @@ class Stepper:
         else:
             self.skipped += 1
             events.note("a gradient is not finite: this step is skipped", "warning")
+        update_biases(self.model, move=finite)  # of routers that are balanced without a loss
         self.optimizer.zero_grad()
         return StepResult(loss, norm, self.optimizer.lr, not finite)
