@@ -176,3 +176,49 @@ def test_peak_memory_of_loading(tmp_path):
     """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "model")], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 1.15
+
+
+def test_mxfp4_experts_of_gpt_oss(tmp_path):
+    """The published files' layout: blocks and scales by output row, the matrix that they make transposed. transformers decodes too."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    written("gpt-oss", tmp_path / "m")
+    path = tmp_path / "m" / "model.safetensors"
+    config = json.loads((tmp_path / "m" / "config.json").read_text()) | {"hidden_size": 64, "intermediate_size": 32}
+    spec = pellucid.models.spec_of(config)
+    save(pellucid.nn.init_weights(pellucid.nn.Decoder(spec)), tmp_path / "m")
+    tensors, want, g = load_file(path), {}, torch.Generator().manual_seed(0)
+    for name in [n for n in tensors if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        E, inputs, outputs = tensors.pop(name).shape
+        blocks = torch.randint(0, 256, (E, outputs, inputs // 32, 16), dtype=torch.uint8, generator=g)
+        scales = torch.randint(120, 130, (E, outputs, inputs // 32), dtype=torch.uint8, generator=g)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        want[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+        assert want[name].shape == (E, inputs, outputs)
+    save_file(tensors, path)
+    model = pellucid.load(tmp_path / "m")
+    for _, parameter, piece in targets(model, find("gpt_oss").names, 2, want):
+        if piece.name in want:
+            assert torch.equal(piece.ours(parameter.detach()), piece.theirs(want.pop(piece.name) if piece.rows is None else want[piece.name]))
+    assert model(tokens(1, 8)).isfinite().all()
+    del tensors[f"{name}_scales"]
+    save_file(tensors, path)
+    with pytest.raises(BadInput, match="scales is missing"):
+        pellucid.load(tmp_path / "m")
+
+
+def test_a_hub_id_offline_is_read_from_the_cache(folder, tmp_path, monkeypatch):
+    """huggingface_hub's own layout: refs and snapshots; nothing is asked of the network."""
+    import huggingface_hub.constants as constants
+
+    cache = tmp_path / "cache" / "models--someone--tiny"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("abc")
+    (cache / "snapshots").mkdir()
+    (folder).rename(cache / "snapshots" / "abc")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert pellucid.load("someone/tiny").spec.dim == 48
+    with pytest.raises(BadInput, match="the Hub gave none"):
+        pellucid.load("someone/other")

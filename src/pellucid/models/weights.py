@@ -22,6 +22,7 @@ from pellucid import events
 from pellucid.errors import BadInput
 from pellucid.models.families import Family
 from pellucid.models.names import Piece, targets
+from pellucid.ops.mxfp4 import mxfp4_decode
 from pellucid.runtime import forget_pages
 
 IGNORED = (r"rotary_emb\.inv_freq$", r"\.position_ids$", r"\.attn\.bias$", r"\.masked_bias$")  # buffers in old files
@@ -84,14 +85,19 @@ class Weights:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of the tensor that `get` returns."""
+        if name not in self.where and f"{name}_blocks" in self.where:
+            *lead, rows, groups, half = self.stored_shape(f"{name}_blocks")
+            return (*lead, 2 * groups * half, rows)
         return self.stored_shape(name)
 
     def companions(self, name: str) -> set[str]:
-        """Tensors that belong to this one: the scales of its codes."""
-        return {f"{name}_scale", f"{name}_scale_inv"}
+        """Tensors that belong to this one: its scales, or codes and scales."""
+        return {f"{name}_{part}" for part in ("scale", "scale_inv", "blocks", "scales")}
 
     def get(self, name: str) -> Tensor:
         """The tensor; codes that stand beside their scales are multiplied by them."""
+        if name not in self.where:
+            return self._blocks(name)
         tensor = self.stored(name)
         if f"{name}_scale_inv" in self.where:
             return self._tiles(name, tensor)
@@ -117,6 +123,14 @@ class Weights:
                            f"there should be a scale for each tile of {side} x {side}: {must}", "fetch the checkpoint again")
         scales = self.stored(scale).float().repeat_interleave(side, 0)[: codes.shape[0]]
         return codes.float().mul_(scales.repeat_interleave(side, 1)[:, : codes.shape[1]])
+
+    def _blocks(self, name: str) -> Tensor:
+        """MXFP4 (gpt-oss's experts): codes (..., rows, G, 16) whose matrix the file's own layout holds transposed."""
+        blocks, scales = self.stored(f"{name}_blocks"), f"{name}_scales"
+        if scales not in self.where or self.stored_shape(scales) != tuple(blocks.shape[:-1]) or blocks.shape[-1:] != (16,):
+            raise BadInput(f"{name}_blocks is {tuple(blocks.shape)}, and {scales} is {self.stored_shape(scales) if scales in self.where else 'missing'}",
+                           "there should be 16 bytes and one scale for each 32 numbers", "fetch the checkpoint again")
+        return mxfp4_decode(blocks, self.stored(scales)).mT
 
     # --- a model's parameters -------------------------------------------------------------------------------------------
 
