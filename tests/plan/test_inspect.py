@@ -21,7 +21,8 @@ def test_parts_add_up_to_the_model_built_from_the_same_spec(name):
     spec = spec_of(known.find_config(name))
     with torch.device("meta"):
         model = shape_of(spec)(spec)
-    assert pellucid.inspect(name).parameters == sum(p.numel() for p in model.parameters())
+    info = pellucid.inspect(name)
+    assert info.parameters + info.ahead_parameters == sum(p.numel() for p in model.parameters())
 
 
 def test_published_figures():
@@ -36,6 +37,15 @@ def test_published_figures():
     assert llama.training_flops_per_token == 3 * llama.flops_per_token
     assert llama.flops(1000) - llama.flops_per_token == 999 * 4 * 32 * 32 * 128
     assert llama.flops(77) == forward_flops(llama.spec, 77)
+
+
+def test_figures_of_sparse_models():
+    """Qwen3-30B-A3B's model card; DeepSeek-V3: 671B, of which 37B are active, and 70 KB of cache a token (arXiv 2505.09343)."""
+    qwen, deepseek = pellucid.inspect("qwen3-30b-a3b"), pellucid.inspect("deepseek-v3")
+    assert (qwen.parameters, qwen.active_parameters, qwen.kv_bytes_per_token) == (30_532_122_624, 3_353_032_704, 98_304)
+    assert deepseek.kv_bytes_per_token == 70_272 and deepseek.ahead_parameters > 11e9
+    assert round(deepseek.parameters / 1e9) == 671 and round(deepseek.active_parameters / 1e9) == 38
+    assert pellucid.inspect("qwen2.5-72b").kv_bytes_per_token == 327_680
 
 
 def test_a_hybrid_keeps_what_its_layers_keep():

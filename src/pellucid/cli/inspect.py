@@ -69,8 +69,9 @@ def facts_of(info: Inspection) -> dict[str, Any]:
     from pellucid.plan.tree import ranges
 
     context = getattr(info.spec, "context", None)
+    ahead = {"beside it, for multi-token prediction": info.ahead_parameters} if info.ahead_parameters else {}
     facts: dict[str, Any] = {
-        "family": info.spec.family, "shape": info.shape, "weights": info.dtype, "parameters": info.parameters,
+        "family": info.spec.family, "shape": info.shape, "weights": info.dtype, "parameters": info.parameters, **ahead,
         "active parameters": info.active_parameters, "active without embeddings": info.active_without_embeddings,
         "context": context,
     }
@@ -79,7 +80,7 @@ def facts_of(info: Inspection) -> dict[str, Any]:
         if info.state_bytes:
             facts["cache bytes a sequence, any length"] = info.state_bytes
         for kind in info.kinds if len(info.kinds) > 1 else []:
-            facts[f"  {kind.mixer} + {kind.ffn}, layers {ranges(kind.layers)}"] = f"{kind.cache_bytes:,} a token" + (
+            facts[f"  {kind.mixer} + {kind.ffn}, {len(kind.layers)} layers: {shortened(ranges(kind.layers))}"] = f"{kind.cache_bytes:,} a token" + (
                 f", {kind.state_bytes:,} a sequence" if kind.state_bytes else "")
         facts |= {"forward FLOPs a token, empty context": info.flops_per_token,
                   "training FLOPs a token, empty context": info.training_flops_per_token}
@@ -146,6 +147,10 @@ def show_text(model: str, text: str) -> None:
     events.emit(events.Evaluation("inspect", "tokens", float(len(ids)), {"text": text, "ids": ids}))
     print(tokenizer.show(text, colour=sys.stdout.isatty()))
     print(f"{len(ids)} tokens, {len(text)} characters, {len(text.encode())} bytes")
+
+
+def shortened(text: str, most: int = 24) -> str:
+    return text if len(text) <= most else text[:most].rsplit(",", 1)[0] + ", ..."
 
 
 def shown(value: Any) -> str:

@@ -25,6 +25,9 @@ from pellucid.runtime import dtype_of
 from pellucid.tokenizers import Tokenizer
 
 
+AHEAD = "multi-token prediction"
+
+
 @dataclass(frozen=True)
 class Part:
     """Parameters of one kind, and how many of them one token meets."""
@@ -66,7 +69,12 @@ class Inspection:
 
     @property
     def parameters(self) -> int:
-        return sum(part.parameters for part in self.parts)
+        """Of the model itself: each tensor once, layers of multi-token prediction apart (`ahead_parameters`)."""
+        return sum(part.parameters for part in self.parts if part.name != AHEAD)
+
+    @property
+    def ahead_parameters(self) -> int:
+        return sum(part.parameters for part in self.parts if part.name == AHEAD)
 
     @property
     def active_parameters(self) -> int:
@@ -104,6 +112,7 @@ class Inspection:
         return {
             "name": self.name, "family": self.spec.family, "shape": self.shape, "dtype": self.dtype,
             "parameters": self.parameters, "active_parameters": self.active_parameters,
+            "ahead_parameters": self.ahead_parameters,
             "active_without_embeddings": self.active_without_embeddings, "parts": [asdict(part) for part in self.parts],
             "kv_bytes_per_token": self.kv_bytes_per_token, "state_bytes": self.state_bytes, "cache_dtype": self.cache_dtype,
             "kinds": [asdict(kind) for kind in self.kinds], "context": context,
@@ -166,7 +175,7 @@ def decoder_parts(spec: DecoderSpec) -> list[Part]:
             total[name] += parameters
             active[name] += met
     for layer in spec.mtp:  # eh_proj (2D -> D), three norms and a whole layer for each further token; embedding and head are shared
-        total["multi-token prediction"] += 2 * D * D + 3 * norm + sum(p for _, p, _ in layer_parts(layer, D, norm))
+        total[AHEAD] += 2 * D * D + 3 * norm + sum(p for _, p, _ in layer_parts(layer, D, norm))
     return [Part(name, parameters, active[name]) for name, parameters in total.items() if parameters]
 
 
