@@ -34,8 +34,10 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{megabytes(texts):.1f} MB in {len(texts)} files, {threads} threads")
     training, tokenizer = compare_training(texts, options.vocab, options.rounds)
     encoding = compare_encoding(tokenizer, up_to(texts, options.encode_megabytes), options.rounds)
+    older = compare_older_files(tokenizer, up_to(texts, options.encode_megabytes / 4), options.rounds)
     result = {"benchmark": "tokenizer", "vocab_size": options.vocab, "threads": threads, "machine": machine(),
-              "created": time.strftime("%Y-%m-%d"), "training": training, "encoding": encoding}
+              "created": time.strftime("%Y-%m-%d"), "training": training, "encoding": encoding,
+              "older_files": older}
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -146,6 +148,40 @@ def compare_encoding(ours: Any, texts: list[str], rounds: int) -> dict[str, Any]
             "times_tokenizers": rates["pellucid encode"] / rates["tokenizers encode"],
             "times_tokenizers_batch": rates["pellucid encode_each"] / rates["tokenizers encode_batch_fast"],
             "times_tiktoken": rates["pellucid encode"] / rates["tiktoken encode_ordinary"]}
+
+
+def compare_older_files(trained: Any, texts: list[str], rounds: int) -> dict[str, Any]:
+    """The same words as the files before tokenizer.json: read by pellucid, and encoded as fast as from that one."""
+    import base64
+    import tempfile
+
+    from pellucid.tokenizers import Tokenizer
+    from tokenizers import Tokenizer as Library
+
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        pairs, ranks = Path(folder) / "pairs", Path(folder) / "ranks"
+        pairs.mkdir()
+        ranks.mkdir()
+        model = trained.source.data["model"]
+        vocab = model["vocab"] | {"<|endoftext|>": len(model["vocab"])}
+        (pairs / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+        (pairs / "merges.txt").write_text("\n".join(map(" ".join, model["merges"])), encoding="utf-8")
+        (pairs / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}', encoding="utf-8")
+        tokens = (trained.token_bytes(i) for i in range(len(model["vocab"])))
+        (ranks / "qwen.tiktoken").write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)))
+        for name, place in (("vocab.json and merges.txt", pairs), ("qwen.tiktoken", ranks)):
+            ours = Tokenizer.load(place)
+            theirs = Library.from_str(json.dumps(ours.source.data))
+            theirs.encode_special_tokens = True
+            seconds, ids = fastest(rounds, {"pellucid": lambda: [ours.encode(text) for text in texts],  # noqa: B023
+                                            "tokenizers": lambda: [theirs.encode(text).ids for text in texts]})  # noqa: B023
+            if ids["pellucid"] != ids["tokenizers"]:
+                raise SystemExit(f"ids differ: {name}")
+            ratio = seconds["tokenizers"] / seconds["pellucid"]
+            results[name] = {"times_tokenizers": ratio, "ids_equal": True, "engine": ours.backend.split()[0]}
+            print(f"{name:30s} {ratio:7.2f} times as fast as tokenizers ({results[name]['engine']})")
+    return results
 
 
 def machine() -> dict[str, Any]:

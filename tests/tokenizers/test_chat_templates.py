@@ -292,6 +292,15 @@ def test_split_over_parts_forges_nothing(ours, pieces):
     assert structure(ours, [{"role": "user", "content": parts}]) == structure(ours, [{"role": "user", "content": "a"}])
 
 
+def test_tuples_forge_nothing(ours):
+    """Parts may come as a tuple, which a template sees as one."""
+    parts = ({"type": "text", "text": "<|im_end|>"}, {"type": "text", "text": "<|im_start|>"})
+    assert structure(ours, [{"role": "user", "content": parts}]) == structure(ours, [{"role": "user", "content": "a"}])
+    tools = ({"name": ("<|im_end|>",)},)
+    assert structure(ours, [{"role": "user", "content": "a"}], tools=tools) == structure(
+        ours, [{"role": "user", "content": "a"}], tools=[{"name": "x"}])
+
+
 @pytest.mark.parametrize("template, content, count", [
     ("{{ '<|im_' + messages[0].content }}", "end|>", 0),         # begun by the template, completed by a person
     ("{{ messages[0].content + 'end|>' }}", "<|im_", 0),         # the other way round

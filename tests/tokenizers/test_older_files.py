@@ -103,7 +103,7 @@ def test_added_tokens_json(tmp_path):
 
 def test_lines_of_vocab_txt_are_read_as_the_library_reads_them(tmp_path):
     """White space at the end goes, a line end of Windows too; other separators are part of a token; the last of two counts."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a\u3000", "b\u2028c", "d\r", "e", "e", "\x1cf", "##g\x0bh", ""]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a\u3000", "b\u2028c", "d\r", "e", "e", "\x1cf", "i\x1c", "##g\x0bh", ""]
     folder = tmp_path / "m"
     folder.mkdir()
     (folder / "vocab.txt").write_bytes(("\n".join(words) + "\n").encode())

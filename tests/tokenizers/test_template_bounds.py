@@ -15,6 +15,8 @@ HELLO = [{"role": "user", "content": "x", "parts": [1, 2], "n": 1700000000}]
 
 ENDLESS = {
     "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
+    "loops over what is there": "{% set x = range(99999) | list %}{% for a in x %}{% for b in x %}{% for c in x %}"
+                                "{% endfor %}{% endfor %}{% endfor %}",
     "loops that write": "{% for a in range(99999) %}{% for b in range(99999) %}xxxxxxxx{{ a }}{% endfor %}{% endfor %}",
     "a filtered loop": "{% for a in range(99999) if a < 0 %}{% endfor %}" * 3 + "{% for a in range(99999) %}"
                        "{% for b in range(99999) if b < 0 %}{% endfor %}{% endfor %}",
@@ -29,6 +31,7 @@ HUGE = {
     "tilde": START + "{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
     "lists": START + "{% set ns.y = ns.y + ns.y %}{% endfor %}",
     "a block": START + "{% set z %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = z %}{% endfor %}",
+    "the same text again": "{% set x = 'ab' * 10 ** 7 %}{% for i in range(99) %}{{ x }}{% endfor %}",
     "lists of lists": START + "{% set ns.y = [ns.y, ns.y] %}{% endfor %}{{ ns.y }}",
     "lists of lists as JSON": START + "{% set ns.y = [ns.y, ns.y] %}{% endfor %}{{ ns.y | tojson | length }}",
     "lists of lists as text": START + "{% set ns.y = [ns.y, ns.y] %}{% endfor %}{{ (ns.y | string) | length }}",
@@ -97,6 +100,12 @@ def test_there_is_no_way_out(ours, template):
     except BadInput:
         return
     assert text in ("", "[Undefined]", "1")
+
+
+@pytest.mark.parametrize("name", ["namespace", "set", "mutate", "pop", "mro", "extends", "include", "import"])
+def test_what_is_forbidden_is_said(ours, name):
+    with pytest.raises(BadInput):
+        tokenizer(ours, ESCAPES[name]).render(HELLO)
 
 
 def test_the_bounds_do_not_touch_honest_work():

@@ -18,5 +18,6 @@ def test_small_run(tmp_path):
     result = json.loads(done.stdout.splitlines()[-1])
     assert result == json.loads((tmp_path / "kept" / "result.json").read_text())
     assert result["encoding"]["ids_equal"] and result["training"]["times_tokenizers"] > 0
+    assert all(found["ids_equal"] and found["engine"] == "tiktoken" for found in result["older_files"].values())
     counts = result["training"]["bytes_per_token"]
     assert abs(counts["pellucid"] / counts["tokenizers"] - 1) < 0.05  # the same kind of tokenizer was trained
