@@ -136,7 +136,7 @@ def test_transformers_opens_what_we_write(pair, tmp_path):
                   "num_experts_per_tok", "moe_intermediate_size", "first_k_dense_replace", "mlp_layer_types", "topk_method", "routed_scaling_factor",
                   "rope_interleave", "num_nextn_predict_layers", "index_topk", "index_head_dim", "index_n_heads",
                   "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim",
-                  "num_experts", "shared_expert_intermediate_size", "mlp_only_layers", "norm_topk_prob"):
+                  "num_experts", "shared_expert_intermediate_size", "norm_topk_prob"):
         assert field not in before or before[field] == after.get(field), field
 
 

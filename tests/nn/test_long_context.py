@@ -8,7 +8,7 @@ import torch
 from small_specs import assert_equal, spec, tokens
 
 from pellucid.errors import BadInput
-from pellucid.models.long_context import with_dual_chunk, with_rope_scaling, with_streaming
+from pellucid.models.long_context import with_dual_chunk, with_rings, with_rope_scaling, with_streaming
 from pellucid.nn import GDN, MLA, Attn, Decoder, KVCache, Rope, count_parameters
 from pellucid.nn.build import build
 from pellucid.nn.context import open_context
@@ -158,6 +158,20 @@ def test_far_beyond_any_context_in_constant_memory():
     assert_equal(got, want)
 
 
+@pytest.mark.parametrize("window", [1, 5, 40])
+@torch.no_grad()
+def test_rings_hold_a_window_and_no_more(window):
+    """The same numbers as a cache that keeps everything, in memory that does not grow."""
+    plain = spec(*(replace(BASE, window=window),) * 3)
+    model, ring = filled(Decoder(plain)), filled(Decoder(with_rings(plain)))
+    x = tokens(2, 120)
+    want, cache = model(x), KVCache(ring.spec, 2, 10**9, first=torch.tensor([0, 30]))
+    got = torch.cat([ring(part, cache=cache) for part in x.split([50, 1, 1, 60, 1, 1, 6], 1)], 1)
+    assert_equal(got[0], want[0])
+    assert_equal(got[1, 30:], model(x[1:, 30:])[0])
+    assert ring.spec.limit == 2**31 and {t.shape[2] for state in cache.states for t in state.values()} == {window}
+
+
 def test_what_the_counts_say():
     plain = spec(BASE)
     long = with_streaming(plain, 4, 28)
@@ -170,13 +184,16 @@ def test_what_the_counts_say():
 def test_which_layers_change():
     hybrid = spec(GDN(1, 2, 4, 6), Attn(4, 2, 8, Rope(8), window=5), Attn(4, 2, 8, Rope(8)))
     changed = with_streaming(hybrid, 1, 9)
-    assert changed.layers[:2] == hybrid.layers[:2] and changed.layers[2].mixer.reach == Streaming(1, 9)
+    assert changed.layers[0] == hybrid.layers[0] and [layer.mixer.reach for layer in changed.layers[1:]] == [Streaming(0, 5), Streaming(1, 9)]
+    chunked = with_dual_chunk(hybrid, 8, 2)
+    assert chunked.layers[:2] == hybrid.layers[:2] and chunked.layers[2].mixer.reach == DualChunk(8, 2)
+    assert with_rings(hybrid).layers[2] == hybrid.layers[2] and changed.limit == chunked.limit == 2**31 and with_rings(hybrid).limit == 256
     for bad, said in ((spec(MLA(4, None, 9, 4, 10, Rope(6))), "MLA"), (spec(GDN(1, 2, 4, 6)), "no layer of attention"),
                       (spec(BASE, positions="learned"), "learned")):
         with pytest.raises(BadInput, match=said):
             with_streaming(bad)
     for call in (lambda: with_streaming(hybrid, -1, 5), lambda: with_streaming(hybrid, 0, 0), lambda: with_dual_chunk(hybrid, 8, 8),
-                 lambda: with_rope_scaling(hybrid, {"rope_type": "linear", "factor": 0}),
+                 lambda: with_rings(spec(BASE)), lambda: with_rope_scaling(hybrid, {"rope_type": "linear", "factor": 0}),
                  lambda: with_rope_scaling(hybrid, {"rope_type": "cubic", "factor": 2})):
         with pytest.raises(BadInput):
             call()

@@ -47,7 +47,7 @@ class Batch:
         self.eos = set(eos)
         self.active = list(sequences)
         for s in self.active:
-            check_length(len(s.prompt), s.params.max_tokens, model.spec.context)
+            check_length(len(s.prompt), s.params.max_tokens, model.spec.limit)
         self.step_number = 0
 
     @torch.inference_mode()
@@ -137,7 +137,7 @@ def run_all(
 ) -> None:
     """Finishes all sequences in batches of neighbours in prompt length (little padding). Equal prompts stay together."""
     for s in sequences:
-        check_length(len(s.prompt), s.params.max_tokens, model.spec.context)
+        check_length(len(s.prompt), s.params.max_tokens, model.spec.limit)
     order = sorted(sequences, key=lambda s: (len(s.prompt), s.prompt))
     for start in range(0, len(order), max_batch):
         part = order[start : start + max_batch]

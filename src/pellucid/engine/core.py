@@ -95,7 +95,7 @@ class Engine:
         size = 1 if c.prefix.startswith("radix") else c.block
         self.cache = make_cache(c.prefix, model, -(-self.room.value // size), size)
         self.runner = Runner(model, self.cache.blocks, size, c.running)
-        self.scheduler = Scheduler(self.cache, budget=c.budget, places=c.running, chunk=c.chunk, context=model.spec.context,
+        self.scheduler = Scheduler(self.cache, budget=c.budget, places=c.running, chunk=c.chunk, context=model.spec.limit,
                                    order=ORDERS[c.order](), swap=c.swap)
         self.proposer = proposer or (PromptLookup() if c.drafts else None)
         if self.proposer is not None and is_stateful(model):

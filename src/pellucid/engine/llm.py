@@ -10,12 +10,16 @@ import os
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from pellucid.engine.batch import Batch, Sample, check_length, run_all
 from pellucid.engine.params import SamplingParams
 from pellucid.errors import BadInput
-from pellucid.models import load
+from pellucid.models import embed_texts, load
+from pellucid.models.embedding import read_recipe
 from pellucid.models.hub import local_folder, read_config
 from pellucid.nn import Decoder
 from pellucid.quant import is_int8, quantize
@@ -62,14 +66,16 @@ class LLM:
             if tokenizer is None:
                 raise TypeError("LLM(model, tokenizer): a model object needs its tokenizer")
             self.model, self.tokenizer = model, tokenizer
+            self.folder: Path | None = None
         else:
             self.model = open_model(model, dtype, device, allow_missing)
+            self.folder = local_folder(model)
             self.tokenizer = tokenizer or Tokenizer.load(model)
         self.max_batch = max_batch
 
     @property
     def context(self) -> int:
-        return self.model.spec.limit
+        return getattr(self.model.spec, "limit", self.model.spec.context)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None,
@@ -89,6 +95,12 @@ class LLM:
         finally:
             self.model.train(was_training)
         return [RequestOutput(p, [self._completion(i, s) for i, s in enumerate(g)]) for p, g in zip(ids, samples)]
+
+    def embed(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
+        """texts -> (N, D) float32 of length 1, with the pooling that the folder states, else of each text's last token. Encoders,
+        which can do nothing else here, and all options: `pellucid.models.embed_texts`."""
+        recipe = None if self.folder is None else read_recipe(self.folder)[0]
+        return embed_texts(self.model, texts, tokenizer=self.tokenizer, recipe=recipe, batch_size=batch_size)
 
     def chat(
         self, messages: list[dict[str, Any]], params: SamplingParams | None = None, *, tools: list[dict[str, Any]] | None = None,

@@ -77,6 +77,7 @@ class Rows:
         self.longest = max(lengths) + count
         self.length = self.longest - count  # columns before the new tokens
         self.batch = len(requests)
+        self.began = torch.tensor([len(r.prompt) for r in requests], device=self.device)
         ends = torch.tensor(lengths, device=self.device) + count
         self.first = self.longest - ends if min(lengths) != max(lengths) else None
         self.read = torch.zeros(self.batch, self.longest, dtype=torch.int64, device=self.device)

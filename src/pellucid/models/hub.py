@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -54,16 +55,19 @@ SHAPES: dict[type, type[nn.Module]] = {
 
 def load(
     path_or_id: str | os.PathLike[str], dtype: str | torch.dtype = "float32", device: str = "cpu", *,
-    allow_missing: bool = False,
+    allow_missing: bool = False, change: Callable[[Any], Any] | None = None,
 ) -> Any:
     """A checkpoint folder (or Hub id) as a module in eval mode: a `Decoder`, or what its architecture is.
 
     dtype "auto" keeps the file's. Raises BadInput that names every missing, unused or mis-shaped tensor;
     allow_missing: missing ones are drawn at random, unused ones left out, and both told as a warning.
+    change: spec -> the spec to build instead, for what needs no other weights: see models/long_context.py.
     """
     folder = local_folder(path_or_id)
     fields = read_config(folder)
     spec = spec_of(fields)
+    if change is not None:
+        spec = change(spec)
     if dtype == "auto":
         dtype = unwrapped(fields).get("dtype") or unwrapped(fields).get("torch_dtype") or "float32"
     with ExitStack() as stack:

@@ -20,10 +20,18 @@ from pellucid.nn.specs import GDN, MLA, Attn, DecoderSpec, DualChunk, Streaming
 
 
 def with_streaming(spec: DecoderSpec, sinks: int = 4, window: int = 1020) -> DecoderSpec:
-    """StreamingLLM (arXiv 2309.17453): layers that would see everything keep the first `sinks` tokens and the last `window`."""
+    """StreamingLLM (arXiv 2309.17453): layers that would see everything keep the first `sinks` tokens and the last `window`; those
+    with a window of their own keep that (`with_rings`)."""
     if sinks < 0 or window < 1:
         raise BadInput(f"{sinks} sinks and a window of {window}", "the window must hold a token at least")
-    return _with_reach(spec, Streaming(sinks, window))
+    changed = _with_reach(spec, Streaming(sinks, window))
+    return with_rings(changed) if any(_windowed(layer.mixer) for layer in spec.layers) else changed
+
+
+def with_rings(spec: DecoderSpec) -> DecoderSpec:
+    """Layers with a sliding window keep no more of the past than it shows: a ring of that many keys and values, of constant size. The
+    same numbers: a window is streaming without sinks."""
+    return _each_mixer(spec, lambda m: replace(m, window=None, reach=Streaming(0, m.window)), _windowed, "with a window")
 
 
 def with_dual_chunk(spec: DecoderSpec, size: int | None = None, local: int | None = None) -> DecoderSpec:
@@ -71,8 +79,14 @@ def _with_reach(spec: DecoderSpec, reach: Streaming | DualChunk) -> DecoderSpec:
     return _each_mixer(spec, lambda m: replace(m, reach=reach), lambda m: isinstance(m, Attn) and m.window is None)
 
 
-def _each_mixer(spec: DecoderSpec, change: Callable[[Any], Any], which: Callable[[Any], bool]) -> DecoderSpec:
+def _windowed(mixer: Any) -> bool:
+    return isinstance(mixer, Attn) and mixer.window is not None
+
+
+def _each_mixer(
+    spec: DecoderSpec, change: Callable[[Any], Any], which: Callable[[Any], bool], kind: str = "without a window",
+) -> DecoderSpec:
     if not any(which(layer.mixer) for layer in spec.layers):
-        raise BadInput("this model has no layer of attention without a window", "there is nothing to change")
+        raise BadInput(f"this model has no layer of attention {kind}", "there is nothing to change")
     return replace(spec, layers=tuple(
         replace(layer, mixer=change(layer.mixer)) if which(layer.mixer) else layer for layer in spec.layers))

@@ -214,8 +214,15 @@ class DecoderSpec:
     positions: str = "rope"  # or learned: a vector for each of `context` positions, added to the embedding
     embed_scale: float = 1.0  # of the embedding, in its own dtype; the tied head goes without
     mtp: tuple[Layer, ...] = ()  # multi-token prediction: a layer for each further token (DeepSeek-V3)
+    mtp_loss: float = field(default=0.3, compare=False)  # their weight in training: 0.3 for most of DeepSeek-V3's, 0.1 at its end
     family: str = "qwen3"  # which function of models/ writes the config.json back
     extra: Extra = field(default=(), compare=False)  # config.json fields that change no number
+
+    @property
+    def limit(self) -> int:
+        """Tokens that a sequence may have: the context, or as many as one likes where attention reaches beyond it."""
+        far = [layer.mixer for layer in self.layers if isinstance(layer.mixer, MLA) or getattr(layer.mixer, "window", 0) is None]
+        return 2**31 if far and all(getattr(mixer, "reach", None) for mixer in far) else self.context
 
     @property
     def kv_bytes_per_token(self) -> int:
