@@ -82,11 +82,11 @@ def exact(column: str = "answer", part: Part = "answer", case: bool = True) -> C
 def math(column: str = "answer", part: Part = "answer") -> Checker:
     """1 where the final answer (boxed, behind ####, behind "the answer is", or the last number) equals that column's.
 
-    The column may hold a whole solution: its final answer is taken.  See `math_answers`.
+    The column may hold a whole solution: what it boxes, or says behind #### or "the answer is", is taken.
     """
 
     def check(content: Content, wanted: Any) -> float | None:
-        gold = None if wanted is None else final_answer(str(wanted)) or str(wanted).strip()
+        gold = None if wanted is None else final_answer(str(wanted), last_number=False) or str(wanted).strip()
         return float(same_answer(final_answer(part_of(content, part)) or "", gold)) if gold else None
 
     return Against(column, check)

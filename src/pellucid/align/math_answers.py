@@ -27,7 +27,7 @@ _SAID = re.compile(r"(?:final answer|answer)(?:\s+is|\s*[:=])\s*:?\s*(.+?)\s*(?:
 
 
 _TEXT = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mbox)\{([^{}]*)\}(?:\^\{?[23]\}?)?")
-_WORDS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{4,}|^[A-Za-z][A-Za-z ]{2,}$")  # words are no products
+_WORDS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{4,}|^(?=.*[A-Za-z]{3})[A-Za-z ]+$")  # words are no products
 
 
 class NoValue(ValueError):
@@ -37,8 +37,9 @@ class NoValue(ValueError):
 # --- finding it -----------------------------------------------------------------------------------------------------------
 
 
-def final_answer(text: str) -> str | None:
-    r"""The last \boxed{...}; else what stands behind the last ####; else behind the last "answer is"; else the last number."""
+def final_answer(text: str, last_number: bool = True) -> str | None:
+    r"""The last \boxed{...}; else what stands behind the last ####; else behind the last "answer is"; else the last number
+    (or None)."""
     boxed = _last_boxed(text)
     if boxed is not None:
         return boxed
@@ -47,7 +48,7 @@ def final_answer(text: str) -> str | None:
     said = _SAID.findall(text[-5000:])
     if said:
         return said[-1].strip().strip("$*").strip()
-    numbers = _LAST_NUMBER.findall(text[-5000:])
+    numbers = _LAST_NUMBER.findall(text[-5000:]) if last_number else []
     return numbers[-1] if numbers else None
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-AGAIN = 0.2  # seconds after which the exception is raised anew in code that swallowed it
+AGAIN = 0.2  # seconds between two looks at the clock; also after which code that swallowed the exception gets it anew
 
 
 class TimeIsUp(BaseException):
@@ -55,45 +55,78 @@ def is_async(function: Callable[..., Any]) -> bool:
 
 def call(function: Callable[[], Any], seconds: float) -> Outcome:
     """A plain function under a time limit."""
+    end = time.monotonic() + seconds
+    return _outcome(function, lambda: end)
+
+
+def call_async(functions: list[Callable[[], Awaitable[Any]]], seconds: list[float], at_once: int,
+               kinds: list[str] | None = None, patience: int = 3) -> list[Outcome]:
+    """Async functions, at most `at_once` of them running at a time, each with its own limit from when it starts.
+
+    kinds: which belong together; after `patience` timeouts of one kind in a row (or as many as run at a time), the others
+    of its kind are not tried: they count as timeouts at once.
+    """
+    outcomes: list[Outcome | None] = [None] * len(functions)
+    ends: dict[int, float] = {}  # of those that are running
+    kinds = kinds or list(map(str, range(len(functions))))
+    in_a_row = dict.fromkeys(kinds, 0)
+
+    async def one(number: int, room: asyncio.Semaphore) -> None:
+        async with room:
+            if in_a_row[kinds[number]] >= max(patience, at_once):
+                outcomes[number] = Outcome(error=TimeIsUp())
+                return
+            ends[number] = time.monotonic() + seconds[number]
+            task = asyncio.ensure_future(functions[number]())
+            await asyncio.wait({task}, timeout=seconds[number])
+            del ends[number]
+            if not task.done():
+                task.cancel()  # and not waited for: it may refuse
+                outcomes[number] = Outcome(error=TimeIsUp())
+                in_a_row[kinds[number]] += 1
+                return
+            in_a_row[kinds[number]] = 0
+            if task.cancelled():
+                outcomes[number] = Outcome(error=asyncio.CancelledError("it cancelled itself"))
+            else:
+                error = task.exception()
+                outcomes[number] = Outcome(error=error) if error else Outcome(task.result())
+
+    async def all_of_them() -> None:
+        room = asyncio.Semaphore(at_once)
+        await asyncio.gather(*(one(number, room) for number in range(len(functions))))
+
+    last = time.monotonic()
+
+    def until() -> float:
+        """A coroutine that blocks (time.sleep) stops the whole loop, limits included: so the loop has one, too.  It is
+        over when a limit was not heeded for a second, or when everything is done and the loop does not end."""
+        nonlocal last
+        last = min(list(ends.values()), default=last if None not in outcomes else time.monotonic())
+        return last + 1.0
+
+    whole = _outcome(lambda: asyncio.run(all_of_them()), until) if functions else Outcome()
+    lost = Outcome(error=whole.error or TimeIsUp())
+    return [outcome or lost for outcome in outcomes]
+
+
+def _outcome(function: Callable[[], Any], until: Callable[[], float]) -> Outcome:
     try:
-        return Outcome(limited(function, seconds))
+        return Outcome(limited(function, until))
     except (Exception, SystemExit, TimeIsUp) as error:  # KeyboardInterrupt is the person's, and goes on
         return Outcome(error=error)
 
 
-def call_async(functions: list[Callable[[], Awaitable[Any]]], seconds: list[float], at_once: int) -> list[Outcome]:
-    """Async functions, at most `at_once` of them running at a time, each with its own limit from when it starts."""
-    if not functions:
-        return []
-    outcomes: list[Outcome | None] = [None] * len(functions)
-
-    async def all_of_them() -> None:
-        room = asyncio.Semaphore(at_once)
-
-        async def one(number: int) -> None:
-            async with room:
-                try:
-                    outcomes[number] = Outcome(await asyncio.wait_for(functions[number](), seconds[number]))
-                except TimeoutError as error:
-                    outcomes[number] = Outcome(error=error if error.args else TimeIsUp())
-                except (Exception, SystemExit, TimeIsUp) as error:
-                    outcomes[number] = Outcome(error=error)
-
-        await asyncio.gather(*map(one, range(len(functions))))
-
-    # A coroutine that blocks (time.sleep) stops the whole loop, limits included: the loop itself has one, too.
-    rounds = -(-len(functions) // at_once)
-    whole = call(lambda: asyncio.run(all_of_them()), max(seconds) * rounds + 1.0)
-    unfinished = Outcome(error=whole.error or TimeIsUp())
-    return [outcome or unfinished for outcome in outcomes]
-
-
-def limited(function: Callable[[], T], seconds: float) -> T:
-    """function() within `seconds`, else TimeIsUp (or Stuck)."""
+def limited(function: Callable[[], T], until: Callable[[], float]) -> T:
+    """function(), stopped by TimeIsUp (or Stuck) when the monotonic clock has passed `until()`, which may move."""
     on_main = threading.current_thread() is threading.main_thread()
     if on_main and hasattr(signal, "setitimer") and not _loop_is_running():
-        return _by_signal(function, seconds)
-    return _by_thread(function, seconds)
+        with _alarm(until) as armed:
+            try:
+                return function()
+            finally:
+                armed.clear()  # from here on the bell is not heard: nothing below may be interrupted
+    return _by_thread(function, until)
 
 
 def _loop_is_running() -> bool:
@@ -104,26 +137,18 @@ def _loop_is_running() -> bool:
     return False
 
 
-def _by_signal(function: Callable[[], T], seconds: float) -> T:
-    with _alarm(seconds) as armed:
-        try:
-            return function()
-        finally:
-            armed.clear()  # from here on the bell is not heard: nothing below may be interrupted
-
-
 @contextlib.contextmanager
-def _alarm(seconds: float) -> Iterator[set[str]]:
-    """SIGALRM raises TimeIsUp while the given set is not empty.  A timer that was running before runs on afterwards."""
+def _alarm(until: Callable[[], float]) -> Iterator[set[str]]:
+    """SIGALRM raises TimeIsUp past `until()` while the given set is not empty.  A timer that ran before runs on after."""
     armed = {"armed"}
 
     def ring(number: int, frame: Any) -> None:
-        if armed:
+        if armed and time.monotonic() >= until():
             raise TimeIsUp
 
     before = signal.signal(signal.SIGALRM, ring)
     started = time.monotonic()
-    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)
+    left, interval = signal.setitimer(signal.ITIMER_REAL, max(min(until() - started, AGAIN), 1e-3), AGAIN)
     try:
         yield armed
     finally:
@@ -134,7 +159,7 @@ def _alarm(seconds: float) -> Iterator[set[str]]:
             signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - started), 1e-3), interval)
 
 
-def _by_thread(function: Callable[[], T], seconds: float) -> T:
+def _by_thread(function: Callable[[], T], until: Callable[[], float]) -> T:
     outcome = Outcome(error=TimeIsUp())
 
     def run() -> None:
@@ -146,12 +171,13 @@ def _by_thread(function: Callable[[], T], seconds: float) -> T:
 
     thread = threading.Thread(target=run, name="pellucid reward", daemon=True)
     thread.start()
-    thread.join(seconds)
-    for _ in range(10):
-        if not thread.is_alive():
-            break
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(TimeIsUp))
-        thread.join(AGAIN)
+    tries = 10
+    while thread.is_alive() and tries:
+        thread.join(max(min(until() - time.monotonic(), AGAIN), 1e-3))
+        if thread.is_alive() and time.monotonic() >= until():
+            tries -= 1
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(TimeIsUp))
+            thread.join(AGAIN)
     if thread.is_alive():
         raise Stuck(thread)
     if outcome.error is not None:

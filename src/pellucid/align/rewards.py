@@ -5,7 +5,7 @@
         return [1.0 if len(text) < 200 else 0.0 for text in completions]
 
     rewards = RewardSet([
-        Reward("correct", math_equal("answer")),
+        Reward("correct", math("answer")),
         Reward("short", load_object("rewards.py:short"), weight=0.5, on="correct"),   # counts where correct >= 1
         Reward("judge", ask_a_model, timeout=20, batch=1)])                            # async, one completion a call
     scores = rewards.score(Batch(prompts, completions, {"answer": answers}))
@@ -16,8 +16,9 @@ conversational), `completion_ids`, every other column of the dataset, and as trl
 `log_extra`; those it has no parameter for are left out.  It gives a list of numbers, None meaning "cannot say".
 
 Nothing that a reward does ends the run: what raises, hangs, or gives something else than numbers is missing (NaN) for the
-completions concerned, counted, and told; where a call for many completions raises, they are tried one by one.  Only a
-reward that fails so many times in a row that nothing can be learned ends the run, with a clear error.
+completions concerned, counted, and told.  Where a call for many completions raises, they are tried one by one; after three
+timeouts in a row a reward is not asked again in that step.  Only a reward that gives nothing for many steps in a row ends
+the run, with a clear error.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from torch import Tensor
 
 from pellucid import events
 from pellucid.align.components import conditioned
-from pellucid.align.reward_calls import Outcome, Stuck, call, call_async, is_async
+from pellucid.align.reward_calls import Outcome, Stuck, TimeIsUp, call, call_async, is_async
 from pellucid.errors import BadInput, PellucidError, nearest
 from pellucid.tasks import Problem, Task, dialogue_of, finished_only, reward_weights, where_it_failed
 
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from pellucid.align.rollout import Group
 
 Content = str | list[dict[str, Any]]
+PATIENCE = 3  # timeouts in a row after which a reward is not asked for the other completions of a step
 RESERVED = ("prompts", "completions", "completion_ids", "prompt_ids", "trainer_state", "log_metric", "log_extra")
 
 
@@ -149,8 +151,8 @@ class RewardSet:
     """Rewards that are asked together.  See the module.
 
     weights, conditions: of single components, in place of what the rewards say themselves ("length": ("correct", 1.0)
-    makes `length` count only where `correct` is at least 1).  max_failures: a reward that gives nothing at all for so many steps in a row ends the run.  at_once: async calls that
-    run at a time.
+    makes `length` count only where `correct` is at least 1).  max_failures: a reward that gives nothing at all for so
+    many steps in a row ends the run.  at_once: async calls that run at a time.
     """
 
     def __init__(self, rewards: Sequence[Reward], *, weights: Mapping[str, float] | None = None,
@@ -220,13 +222,17 @@ class RewardSet:
     def _run(self, calls: list[_Call], seconds: dict[str, float]) -> None:
         """Plain functions one after the other, then the async ones together; then whatever raised, one by one."""
         later = [c for c in calls if is_async(c.reward.function)]
-        for c in calls:
-            if not is_async(c.reward.function):
-                began = time.perf_counter()
-                self._plain(c, c.reward.timeout)
-                for single in c.singles():
-                    self._plain(single, c.reward.timeout - (time.perf_counter() - began))
-                seconds[c.reward.name] = seconds.get(c.reward.name, 0.0) + time.perf_counter() - began
+        slow = dict.fromkeys((c.reward.name for c in calls), 0)  # timeouts in a row
+        for c in [c for c in calls if not is_async(c.reward.function)]:
+            name, began = c.reward.name, time.perf_counter()
+            if slow[name] >= PATIENCE:
+                c.outcome = Outcome(error=TimeIsUp())
+                continue
+            self._plain(c, c.reward.timeout)
+            slow[name] = slow[name] + 1 if c.outcome.timed_out else 0
+            for single in c.singles():
+                self._plain(single, c.reward.timeout - (time.perf_counter() - began))
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
         began = time.perf_counter()
         self._together(later)
         self._together([single for c in later for single in c.singles()])
@@ -242,10 +248,11 @@ class RewardSet:
             self._stuck[name] = c.outcome.error.thread
         if inspect.isawaitable(c.outcome.value):  # a plain function that gives a coroutine, such as a lambda
             given = c.outcome.value
-            (c.outcome,) = call_async([lambda: given], [seconds], 1)
+            (c.outcome,) = call_async([lambda: given], [max(seconds, 0.01)], 1)
 
     def _together(self, calls: list[_Call]) -> None:
-        outcomes = call_async([c.bound() for c in calls], [c.reward.timeout for c in calls], self.at_once)
+        outcomes = call_async([c.bound() for c in calls], [c.reward.timeout for c in calls], self.at_once,
+                              [c.reward.name for c in calls], PATIENCE)
         for c, outcome in zip(calls, outcomes):
             c.outcome = outcome
 
@@ -387,7 +394,7 @@ class TaskGrader:
 
     def __init__(self, task: Task):
         self.task, self.weights = task, reward_weights(task)
-        rng, names = random.Random(0), dict.fromkeys(("correct", "format"))
+        rng, names = random.Random(0), dict.fromkeys(("correct", "format", "progress"))
         for part in getattr(task, "tasks", {"": task}).values():
             problem = part.sample(rng, "train")
             names |= dict.fromkeys(part.grade(problem, part.demonstrate(problem, rng)))
