@@ -9,7 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import CASES, assert_equal, redrawn, tokens, written
-from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DeepseekV32Config,
+)
 from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
@@ -19,15 +25,18 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 )
 
 import pellucid
+from pellucid.data.packing import Packed
 from pellucid.errors import BadInput
 from pellucid.models import spec_of
 from pellucid.models.config import Config
 from pellucid.models.deepseek import latent
-from pellucid.nn import KVCache, init_weights, prediction_loss, prediction_spec
+from pellucid.nn import KVCache, Routing, count_parameters, init_weights, prediction_loss, prediction_spec
 from pellucid.nn.build import build
 from pellucid.nn.context import open_context
+from pellucid.nn.count import mtp_parameters
 from pellucid.nn.site import Site
 from pellucid.ops import latent_attention_absorbed, latent_attention_expanded
+from pellucid.train import language_loss
 
 # --- multi-token prediction -------------------------------------------------------------------------------------------
 
@@ -157,6 +166,52 @@ def test_the_loss_by_hand():
                           -0.15 * (logp + torch.log_softmax(torch.tensor([0.0, 3.0]), 0)[1] + logp))
 
 
+def test_training_adds_their_loss(predicting):
+    """In training only; two documents in a row."""
+    _, _, ours = predicting
+    x, labels = tokens(2, 20), tokens(2, 20, seed=1)
+    labels[:, 8] = labels[0, :3] = -100
+    documents = (torch.arange(20) > 8).long().expand(2, -1)
+    positions = torch.cat((torch.arange(9), torch.arange(11))).expand(2, -1)
+    rows = Packed(x, labels, positions, documents)
+    plain, count = language_loss(ours, rows)
+    both, same = language_loss(ours.train(), rows)
+    ours.eval()
+    states = ours.predict_all(x, ours.hidden(x, positions, documents), positions, documents)
+    assert same == count == 35
+    assert_equal(both - plain, prediction_loss(states, ours.head_weight, labels, documents, 0.3))
+
+
+def test_they_learn_to_predict():
+    """Sequences that count on in steps: after a few steps of training the layer knows the token after the next."""
+    spec = replace(spec_of(CASES["deepseek-v3"].to_dict() | {"num_nextn_predict_layers": 1}), vocab=16)
+    model = init_weights(pellucid.nn.Decoder(spec), 1).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 3e-3)
+    g = torch.Generator().manual_seed(0)
+
+    def batch():
+        x = (torch.randint(16, (16, 1), generator=g) + torch.randint(1, 4, (16, 1), generator=g) * torch.arange(17)) % 16
+        return Packed(x[:, :-1], x[:, 1:], torch.arange(16).expand(16, -1), torch.zeros(16, 16, dtype=torch.int64))
+
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss, count = language_loss(model, batch())
+        (loss / count).backward()
+        optimizer.step()
+    rows = batch()
+    with torch.no_grad():
+        state = model.eval().predict_all(rows.tokens, model.hidden(rows.tokens))[0]
+    right = (model.logits(state).argmax(-1) == rows.labels[:, 1:])[:, 2:]
+    assert right.float().mean() > 0.9
+
+
+def test_counts_of_layers_that_predict(predicting):
+    _, mtp, ours = predicting
+    experts = sum(b.numel() for n, b in mtp.layers.named_buffers() if n.endswith("e_score_correction_bias"))
+    assert mtp_parameters(ours.spec) == sum(p.numel() for p in mtp.layers.parameters()) + experts
+    assert count_parameters(ours.spec) == sum(p.numel() for p in ours.parameters())
+
+
 def test_a_config_that_states_layers_which_the_file_lacks(tmp_path):
     """transformers writes num_nextn_predict_layers, and not the layers."""
     config = deepcopy(CASES["deepseek-v3"])
@@ -230,6 +285,36 @@ def test_fp8_weights(tmp_path):
     with torch.no_grad():
         assert_equal(pellucid.load(tmp_path / "fp8")(x), theirs(input_ids=x).logits)
         assert (pellucid.load(tmp_path / "fp8", dtype="bfloat16")(x).float() - theirs(input_ids=x).logits).abs().mean() < 0.1
+
+
+@pytest.mark.parametrize("name", ["deepseek-v2", "deepseek-v3", "deepseek-v3.2"])
+def test_fused_experts_in_several_files(name, tmp_path):
+    theirs = written(name, tmp_path, save_original_format=False, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    assert any(key.endswith("mlp.experts.gate_up_proj") for file in tmp_path.glob("*.safetensors") for key in load_file(file))
+    x = tokens(2, 40)
+    with torch.no_grad():
+        assert_equal(pellucid.load(tmp_path)(x), theirs(input_ids=x).logits)
+
+
+def test_half_precision_leaves_what_must_stay_wide(tmp_path):
+    """The selection bias decides between scores that differ by less than bfloat16 resolves; so does the indexer's weighing."""
+    theirs = written("deepseek-v3.2", tmp_path / "wide")
+    half = deepcopy(theirs).to(torch.bfloat16)
+    for layer, wide in zip(half.model.layers, theirs.model.layers, strict=True):
+        layer.self_attn.indexer.weights_proj.weight.data = wide.self_attn.indexer.weights_proj.weight.data
+    half.model.layers[1].mlp.gate.e_score_correction_bias.data = theirs.model.layers[1].mlp.gate.e_score_correction_bias.data
+    half.save_pretrained(tmp_path / "half")
+    ours, x = pellucid.load(tmp_path / "half", dtype="bfloat16"), tokens(2, 40)
+    assert torch.equal(ours.layers[1].ffn.router.select_bias, theirs.model.layers[1].mlp.gate.e_score_correction_bias)
+    assert torch.equal(ours.layers[0].mixer.indexer.weights.weight, theirs.model.layers[0].self_attn.indexer.weights_proj.weight)
+    assert ours.layers[0].mixer.o.weight.dtype == torch.bfloat16
+    with torch.no_grad():
+        want = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32, attn_implementation="eager")(input_ids=x).logits
+        assert_equal(pellucid.load(tmp_path / "half")(x), want)
+        routing = Routing()
+        assert ours.hidden(x, routing=routing).isfinite().all()
+        assert [logits.dtype for logits in routing.logits] == [torch.float32]  # the router computes in it
 
 
 # --- the two forms, and the indexer -----------------------------------------------------------------------------------
@@ -320,7 +405,6 @@ def drawn(module, dtype):
     return module.eval()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_attention_at_real_dimensions(dtype):
     """D 7168, 128 heads, ranks 1536 and 512, around position 100,000 of a YaRN context of 4096 x 40."""
@@ -359,7 +443,6 @@ def step_behind(block, x, positions, dtype):
     return open_context(torch.zeros(1, 1), dtype, positions[:, -1:], cache=cache)
 
 
-@pytest.mark.slow
 def test_experts_at_real_dimensions():
     """D 7168, experts of 2048, one shared; eight of them, in four groups."""
     torch.manual_seed(0)
@@ -409,6 +492,26 @@ SIZES = {"vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidd
 def test_what_is_refused(model_type, fields, word):
     with pytest.raises(BadInput, match=word):
         spec_of({"model_type": model_type, **SIZES, **fields})
+
+
+@pytest.mark.parametrize("config", [DeepseekV2Config, DeepseekV3Config, DeepseekV32Config])
+def test_what_config_leaves_out(config):
+    """A config.json that states sizes only is read as transformers reads it."""
+    fields = {**SIZES, **({"num_experts_per_tok": 2} if config is DeepseekV2Config else {})}
+    theirs, ours = config(**fields), spec_of({"model_type": config.model_type, **fields})
+    mla, moe = ours.layers[-1].mixer, ours.layers[-1].ffn
+    assert (mla.q_rank, mla.kv_rank, mla.nope, mla.rope.dim, mla.v_dim, mla.bias) == (
+        theirs.q_lora_rank, theirs.kv_lora_rank, theirs.qk_nope_head_dim, theirs.qk_rope_head_dim, theirs.v_head_dim, theirs.attention_bias)
+    assert (moe.experts, moe.top_k, moe.hidden, moe.shared, moe.scale, moe.renormalize) == (
+        theirs.n_routed_experts, theirs.num_experts_per_tok, theirs.moe_intermediate_size,
+        theirs.n_shared_experts * theirs.moe_intermediate_size, theirs.routed_scaling_factor, theirs.norm_topk_prob)
+    assert (moe.groups, moe.top_groups) == (theirs.n_group or 1, theirs.topk_group or 1)
+    assert (ours.context, ours.eps, ours.tied) == (theirs.max_position_embeddings, theirs.rms_norm_eps, theirs.tie_word_embeddings)
+    assert [layer.ffn == moe for layer in ours.layers] == [i >= theirs.first_k_dense_replace for i in range(4)]
+    if config is DeepseekV32Config:
+        assert (mla.indexer.heads, mla.indexer.dim, mla.indexer.top_k) == (theirs.index_n_heads, theirs.index_head_dim, theirs.index_topk)
+    else:
+        assert spec_of({"model_type": config.model_type, **fields, "q_lora_rank": None}).layers[0].mixer.q_rank is None
 
 
 def test_which_layers_are_sparse():

@@ -187,6 +187,13 @@ def test_a_decoder_gives_its_last_token(tmp_path):
     with torch.no_grad():
         want = [F.normalize(model.hidden(tokenizer.encode_batch([text]).ids)[0, -1], dim=0) for text in texts]
     assert_equal(embed_texts(tmp_path, texts), torch.stack(want))
+    llm = pellucid.LLM(tmp_path)
+    assert_equal(llm.embed(texts), torch.stack(want))
+    put(tmp_path, "modules.json", [{"path": "", "type": "sentence_transformers.models.Transformer"}, {"path": "1_Pooling", "type": "x.Pooling"}])
+    put(tmp_path, "1_Pooling/config.json", {"pooling_mode_mean_tokens": True})
+    with torch.no_grad():
+        mean = model.hidden(tokenizer.encode_batch(texts[:1]).ids)[0].mean(0)
+    assert_equal(llm.embed(texts[:1])[0], mean)
 
 
 def test_clips_text_tower(tmp_path):

@@ -238,6 +238,8 @@ def test_pooled_output_and_types_that_are_not_given(tmp_path):
         assert_equal(ours.pooled(hidden), want.pooler_output)
     with pytest.raises(ValueError, match="no head"):
         ours.logits(hidden)
+    with pytest.raises(BadInput, match="65 tokens"):
+        ours(torch.ones(1, 65, dtype=torch.int64))
 
 
 def test_padding_on_the_left_counts_as_columns(tmp_path):

@@ -7,7 +7,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from pellucid.models.config import FULL, SLIDING, Config, experts_checked, head_dim_field, layer_types, shared_fields, window_fields, wrong
+from pellucid.models.config import (
+    FULL,
+    SLIDING,
+    Config,
+    experts_checked,
+    head_dim_field,
+    layer_types,
+    shared_fields,
+    window_fields,
+    wrong,
+)
 from pellucid.models.families import family
 from pellucid.models.names import QWEN_MOE
 from pellucid.nn.specs import MLP, Attn, DecoderSpec, Layer, MoE

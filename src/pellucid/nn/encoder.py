@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pellucid.errors import BadInput
 from pellucid.nn.block import run_layers
 from pellucid.nn.build import build_layer
 from pellucid.nn.context import open_context
@@ -60,6 +61,8 @@ class Encoder(nn.Module):
             x = x + (self.types.weight[0] if types is None else F.embedding(types, self.types.weight))
         if self.positions is not None:
             places = self.positions.weight
+            if positions is None and tokens.shape[1] > len(places):
+                raise BadInput(f"a text of {tokens.shape[1]} tokens", f"this model has {len(places)} positions", "cut the text")
             x = x + (places[: tokens.shape[1]] if positions is None else F.embedding(positions, places))
         x = x if self.compute_dtype is None else x.to(self.compute_dtype)
         return x if self.embed_norm is None else self.embed_norm(x)

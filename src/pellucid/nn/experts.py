@@ -30,6 +30,8 @@ class Router(nn.Module):
     stays float32 whatever the model is cast to: rounded, it would choose other experts.
     """
 
+    wide = ("select_bias",)
+
     def __init__(self, spec: MoE, dim: int):
         super().__init__()
         self.spec = spec

@@ -24,7 +24,6 @@ from pellucid.nn.specs import DecoderSpec, EncoderSpec, Layer, MoE
 from pellucid.runtime import dtype_of
 from pellucid.tokenizers import Tokenizer
 
-
 AHEAD = "multi-token prediction"
 
 

@@ -14,8 +14,8 @@ from starlette.types import Receive, Scope, Send
 
 import pellucid
 from pellucid.engine import LLM
-from pellucid.engine.core import EngineConfig
 from pellucid.engine.batch import check_length
+from pellucid.engine.core import EngineConfig
 from pellucid.errors import BadInput
 from pellucid.server import errors
 from pellucid.server.answers import (

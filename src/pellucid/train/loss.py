@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pellucid.data.packing import IGNORE, Packed
-from pellucid.nn import Decoder, Routing
+from pellucid.nn import Decoder, Routing, prediction_loss
 from pellucid.nn.experts import balance_loss, balanced
 from pellucid.ops import chunked_cross_entropy
 from pellucid.tokenizers import Tokenizer
@@ -22,7 +22,7 @@ def language_loss(model: Decoder, rows: Packed) -> tuple[Tensor, int]:
     In training, a mixture of experts adds its balance losses (`router_aux_loss_coef`), which are means, times that number:
     divided by the labels of a step they stand beside the mean of the rest. Over micro-batches that is their mean, weighted by
     labels. It is not the balance of the whole step, since the switch loss is a product of two means: experts are kept busy
-    within each micro-batch, the more strictly the smaller it is.
+    within each micro-batch, the more strictly the smaller it is. Layers of multi-token prediction add their loss too.
     """
     routing = Routing() if model.training and balanced(model.spec) else None
     hidden = model.hidden(rows.tokens, positions=rows.positions, documents=rows.documents, routing=routing)
@@ -33,6 +33,9 @@ def language_loss(model: Decoder, rows: Packed) -> tuple[Tensor, int]:
     if count < len(labels):
         flat, labels = flat[trained], labels[trained]
     loss = chunked_cross_entropy(flat, model.head_weight.to(flat.dtype), labels)
+    if model.training and model.mtp:
+        states = model.predict_all(rows.tokens, hidden, rows.positions, rows.documents, routing=routing)
+        loss = loss + prediction_loss(states, model.head_weight.to(flat.dtype), rows.labels, rows.documents, model.spec.mtp_loss)
     balance = None if routing is None else balance_loss(routing)
     return loss if balance is None else loss + count * balance, count
 
