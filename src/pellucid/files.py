@@ -16,9 +16,10 @@ from pellucid.errors import PellucidError
 def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:
     """Write to a temporary neighbour, then rename over `path`."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     raw = data.encode("utf-8") if isinstance(data, str) else data
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with told_when_full(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with told_when_full(path), os.fdopen(handle, "wb") as f:
             f.write(raw)
@@ -39,8 +40,9 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     The old folder is moved aside before and removed after the swap, so that one of the two always exists.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    with told_when_full(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     aside = temporary.with_name(temporary.name + ".old")
     try:
         with told_when_full(path):
@@ -66,7 +68,7 @@ def _umask() -> int:
 
 @contextlib.contextmanager
 def told_when_full(path: str | os.PathLike[str]) -> Iterator[None]:
-    """A full disk or a read-only place as an error that says so."""
+    """A full disk, a read-only place or a file where a folder should be, as an error that says so."""
     try:
         yield
     except OSError as error:
@@ -76,5 +78,8 @@ def told_when_full(path: str | os.PathLike[str]) -> Iterator[None]:
                 "free some space, then run the same command with --resume; earlier files are intact") from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise PellucidError(f"could not write {path}", "no permission to write there",
+                                "choose another folder with --out") from error
+        if error.errno in (errno.ENOTDIR, errno.EEXIST):
+            raise PellucidError(f"could not write {path}", "a part of its path is a file, not a folder",
                                 "choose another folder with --out") from error
         raise

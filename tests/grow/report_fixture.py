@@ -7,6 +7,7 @@ import random
 from typing import Any
 
 from pellucid import tasks
+from pellucid.grow import recipe
 
 MIB = 2**20
 JUNK = "The [class]`str of the given of the file is the returned by the (see also the module is not in the of the value"
@@ -188,7 +189,7 @@ def spoiled(text: str, rng: random.Random) -> str:
 def prompts(rng: random.Random) -> list[dict[str, Any]]:
     """One held-out problem of each task: junk after pretraining, wrong or right after fine-tuning, right after GRPO."""
     out = []
-    for name in tasks.TASKS:
+    for name in recipe.TASKS:
         task = tasks.make(name)
         problem = task.sample(rng, "heldout")
         right = task.demonstrate(problem, rng)

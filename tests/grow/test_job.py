@@ -17,6 +17,7 @@ import pellucid
 from pellucid.errors import BadInput
 from pellucid.events import read_log
 from pellucid.grow.config import GrowConfig
+from pellucid.grow.job import Job
 from pellucid.grow.plan import choose_size
 from pellucid.grow.recipe import LADDER, STAGES
 
@@ -102,6 +103,24 @@ def test_impossible_settings_are_refused_before_work(wrong: list[str], tmp_path:
     assert done.returncode == 2, done.stderr
     assert not (tmp_path / "x").exists() and time.monotonic() - begun < 120
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("given, content, told", [
+    ("corpus", None, "no text found"), ("corpus", b"a few words", "only 11 characters"), ("corpus", b"\0" * 200_000, "not text"),
+    ("data", b"", "is empty"), ("data", b'{"a": 1}', "line 1"), ("data", b"not json", "not JSON"), ("out", b"", "is a file")])
+def test_files_that_are_of_no_use_are_told_before_work(
+    given: str, content: bytes | None, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pellucid.grow.job.make_plan", lambda *a: pytest.fail("work has begun"))
+    file = tmp_path / ("given.jsonl" if given == "data" else "given.txt")
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_bytes(content)
+    settings = {"out": tmp_path / "run", given: file / "run" if given == "out" else file}
+    with pytest.raises(BadInput, match=told):
+        Job(GrowConfig(**settings)).run()  # type: ignore[arg-type]
+    assert not (tmp_path / "run").exists()
 
 
 def test_not_a_number_of_minutes_is_refused() -> None:

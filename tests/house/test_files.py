@@ -38,6 +38,25 @@ def test_the_error_says_what_why_and_next(tmp_path: Path, number: int, words: st
     assert words in told.value.why and told.value.next and told.value.exit_code == 1
 
 
+@pytest.mark.parametrize("place", ["a", "a/b"])
+def test_a_file_where_a_folder_should_be(tmp_path: Path, place: str):
+    (tmp_path / "file").write_text("mine")
+    path = tmp_path / "file" / place
+    with pytest.raises(PellucidError, match="could not write") as told:
+        files.write_atomic(path, "x")
+    assert "is a file" in told.value.why
+    with pytest.raises(PellucidError, match="could not write"), files.atomic_folder(path):
+        pytest.fail("began")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_disk_without_room_for_a_folder_is_told(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(os, "mkdir", fail_with(errno.ENOSPC))
+    with pytest.raises(PellucidError) as told:
+        files.write_atomic(tmp_path / "a" / "b", "x")
+    assert "disk is full" in told.value.why
+
+
 def test_other_system_errors_pass_unchanged(tmp_path: Path):
     with pytest.raises(IsADirectoryError), files.told_when_full(tmp_path):
         raise IsADirectoryError(errno.EISDIR, "x")

@@ -15,7 +15,7 @@ K = 8
 def run(job: Job) -> Result:
     from pellucid.grow.job import Result
 
-    n = max(8, job.problems // 10)
+    n = max(8, job.affordable(2 * K / 10, after=5.0) // 10)
     rates = {}
     for name in ("sft", "grpo"):
         model = load(job.stage_folder(name))

@@ -17,10 +17,12 @@ from typing import Any, ClassVar
 
 from pellucid import events, tasks
 from pellucid.align.rollout import Rollouts
+from pellucid.data import chats
 from pellucid.errors import BadInput, Interrupted, PellucidError
 from pellucid.files import write_atomic
 from pellucid.grow import recipe, report, words  # noqa: F401  (words: its messages)
 from pellucid.grow.config import GrowConfig
+from pellucid.grow.corpus import split_corpus
 from pellucid.grow.memory import StageMemory
 from pellucid.grow.plan import Plan, PlanCard, make_plan
 from pellucid.messages import say, three_parts
@@ -78,6 +80,7 @@ class Job:
         self.done: list[str] = []
         self.began: dict[str, float] = {}  # stage -> `elapsed` when it first began
         self.budgets: dict[str, float] = {}  # stage -> seconds of its loop
+        self.measured = 0.0  # seconds of the latest evaluation that is reported
 
     # --- the clock ----------------------------------------------------------------------------------------------------
 
@@ -92,7 +95,7 @@ class Job:
 
     def seconds_for(self, stage: str) -> float:
         """The stage's share of the time that was left when it first began."""
-        left = self.total - self.began.setdefault(stage, self.elapsed) - recipe.tail_seconds(self.problems, self.plan.tokens_per_second)
+        left = self.total - self.began.setdefault(stage, self.elapsed) - recipe.tail_seconds(self.measure_seconds)
         return max(2.0, recipe.SHARES[stage] * left)
 
     def loop_seconds(self, stage: str, after: float = 0.0) -> float:
@@ -113,8 +116,14 @@ class Job:
 
     @property
     def measure_seconds(self) -> float:
-        """What one evaluation on them should take."""
-        return recipe.measure_seconds(self.problems, self.plan.tokens_per_second)
+        """What one evaluation on them should take: what the latest one took, where there was one."""
+        return self.measured or recipe.measure_seconds(self.problems, self.plan.tokens_per_second)
+
+    def affordable(self, evaluations: float, after: float) -> int:
+        """Problems of each of so many evaluations: all of them, or where something has slowed the machine down as many as
+        there is still time for (a fifth at least), less the seconds of what comes after."""
+        left = self.total - self.elapsed - after
+        return int(min(self.problems, max(self.problems / 5, self.problems * left / (evaluations * self.measure_seconds))))
 
     # --- the run ------------------------------------------------------------------------------------------------------
 
@@ -148,6 +157,7 @@ class Job:
         if self.config.resume and state_file.exists():
             return self._reopen(state_file)
         self._refuse_to_overwrite(state_file)
+        self._read_what_is_given()
         given = self._given_model()
         self.plan = make_plan(self.config, given)
         for old in ("events.jsonl", "state.json", "report.json", "report.html"):
@@ -167,11 +177,24 @@ class Job:
         if self.config.model and Path(self.config.model).resolve().is_relative_to(self.folder.resolve()):
             raise BadInput(f"the model {self.config.model} lies inside the job's own folder {self.folder}",
                            "a new job replaces what lies there", "give another folder with --out")
+        there = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
+        if not there.is_dir():
+            raise BadInput(f"--out {self.folder} is not possible", f"{there} is a file", "give another folder with --out")
         if state_file.exists():
             events.note(say("grow.fresh", folder=str(self.folder)))
-        elif self.folder.is_dir() and any(self.folder.iterdir()):
+        elif self.config.resume:
+            events.note(say("grow.nothing", folder=str(self.folder)))
+        if not state_file.exists() and self.folder.is_dir() and any(self.folder.iterdir()):
             raise BadInput(f"--out {self.folder} is not empty, and no job of pellucid made it",
                            "a new job would replace what lies there", "give a new folder with --out")
+
+    def _read_what_is_given(self) -> None:
+        """One's own files, once from end to end: what is wrong with them is told now, not in the middle of the job."""
+        if self.config.corpus is not None:
+            split_corpus(self.config)
+        if self.config.data is not None:
+            for _ in chats.read_chats(self.config.data):
+                pass
 
     def _given_model(self) -> Any:
         if not self.config.model:
@@ -191,7 +214,7 @@ class Job:
             if self.config.device != "auto":
                 self.plan.device = str(choose_device(self.config.device).value)
             self.spent_before = state["elapsed"]
-            self.began, self.budgets = state["began"], state["budgets"]
+            self.began, self.budgets, self.measured = state["began"], state["budgets"], state["measured"]
             if "tokenizer" in self.done:
                 self.tokenizer = Tokenizer.load(self.stage_folder("tokenizer"))
             if self.config.model:
@@ -237,7 +260,7 @@ class Job:
         if not hasattr(self, "plan"):
             return
         state = {"command": self.config.command, "settings": self.config.settings, "elapsed": self.elapsed, "done": self.done,
-                 "began": self.began, "budgets": self.budgets, "plan": asdict(self.plan), "report": self.report}
+                 "began": self.began, "budgets": self.budgets, "measured": self.measured, "plan": asdict(self.plan), "report": self.report}
         write_atomic(self.folder / "state.json", json.dumps(events.plain(state), ensure_ascii=False) + "\n")
 
     # --- what stages share --------------------------------------------------------------------------------------------
@@ -290,15 +313,17 @@ class Job:
         scores = self.measure(n=min(120, self.problems), seed=2)
         return "accuracy", scores.pass_at_1, {"format": scores.format, "length": scores.mean_length, "by_task": scores.by_task}
 
-    def record_scores(self, name: str, greedy: tasks.TaskScores, sampled: tasks.TaskScores | None = None) -> None:
+    def final_scores(self, name: str, model: Decoder | None = None, n: int | None = None) -> tasks.TaskScores:
+        """The greedy evaluation that is reported under this name; its seconds tell what the next one will take."""
+        began, n = self.elapsed, n or self.problems
+        greedy = self.measure(model, n)
+        self.measured = (self.elapsed - began) * self.problems / n
         row: dict[str, Any] = {
             "pass@1": greedy.pass_at_1, "standard_error": greedy.standard_error, "format": greedy.format,
             "reasoning": greedy.reasoning, "mean_length": greedy.mean_length, "truncated": greedy.truncated,
             "problems": greedy.n, "by_task": {t: {"pass@1": d["pass_at_1"], "format": d["format"]} for t, d in greedy.by_task.items()}}
-        if sampled is not None:
-            row[f"pass@{sampled.k}"] = sampled.pass_at_k
-            row["sampled pass@1"] = sampled.pass_at_1
         self.report.setdefault("evaluation", {})[name] = row
+        return greedy
 
 
 def grow(config: GrowConfig, began: float | None = None) -> dict[str, Any]:

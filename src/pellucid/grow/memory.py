@@ -57,7 +57,7 @@ class Work:
 
 def work_of(config: GrowConfig, tokens_per_second: float, dtype: torch.dtype, compiled: bool = True) -> Work:
     problems = recipe.problems(config.minutes, tokens_per_second)
-    left = max(10.0, 60 * config.minutes - recipe.tail_seconds(problems, tokens_per_second) - 14)
+    left = max(10.0, 60 * config.minutes - recipe.tail_seconds(recipe.measure_seconds(problems, tokens_per_second)) - 14)
     tuning = recipe.SHARES["sft"] * (1 - recipe.SHARES["pretrain"]) * left
     return Work(problems, recipe.prompts(0.4 * left, tokens_per_second), recipe.demonstrations(config.minutes),
                 corpus_bytes(config), dtype.itemsize, int(tuning * tokens_per_second / (recipe.ROWS * recipe.ROW)), compiled)

@@ -146,7 +146,8 @@ def predict_stages(spec: DecoderSpec, minutes: float, tokens_per_second: float, 
                    given: bool = False) -> list[dict[str, Any]]:
     """Seconds and memory of each stage. The clock is re-read when a stage begins: what one saves, the next ones get.
     base: bytes that the process holds already."""
-    left = 60 * minutes - recipe.tail_seconds(recipe.problems(minutes, tokens_per_second), tokens_per_second) - (6 if given else 14)
+    one = recipe.measure_seconds(recipe.problems(minutes, tokens_per_second), tokens_per_second)
+    left = 60 * minutes - recipe.tail_seconds(one) - (6 if given else 14)
     rows = []
     for stage in recipe.STAGES:
         if given and stage in ("tokenizer", "pretrain"):

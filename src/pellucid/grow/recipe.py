@@ -54,10 +54,12 @@ def measure_seconds(problems: int, tokens_per_second: float) -> float:
     return 1.5 * 30 * problems / tokens_per_second
 
 
-def tail_seconds(problems: int, tokens_per_second: float) -> float:
-    """What quantize (two evaluations), evaluate (eight samples of a tenth of the problems, two models), tools and the report
-    need at the end."""
-    return 14.0 + (2 + 2 * 8 / 10) * measure_seconds(problems, tokens_per_second)
+AT_THE_END = 2 + 2 * 8 / 10  # evaluations: INT8 beside float32, and eight samples of a tenth of the problems for two models
+
+
+def tail_seconds(one: float) -> float:
+    """What quantize, evaluate, tools and the report need at the end; `one`: seconds of an evaluation."""
+    return 14.0 + AT_THE_END * one
 
 
 # Arithmetic is two tasks in one, and the one of the four that no model of this size does at a glance.

@@ -30,8 +30,7 @@ def run(job: Job) -> Result:
     loop = OnlineLoop(job.model, job.tokenizer, recipe.training_mix(), config, evaluate=job.looked_at,
                       checkpoint=job.stage_folder("grpo-checkpoint"), resume_hint=job.resume_command)
     history = job.trained("grpo", loop)
-    scores = job.measure()
-    job.record_scores("grpo", scores)
+    scores = job.final_scores("grpo")
     job.report["groups"] = loop.shown_groups
     details = {"steps": history.steps, "sampled_tokens": history.sampled,
                "sampling_tokens_per_second": history.sampled / max(history.sampling_seconds, 1e-9),

@@ -37,8 +37,7 @@ def run(job: Job) -> Result:
     loop = Loop(job.model, rows, config, evaluate=job.looked_at, checkpoint=job.stage_folder("sft-checkpoint"),
                 resume_hint=job.resume_command)
     history = job.trained("sft", loop)
-    scores = job.measure()
-    job.record_scores("sft", scores)
+    scores = job.final_scores("sft")
     details = {"demonstrations": recipe.demonstrations(job.config.minutes), "tokens": history.tokens, "epochs": history.tokens / rows.tokens.numel(),
                "tokens_per_second": history.tokens / history.seconds, "steps": history.steps, "format": scores.format}
     return Result("accuracy on held-out problems", "", True, before, scores.pass_at_1, details,

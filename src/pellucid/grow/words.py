@@ -27,6 +27,7 @@ add({
     "grow.interrupted": ("stopped; the stages that were done are saved", "已停止；完成的阶段均已保存"),
     "grow.fresh": ("{folder} holds an earlier job: it is replaced (--resume would go on with it)",
                    "{folder} 中有先前的任务：将被替换（用 --resume 可继续）"),
+    "grow.nothing": ("{folder} holds no job that could go on: a new one begins", "{folder} 中没有可以继续的任务：从头开始"),
     "grow.resumed": ("going on; done so far: {done}", "继续；已完成：{done}"),
     "grow.plan": ("plan", "计划"),
     "grow.machine": ("matrix products {fp32:.0f} GFLOP/s in float32, {bf16:.0f} in bfloat16; memory read at {gbs:.0f} GB/s",
