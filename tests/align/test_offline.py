@@ -267,6 +267,15 @@ def test_log_probabilities_are_those_of_each_answer_alone():
         torch.testing.assert_close(got, torch.where(kept, alone, 0.0), atol=1e-5, rtol=1e-5)
 
 
+def test_mismatched_answers_belong_to_the_example_before():
+    """KTO's reference point reads every prompt with another example's answer, as trl pairs them."""
+    answers = [p.chosen for p in some_pairs()]
+    loop = UnpairedLoop(policy(), [Labelled(a, True) for a in answers], UnpairedConfig(), config())
+    assert [m.prompt for m in loop.mismatched] == [a.prompt for a in answers]
+    assert [m.tokens for m in loop.mismatched] == [answers[i - 1].tokens for i in range(len(answers))]
+    assert not UnpairedLoop(policy(), [Labelled(a, True) for a in answers], UnpairedConfig("apo_zero"), config()).mismatched
+
+
 def test_the_reference_is_the_given_weights():
     """T5: at the first step policy and reference agree exactly, whatever file the weights once came from."""
     model = policy()
@@ -433,6 +442,9 @@ def test_records_become_examples():
     steps = encode_steps(tok, [StepwiseRecord("a", ["1", "22"], [True, False])], 64)[0]
     newline = tok.encode("\n")
     assert [steps.answer.tokens[e] for e in steps.ends] == [newline[-1]] * 2 and steps.labels == [1.0, 0.0]
+    room = len(steps.answer.prompt) + steps.ends[0] + 1
+    short = encode_steps(tok, [StepwiseRecord("a", ["1", "22"], [True, False])], room)[0]
+    assert short.ends == steps.ends[:1] and short.labels == [1.0] and len(short.answer) == room
     for wrong, told in ((lambda: encode_pairs(tok, [PreferenceRecord("a" * 99, "1", "2")], 20), "no example"),
                         (lambda: encode_answer(tok, "a", user), "two kinds")):
         with pytest.raises(BadInput, match=told):
