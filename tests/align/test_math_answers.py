@@ -104,6 +104,12 @@ def test_no_value(text):
         value(text)
 
 
+def test_a_letter_is_not_the_number_that_it_stands_for_in_a_comparison():
+    from pellucid.align.math_answers import POINTS
+    for point in POINTS:
+        assert not same_answer("x", str(point["x"])) and not same_answer("x^2", f"{point['x']} x") and len(set(point.values())) == 52
+
+
 def test_values_are_exact_where_they_can_be():
     from fractions import Fraction
     assert value("0.1+0.2") == Fraction(3, 10) and value("(1/3)*3") == 1 and value(r"\sqrt{\frac{4}{9}}") == Fraction(2, 3)

@@ -1,6 +1,7 @@
 """Rewards end to end: trl's functions give what they give in trl, and nothing that a reward does loses a run."""
 
 import asyncio
+import gc
 import json
 import math
 import random
@@ -318,6 +319,22 @@ def test_a_reward_that_is_always_slow_does_not_take_the_step_with_it():
 
     scores = score(Reward("now_and_then", now_and_then, timeout=0.05, batch=1), b=Batch(["q"] * 9, ["a"] * 9))
     assert len(turns) == 9 and scores.failed == {"now_and_then": 6}
+
+
+def test_what_was_given_up_leaves_no_noise(caplog, recwarn):
+    async def refuses(completions):
+        while True:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                pass
+
+    async def slow(completions):
+        await asyncio.sleep(60)
+
+    score(Reward("refuses", refuses, timeout=0.05), Reward("slow", slow, timeout=0.05))
+    gc.collect()
+    assert not caplog.records and not [w for w in recwarn if "corout" in str(w.message) or "Task" in str(w.message)]
 
 
 def test_async_rewards_run_together_within_the_bound():

@@ -59,7 +59,8 @@ def test_sequence_loss_by_hand():
     third = 3 * 0.5
     assert balance.sequence_loss(torch.logit(scores), chosen, 2, real=real).item() == pytest.approx((first + third) / 2, rel=1e-5)
     even = balance.sequence_loss(torch.zeros(E, E), torch.arange(E)[:, None], rows=1)
-    assert even.item() == pytest.approx(1.0)
+    both = balance.sequence_loss(torch.zeros(E, E), torch.stack((torch.arange(E), torch.arange(E).roll(1)), 1), rows=1)
+    assert even.item() == pytest.approx(1.0) == both.item()
 
 
 def test_the_bias_moves_towards_those_that_lack_work():

@@ -1,5 +1,6 @@
 """Training a mixture of experts: what the loss adds, what micro-batches make of it, the bias that follows the load, Muon on experts."""
 
+import json
 from dataclasses import replace
 from itertools import pairwise
 
@@ -7,11 +8,14 @@ import pytest
 import torch
 from tiny_training import SPEC, rows
 
-from pellucid.nn import Decoder, Layer, MoE, Routing, init_weights
+from pellucid.__main__ import main
+from pellucid.models import load, save
+from pellucid.nn import MLA, Decoder, DecoderSpec, Layer, MoE, Rope, Routing, init_weights
 from pellucid.nn.experts import balance_loss
 from pellucid.ops import balance
 from pellucid.optim import OptimConfig, Schedule, build_optimizer
 from pellucid.optim.muon import orthogonalize
+from pellucid.tokenizers import train_bpe
 from pellucid.train import held_out_loss, language_loss
 from pellucid.train.loss import share_of
 from pellucid.train.step import Stepper
@@ -145,3 +149,40 @@ def test_muon_takes_each_matrix_of_each_expert():
     adam = build_optimizer(ours, OptimConfig("adamw", weight_decay=0.1)).optimizers[0]
     decayed = {id(p) for g in adam.param_groups if g["weight_decay"] for p in g["params"]}
     assert id(experts["gate_up"].weight) in decayed and id(experts["gate_up"].bias) not in decayed
+
+
+# --- pellucid train -----------------------------------------------------------------------------------------------------
+
+
+def pretrained(tmp_path, capsys, name: str, spec) -> tuple[float, Decoder]:
+    """The first loss that `pellucid train pretrain` tells of a new model of that spec, and the model after two steps."""
+    folder, corpus = tmp_path / name, tmp_path / "text.txt"
+    corpus.write_text("\n\n".join(f"one two three {i} four five six" for i in range(200)))
+    save(init_weights(Decoder(spec)), folder, tokenizer=train_bpe(["one two three four five six " * 40], spec.vocab))
+    code = main(["train", "pretrain", str(folder), str(corpus), "--steps", "2", "--lr", "0.001", "--rows", "2", "--length", "64",
+                 "--dtype", "float32", "--micro-rows", "1", "--out", str(tmp_path / f"{name}-run"), "--threads", "1", "--json"])
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert code == 0
+    losses = [e["numbers"]["loss"] for e in told if e["kind"] == "step"]
+    return losses[0], load(tmp_path / f"{name}-run" / "model")
+
+
+def test_pretraining_uses_the_coefficient_of_the_checkpoint(tmp_path, capsys):
+    """The balance loss of two experts a token is 2 at least."""
+    moe = replace(MIXTURE, aux_loss=0.0)
+    spec = replace(model(moe).spec, vocab=300, family="qwen3_moe")
+    plain, _ = pretrained(tmp_path, capsys, "plain", spec)
+    layers = tuple(replace(layer, ffn=replace(layer.ffn, aux_loss=0.5)) if isinstance(layer.ffn, MoE) else layer for layer in spec.layers)
+    balanced, after = pretrained(tmp_path, capsys, "balanced", replace(spec, layers=layers))
+    assert 0.99 < balanced - plain < 1.5
+    assert after.spec.layers[1].ffn.aux_loss == 0.5
+
+
+def test_pretraining_moves_the_selection_bias(tmp_path, capsys):
+    mla = MLA(4, None, 16, 8, 8, Rope(8, interleaved=True))
+    moe = MoE(6, 2, 16, score="sigmoid", renormalize=True, select_bias=True, wide_router=True, group_score="top2", shared=16)
+    spec = DecoderSpec(300, 32, (Layer(mla, SPEC.layers[0].ffn), Layer(mla, moe)), context=64, family="deepseek_v3")
+    _, after = pretrained(tmp_path, capsys, "v3", spec)
+    bias = after.layers[1].ffn.router.select_bias
+    assert after.spec.layers[1].ffn == moe and bias.abs().max() > 0
+    assert set((bias * 1000).round().abs().int().tolist()) <= {0, 1, 2}  # two steps of 0.001

@@ -82,6 +82,7 @@ def call_async(functions: list[Callable[[], Awaitable[Any]]], seconds: list[floa
             del ends[number]
             if not task.done():
                 task.cancel()  # and not waited for: it may refuse
+                setattr(task, "_log_destroy_pending", False)  # noqa: B010 - what became of it is told by the outcome
                 outcomes[number] = Outcome(error=TimeIsUp())
                 in_a_row[kinds[number]] += 1
                 return
