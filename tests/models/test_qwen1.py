@@ -121,7 +121,8 @@ def test_what_follows_keeps_the_stretch_of_the_prompt(opened, prompt):
         rest = [model(part, cache=cache) for part in x[:, prompt:].split([1] * 20 + [70 - prompt], 1)]
     got = torch.cat((first.expand(2, -1, -1), *rest), 1)
     for row in range(2):
-        assert_equal(got[row], reference(w, config, x[row], alpha_of(prompt, 20)))
+        want = reference(w, config, x[row], alpha_of(prompt, 20))
+        assert (got[row] - want).abs().max() < 2e-5 * want.abs().max()  # the reference is in float64, the cache steps are float32
 
 
 def test_neither_stretch_nor_sharpening_while_training(opened):

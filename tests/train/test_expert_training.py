@@ -163,14 +163,14 @@ def pretrained(tmp_path, capsys, name: str, spec) -> tuple[float, Decoder]:
                  "--dtype", "float32", "--micro-rows", "1", "--out", str(tmp_path / f"{name}-run"), "--threads", "1", "--json"])
     told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert code == 0
-    losses = [e["numbers"]["loss"] for e in told if e["kind"] == "step"]
+    losses = [e["metrics"]["loss"] for e in told if e["kind"] == "step"]
     return losses[0], load(tmp_path / f"{name}-run" / "model")
 
 
 def test_pretraining_uses_the_coefficient_of_the_checkpoint(tmp_path, capsys):
     """The balance loss of two experts a token is 2 at least."""
     moe = replace(MIXTURE, aux_loss=0.0)
-    spec = replace(model(moe).spec, vocab=300, family="qwen3_moe")
+    spec = replace(model(moe).spec, vocab=380, family="qwen3_moe")
     plain, _ = pretrained(tmp_path, capsys, "plain", spec)
     layers = tuple(replace(layer, ffn=replace(layer.ffn, aux_loss=0.5)) if isinstance(layer.ffn, MoE) else layer for layer in spec.layers)
     balanced, after = pretrained(tmp_path, capsys, "balanced", replace(spec, layers=layers))
@@ -181,7 +181,7 @@ def test_pretraining_uses_the_coefficient_of_the_checkpoint(tmp_path, capsys):
 def test_pretraining_moves_the_selection_bias(tmp_path, capsys):
     mla = MLA(4, None, 16, 8, 8, Rope(8, interleaved=True))
     moe = MoE(6, 2, 16, score="sigmoid", renormalize=True, select_bias=True, wide_router=True, group_score="top2", shared=16)
-    spec = DecoderSpec(300, 32, (Layer(mla, SPEC.layers[0].ffn), Layer(mla, moe)), context=64, family="deepseek_v3")
+    spec = DecoderSpec(380, 32, (Layer(mla, SPEC.layers[0].ffn), Layer(mla, moe)), context=64, family="deepseek_v3")
     _, after = pretrained(tmp_path, capsys, "v3", spec)
     bias = after.layers[1].ffn.router.select_bias
     assert after.spec.layers[1].ffn == moe and bias.abs().max() > 0
