@@ -197,8 +197,8 @@ class Worker:
             _, began = self._open.pop(id(job))
         reasons = "/".join(sorted({c.finish_reason or "cancelled" for c in job.choices}))
         reason = "error" if error and not isinstance(error, Refused) else reasons
-        job.put(error)
         events.emit(Served(job.prompt_tokens, job.completion_tokens, time.perf_counter() - began, reason))
+        job.put(error)  # last: who has the answer finds its record
 
     def _fail(self, error: Exception) -> None:
         """Everybody in the engine hears of it; a new engine serves those who come."""
