@@ -9,11 +9,12 @@ import pytest
 import torch
 from tiny_policy import Echo, Noise, policy, token_logprobs, tokenizer, weights
 
-from pellucid.align.rollout import Group, Rollouts, components, finished_only
+from pellucid.align.rollout import Group, Rollouts, components
 from pellucid.align.rows import pack_completions
 from pellucid.data.packing import IGNORE
 from pellucid.engine import LLM, Sample, SamplingParams
 from pellucid.errors import BadInput
+from pellucid.tasks import finished_only
 
 
 def problems(task, n=6, seed=0):

@@ -97,7 +97,7 @@ def test_a_resumed_run_is_compared_with_the_given_weights(
 
     monkeypatch.setattr(tasks, "evaluate", score)
     monkeypatch.setattr(Rollouts, "for_evaluation", lambda self, seed: self.model)
-    monkeypatch.setattr(Rollouts, "grade", lambda self, p, sample, text: {"correct": float(sum(sample.tokens) % 2), "format": 0.0})
+    monkeypatch.setattr(tasks.Mixture, "grade", lambda self, p, text: {"correct": 0.0, "format": 0.0, "progress": sum(map(ord, text)) % 2 / 2})
     argv = ["align", "grpo", folder, "--tasks", "sorting", "--steps", "2", "--prompts", "2", "--group", "4", "--max-tokens", "4",
             "--lr", "0.01", "--out", tmp_path / "run", "--json"]
 

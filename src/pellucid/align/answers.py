@@ -48,12 +48,7 @@ class Flat:
         first = torch.tensor([len(a.prompt) - 1 for a in answers], device=device)
         starts = torch.tensor([0] + [len(a.tokens) for a in answers], device=device).cumsum(0)[:-1]
         index = starts[owner] + self.rows.positions[answered] - first[owner]  # among all answers' tokens, end to end
-        if any(a.mask is not None for a in answers):
-            written = torch.tensor([w for a in answers for w in (a.mask or [True] * len(a.tokens))], device=device)
-            self.rows.labels[answered.nonzero(as_tuple=True)] = torch.where(
-                written[index], self.rows.labels[answered], IGNORE)
-            index, owner = index[written[index]], owner[written[index]]
-        self.trained = self.rows.labels != IGNORE
+        self.trained = answered
         self.index, self.sequence = index, owner
 
     def hidden(self, model: Decoder) -> Tensor:

@@ -22,7 +22,8 @@ from pellucid.align import metrics as tables
 from pellucid.align.credit import Credit, assign_credit
 from pellucid.align.objective import objective
 from pellucid.align.objective_config import ObjectiveConfig
-from pellucid.align.rollout import Group, Rollouts, components
+from pellucid.align.rewards import RewardSet, task_reward
+from pellucid.align.rollout import Group, Rollouts, components, trained_lengths, truncated
 from pellucid.align.update import Update, pick
 from pellucid.errors import BadInput
 from pellucid.nn import Decoder
@@ -56,8 +57,8 @@ class OnlineConfig(RunConfig):
     """Of the samples, and of every log-probability in the objective."""
     objective: ObjectiveConfig = field(default_factory=lambda: ObjectiveConfig(clip_high=0.28, dead_groups="drop"))
     """The objective."""
-    weights: dict[str, float] = field(default_factory=lambda: {"correct": 1.0, "format": 0.2, "progress": 0.3})
-    """Weight of each reward component."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Weight of each of the task's components, in place of those that the task gives."""
     micro_rows: int = 32
     """Rows in a micro-batch (memory only)."""
     samples_shown: int = 2
@@ -75,7 +76,8 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
     """`OnlineLoop(...).run()` improves the model on the task's training problems until the budget is spent."""
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer, task: Task, config: OnlineConfig, *,
-                 evaluate: Evaluate | None = None, checkpoint: str | Path | None = None, resume_hint: str = "--resume"):
+                 rewards: RewardSet | None = None, evaluate: Evaluate | None = None, checkpoint: str | Path | None = None,
+                 resume_hint: str = "--resume"):
         if config.group < 2:
             raise BadInput(f"a group of {config.group} is not possible", "an advantage compares completions of one prompt",
                            "use --group 4 or more")
@@ -86,7 +88,8 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
         super().__init__(model, config, OnlineHistory(), evaluate=evaluate, checkpoint=checkpoint, tokenizer=tokenizer,
                          resume_hint=resume_hint)
         self.task = task
-        self.rollouts = Rollouts(model, tokenizer, task, max_tokens=config.max_tokens)
+        self.rollouts = Rollouts(model, tokenizer, task, max_tokens=config.max_tokens,
+                                 rewards=rewards or RewardSet([task_reward(task, config.weights)]))
         self.shown_groups: list[dict[str, Any]] = []  # the latest groups with rewards and advantages, for the report
         self.rng = random.Random(config.seed)
         self._next_show = 0.0
@@ -124,11 +127,9 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
         return groups, credit
 
     def _credit(self, groups: list[Group]) -> Credit:
-        lengths = torch.tensor([[len(s.tokens) for s in g.samples] for g in groups])
-        cut = torch.tensor([[s.finish_reason == "length" for s in g.samples] for g in groups])
         parts = components(groups)
-        weights = {k: w for k, w in self.config.weights.items() if k in parts}
-        return assign_credit(parts, lengths, self.config.objective, weights=weights, truncated=cut)
+        weights = {k: w for k, w in self.rollouts.rewards.weights.items() if k in parts}
+        return assign_credit(parts, trained_lengths(groups), self.config.objective, weights=weights, truncated=truncated(groups))
 
     def _update(self, groups: list[Group], credit: Credit, progress: float) -> dict[str, float]:
         c = self.config
@@ -163,13 +164,13 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
 
     def _rollout_numbers(self, groups: list[Group], credit: Credit) -> dict[str, float]:
         parts = components(groups)
-        lengths = torch.tensor([[len(s.tokens) for s in g.samples] for g in groups])
-        cut = torch.tensor([[s.finish_reason == "length" for s in g.samples] for g in groups])
-        weights = {k: w for k, w in self.config.weights.items() if k in parts}
-        return ({"accuracy": float(parts["correct"].nanmean()), "format": float(parts["format"].nanmean()),
-                 "groups/live": float(credit.live.float().mean())}
+        weights = {k: w for k, w in self.rollouts.rewards.weights.items() if k in parts}
+        known = {shown: float(parts[name].nanmean()) for shown, name in (("accuracy", "correct"), ("format", "format"))
+                 if name in parts}
+        right = parts["correct"] == 1 if "correct" in parts else credit.total > 0
+        return (known | {"groups/live": float(credit.live.float().mean())}
                 | tables.reward_table(parts, weights) | tables.advantage_table(credit.advantages[credit.live])
-                | tables.length_table(lengths, cut, parts["correct"] == 1)
+                | tables.length_table(trained_lengths(groups), truncated(groups), right)
                 | tables.diversity_table([[tuple(s.tokens) for s in g.samples] for g in groups]))
 
     def _show(self, groups: list[Group], credit: Credit) -> None:

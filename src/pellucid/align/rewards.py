@@ -392,8 +392,8 @@ def _weights_of(reward: Reward) -> dict[str, float]:
 class TaskGrader:
     """The grader of a task as a reward function: all its components; those that are no rewards have the weight 0."""
 
-    def __init__(self, task: Task):
-        self.task, self.weights = task, reward_weights(task)
+    def __init__(self, task: Task, weights: Mapping[str, float] | None = None):
+        self.task, self.weights = task, dict(weights or reward_weights(task))
         rng, names = random.Random(0), dict.fromkeys(("correct", "format", "progress"))
         for part in getattr(task, "tasks", {"": task}).values():
             problem = part.sample(rng, "train")
@@ -411,9 +411,10 @@ class TaskGrader:
         return graded
 
 
-def task_reward(task: Task, **how: Any) -> Reward:
-    """A task's own grades as a `Reward` with several components."""
-    grader = TaskGrader(task)
+def task_reward(task: Task, weights: Mapping[str, float] | None = None, **how: Any) -> Reward:
+    """A task's own grades as a `Reward` with several components.  weights: in place of those that the task gives; a component
+    without a weight is measured and not trained on."""
+    grader = TaskGrader(task, weights)
     return Reward(task.name, grader, parts=grader.names, **how)
 
 

@@ -9,19 +9,26 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pellucid.align.rewards import RewardSet, batch_of, task_reward
 from pellucid.engine import Sample, SamplingParams, run_all
 from pellucid.nn import Decoder
-from pellucid.tasks import Completion, Problem, Task, finished_only
+from pellucid.tasks import Completion, Problem, Task
 from pellucid.tokenizers import Tokenizer
 
 
 @dataclass
 class Group:
-    """One problem with its G completions and their reward components."""
+    """One problem with its G completions and their reward components.
+
+    A sample's `tokens` are what followed the prompt; in a dialogue the tokens of tools and users lie among them, and its
+    `mask` says which ones the model wrote: only these are trained, counted and given advantages. `logprobs` stand beside
+    all tokens, 0 where nothing was sampled.
+    """
 
     problem: Problem
     samples: list[Sample]
@@ -30,12 +37,24 @@ class Group:
 
 
 class Rollouts:
-    """Samples and grades with the weights that the model has at the time of the call."""
+    """Samples and grades with the weights that the model has at the time of the call.
 
-    def __init__(self, model: Decoder, tokenizer: Tokenizer, task: Task, *, max_tokens: int, max_batch: int = 512):
+    rewards: what the completions are graded with; by default the task's own grades.
+    """
+
+    def __init__(self, model: Decoder, tokenizer: Tokenizer, task: Task, *, max_tokens: int, max_batch: int = 512,
+                 rewards: RewardSet | None = None):
         self.model, self.tokenizer, self.task = model, tokenizer, task
         self.max_tokens, self.max_batch = max_tokens, max_batch
+        self.state: Any = None  # handed to reward functions as `trainer_state`
         self._cast: Decoder | None = None
+        self._rewards = rewards
+
+    @property
+    def rewards(self) -> RewardSet:
+        if self._rewards is None:
+            self._rewards = RewardSet([task_reward(self.task)])
+        return self._rewards
 
     def prompt(self, problem: Problem) -> list[int]:
         """The ids up to where the assistant's turn begins. Tools are described only to models that need telling."""
@@ -68,16 +87,14 @@ class Rollouts:
         return self.tokenizer.decode(sample.tokens[:-1] if sample.finish_reason == "stop" else sample.tokens)
 
     def groups(self, problems: Sequence[Problem], n: int, temperature: float, seed: int) -> list[Group]:
-        made = []
-        for problem, samples in zip(problems, self.sample(problems, n, temperature, seed)):
-            texts = [self.text(s) for s in samples]
-            rewards = [self.grade(problem, s, t) for s, t in zip(samples, texts)]
-            made.append(Group(problem, samples, texts, rewards))
+        """n completions of each problem, all graded together; a component that nobody graded is not in `rewards`."""
+        made = [Group(problem, samples, [self.text(s) for s in samples], [])
+                for problem, samples in zip(problems, self.sample(problems, n, temperature, seed))]
+        scores = self.rewards.score(batch_of(made), self.state)
+        for i, group in enumerate(made):
+            group.rewards = [{name: value for name, values in scores.components.items()
+                              if (value := float(values[i * n + j])) == value} for j in range(n)]
         return made
-
-    def grade(self, problem: Problem, sample: Sample, text: str) -> dict[str, float]:
-        """The task's components; a completion that was cut off has neither the form nor the answer."""
-        return finished_only(self.task.grade(problem, text), sample.finish_reason == "stop")
 
     def for_evaluation(self, seed: int) -> Callable[[list[Problem], int, float], list[list[Completion]]]:
         """The `generate` that `tasks.evaluate` asks for."""
@@ -87,6 +104,16 @@ class Rollouts:
                     for group in self.sample(problems, draws, temperature, seed)]
 
         return generate
+
+
+def trained_lengths(groups: Sequence[Group]) -> Tensor:
+    """(N, G) int64: tokens of each completion that the model wrote."""
+    return torch.tensor([[s.trained for s in g.samples] for g in groups])
+
+
+def truncated(groups: Sequence[Group]) -> Tensor:
+    """(N, G) bool: completions that were cut at the limit of their length."""
+    return torch.tensor([[s.finish_reason == "length" for s in g.samples] for g in groups])
 
 
 def components(groups: Sequence[Group]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from pellucid.engine import Sample
 
 
 def pack_completions(samples: Sequence[Sample], T: int | None = None) -> Packed:
-    """Rows of prompt + completion; labels only where a sampled token is predicted. Sample i is document i.
+    """Rows of prompt + completion; labels only where a sampled token is predicted (`mask`). Sample i is document i.
 
     T: row length; by default twice the longest sample, which wastes little and keeps attention short.
     """
@@ -30,7 +30,8 @@ def pack_completions(samples: Sequence[Sample], T: int | None = None) -> Packed:
     for i, (s, row, at, size) in enumerate(zip(samples, row_of, offset_of, sizes)):
         ids, here = s.prompt + s.tokens, slice(at, at + size)
         tokens[row, here] = ids[:-1]
-        labels[row, at + len(s.prompt) - 1 : at + size] = s.tokens
+        sampled = s.tokens if s.mask is None else np.where(s.mask, s.tokens, IGNORE)
+        labels[row, at + len(s.prompt) - 1 : at + size] = sampled
         positions[row, here] = np.arange(size)
         documents[row, here] = i
     return Packed(torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(positions), torch.from_numpy(documents))

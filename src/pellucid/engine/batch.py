@@ -28,6 +28,12 @@ class Sample:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str | None = None  # "stop" (an end token or stop text) | "length" | "cancelled"
+    mask: list[bool] | None = None  # which of `tokens` were sampled; others were given in between (a tool's answer). None: all
+
+    @property
+    def trained(self) -> int:
+        """Sampled tokens: what there is to learn from."""
+        return len(self.tokens) if self.mask is None else sum(self.mask)
 
 
 Stop = Callable[[Sample], bool]
