@@ -61,7 +61,9 @@ VERBS = {
 def main(argv: list[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     from pellucid import messages
+    from pellucid.runtime import spin_briefly
 
+    spin_briefly()
     argv = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that cannot show a character must not end the run

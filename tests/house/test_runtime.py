@@ -94,3 +94,14 @@ def test_the_machine_card_tells_versions_and_no_names():
 def test_peak_memory_grows():
     before = runtime.peak_memory_bytes()
     assert before is None or before > 10 * 2**20
+
+
+@pytest.mark.parametrize(("given", "want"), [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)])
+def test_waiting_threads_spin_briefly_unless_the_user_has_said(monkeypatch: pytest.MonkeyPatch, given: dict[str, str], want: str | None):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(runtime.os, "environ", copy := dict(os.environ))
+    runtime.spin_briefly()
+    assert copy.get("GOMP_SPINCOUNT") == want
