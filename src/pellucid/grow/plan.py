@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from pellucid.engine import Sample, SamplingParams, run_all
+from pellucid.engine.core import Engine, EngineConfig
 from pellucid.engine.decode import CompiledStep, choose_step
+from pellucid.engine.request import Request
 from pellucid.events import Event
 from pellucid.grow import memory, recipe, words  # noqa: F401  (words: its messages)
 from pellucid.grow.config import GrowConfig
@@ -79,7 +81,7 @@ def make_plan(config: GrowConfig, given: DecoderSpec | None = None) -> Plan:
 
 
 def compile_kernels(spec: DecoderSpec, device: torch.device) -> Choice:
-    """What runs a CPU's loops. The decoding kernels of this shape are compiled now (seconds, the first time on a machine)
+    """What runs a CPU's loops. The kernels that decode this shape are compiled now (seconds, the first time on a machine)
     and not in the middle of a stage."""
     if device.type != "cpu":
         return Choice("pytorch", f"{device.type} has its own fused kernels")
@@ -89,6 +91,10 @@ def compile_kernels(spec: DecoderSpec, device: torch.device) -> Choice:
         choice = choose_step(model)
         for temperature in (0.0, 1.0):
             run_all(model, [Sample([0, 1], SamplingParams(max_tokens=3, temperature=temperature), 0)], [])
+        served = Engine(model, config=EngineConfig(running=1, cache_tokens=spec.limit))
+        served.add(Request([0, 1], SamplingParams(max_tokens=3), 0))
+        while served.busy:
+            served.step()
     return Choice("compiled" if isinstance(choice.value, CompiledStep) else "pytorch", choice.reason)
 
 
