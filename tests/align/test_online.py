@@ -15,9 +15,9 @@ from tiny_policy import Echo, Noise, policy, token_logprobs, tokenizer, weights
 
 from pellucid import events
 from pellucid.align import ObjectiveConfig, objective_padded
-from pellucid.align.aggregation import count
+from pellucid.align.aggregation import Counts, count
 from pellucid.align.online import OnlineConfig, OnlineLoop
-from pellucid.align.update import Update
+from pellucid.align.update import Experience, Update
 from pellucid.errors import BadInput, Interrupted
 from pellucid.optim import OptimConfig, Optimizers, Schedule
 
@@ -41,6 +41,13 @@ class Recorder(Optimizers):
     def step(self):
         self.gradients.append([p.grad.clone() for p in self.parameters])
         super().step()
+
+
+def learned(running, groups):
+    """One update on these groups."""
+    cfg = running.resolved()
+    x, credit = running._judge(groups, cfg)
+    return running._update(x, credit, cfg, 0.5)
 
 
 def loop(cfg=None, task=None, model=None, lr=None, **how):
@@ -116,10 +123,10 @@ def test_the_gradient_is_that_of_every_completion_computed_alone(cfg):
     if running.reference is not None:  # a reference that is somewhere else, so that the KL term has a gradient
         with torch.no_grad():
             running.reference.head_weight.mul_(1.3)
-    groups, credit = running._collect()
+    groups = running._collect()
     chosen = [g for g in groups if differs(g)]
     assert len(chosen) > 2
-    running._update(groups, credit, 0.5)
+    learned(running, groups)
     (got,) = running.stepper.optimizer.gradients
     expected = gradient_by_hand(running.model, chosen, cfg, reference=running.reference)
     assert max(float(g.abs().max()) for g in expected) > 1e-3
@@ -130,13 +137,13 @@ def test_two_updates_compare_with_the_policy_that_sampled():
     """The second step's ratio is against the weights before the first one, and the clip acts."""
     cfg = config(updates=2, prompts=8, temperature=0.7, micro_rows=2, objective=replace(PLAIN, clip_low=0.01, clip_high=0.01))
     running = loop(cfg, lr=3.0)
-    groups, credit = running._collect()
+    groups = running._collect()
     rng = random.Random()
     rng.setstate(running.rng.getstate())
     live = [i for i, g in enumerate(groups) if differs(g)]
     order = rng.sample(live, len(live))
     start = copy.deepcopy(running.model)
-    numbers = running._update(groups, credit, 0.5)
+    numbers = learned(running, groups)
     first, second = running.stepper.optimizer.gradients
 
     moving = copy.deepcopy(start)
@@ -161,18 +168,19 @@ def test_one_update_has_a_ratio_of_exactly_one():
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_samplers_logprobs_stand_beside_the_tokens_they_belong_to(temperature):
     running = loop(config(temperature=temperature, prompts=10))
-    groups, credit = running._collect()
-    live = [i for i, on in enumerate(credit.live.tolist()) if on]
-    update = Update(groups, credit, live[::-1], "exclude", torch.device("cpu"))
-    samples = [s for i in live[::-1] for s in groups[i].samples]
-    flat_labels = update.rows.labels[update.rows.labels >= 0]
-    for number, s in enumerate(samples):
-        here = update.sequence == number
-        assert flat_labels[here].tolist() == s.tokens
-        assert update.sampler[here].tolist() == torch.tensor(s.logprobs).tolist()
-    logp = update.logprobs(running.model, 32, temperature)
-    assert (logp - update.sampler).abs().max() < 1e-4
-    numbers = running._update(groups, credit, 0.5)
+    groups = running._collect()
+    x = Experience(groups, range(len(groups)))
+    chosen = list(range(len(x.samples)))[::-1]
+    update = Update(x, chosen, Counts(0, 0))
+    at, labels, whose = (part[update.at >= 0] for part in (update.at, update.rows.labels, update.rows.documents))
+    for number, k in enumerate(chosen):
+        here = at[whose == number]
+        assert labels[whose == number].tolist() == x.samples[k].tokens and here.tolist() == sorted(here.tolist())
+        assert x.sampler[here].tolist() == torch.tensor(x.samples[k].logprobs).tolist()
+        assert set(x.sequence[here].tolist()) == {k}
+    (logp,) = update.logprobs(running.model, 32, temperature)
+    assert (logp - x.sampler).abs().max() < 1e-4
+    numbers = learned(running, groups)
     assert numbers["engine/gap_max"] < 1e-4 and numbers["engine/ess"] == pytest.approx(1.0, abs=1e-6)
 
 
@@ -182,11 +190,11 @@ def test_the_samplers_logprobs_stand_beside_the_tokens_they_belong_to(temperatur
 def test_groups_without_difference_are_dropped_from_the_step():
     cfg = config(rounds=1, prompts=10)
     running = loop(cfg, task=Noise(flat="02468"), lr=0.0)
-    groups, credit = running._collect()
+    groups = running._collect()
     dead = [g.problem.answer in "02468" for g in groups]
     assert 2 < sum(dead) < 8 and len(groups) == 10
-    assert all(not (d and on) for d, on in zip(dead, credit.live.tolist()))
-    running._update(groups, credit, 0.5)
+    assert all(not (d and on) for d, on in zip(dead, running._live(groups).tolist()))
+    learned(running, groups)
     close(running.stepper.optimizer.gradients[0], gradient_by_hand(running.model, [g for g in groups if differs(g)], cfg))
 
 
@@ -197,7 +205,7 @@ def test_more_is_sampled_while_fewer_than_half_of_the_groups_teach():
         sample = running.rollouts.groups
         running.rollouts.groups = lambda *args, sample=sample: calls.append(args) or sample(*args)
         calls.clear()
-        groups, _ = running._collect()
+        groups = running._collect()
         assert len(calls) == expected and len(groups) == 6 * expected
         assert running.history.sampled == sum(len(s.tokens) for g in groups for s in g.samples)
         assert len({seed for *_, seed in calls}) == expected  # never the same samples twice
@@ -217,10 +225,12 @@ def test_a_step_that_teaches_nothing_moves_nothing_and_says_so():
 def test_a_share_of_the_updates_that_is_all_masked_is_left_out():
     """Every completion of a share may have been cut; with truncated="mask" it has no token to train."""
     running = loop(config(updates=6, max_tokens=2, prompts=6, objective=replace(PLAIN, truncated="mask")), lr=0.0)
-    groups, credit = running._collect()
+    groups = running._collect()
+    cfg = running.resolved()
+    x, credit = running._judge(groups, cfg)
     live = [i for i, on in enumerate(credit.live.tolist()) if on]
     credit.lengths[live[0]] = 0
-    running._update(groups, credit, 0.5)
+    running._update(x, credit, cfg, 0.5)
     assert len(running.stepper.optimizer.gradients) == len([i for i in live if credit.lengths[i].any()]) < 6
 
 

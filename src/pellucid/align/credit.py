@@ -57,9 +57,7 @@ def assign_credit(
         components = {name: r.masked_fill(truncated, 0.0) for name, r in components.items()}
     valid = lengths > 0
     total = total_reward(components, weights, cfg.missing)
-    live = torch.ones_like(valid[:, 0])
-    if cfg.dead_groups == "drop":
-        live = live_groups(components, cfg.live_on, weights, cfg.missing, valid)
+    live = live_in(components, valid, cfg, weights)
     trained = valid & live[:, None]
     if cfg.truncated == "mask":
         trained = trained & ~truncated
@@ -71,6 +69,13 @@ def assign_credit(
     idle = not bool(advantages[trained].any()) and not cfg.entropy_coef and cfg.beta == 0
     skip = counts.tokens == 0 or (idle and not (cfg.by_token and cfg.reward_beta) and cfg.advantage != "gae")
     return Credit(advantages.float(), total, live, used, counts, skip, factor)
+
+
+def live_in(components: Components, valid: Tensor, cfg: ObjectiveConfig, weights: Mapping[str, float] | None = None) -> Tensor:
+    """Which groups enter the step, (N,) bool. valid: (N, G) completions that have tokens."""
+    if cfg.dead_groups == "drop":
+        return live_groups(components, cfg.live_on, weights, cfg.missing, valid)
+    return torch.ones_like(valid[:, 0])
 
 
 def token_advantages(

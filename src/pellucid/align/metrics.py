@@ -32,6 +32,8 @@ MEANING: dict[str, str] = {
     "advantage/min": "most negative advantage",
     "advantage/max": "most positive advantage",
     "advantage/std": "standard deviation of the advantages: the size of the learning signal",
+    "advantage/factor": "what whitening over the batch multiplied the advantages with: as groups become alike it grows, a hidden "
+                        "rise of the learning rate",
     "advantage/distinct": "number of different advantages in the batch",
     "advantage/token_abs": "mean |advantage| over tokens; 0 means that the step teaches nothing",
     "ratio/mean": "mean importance ratio new / sampling policy; 1 on-policy",
@@ -67,6 +69,19 @@ MEANING: dict[str, str] = {
     "critic/return": "mean return, what the critic should say",
     "critic/clipped": "fraction of tokens on which the critic's step was clipped",
 }
+
+LOOP_MEANING: dict[str, str] = {
+    "accuracy": "fraction of right completions", "format": "fraction of completions in the asked form",
+    "accuracy/any": "fraction of problems of which some completion of the group is right: pass@G",
+    "groups/live": "fraction of sampled groups that enter the step",
+    "groups/sampled": "groups sampled for the step, those that replace groups without difference included",
+    "grad_norm": "norm of the gradient before clipping, mean over the optimizer steps of the rollout", "lr": "learning rate",
+    "update/skipped": "optimizer steps of the run so far that were left out, because a gradient was not finite",
+    "kl/coefficient": "weight of the KL term, or of the KL penalty in the reward", "entropy/coefficient": "weight of the entropy bonus",
+    "critic/loss": "the critic's loss, times its coefficient", "critic/grad_norm": "norm of the critic's gradient before clipping",
+    "time/sampling": "share of the run's time spent sampling and grading",
+}
+"""What the online loop adds to the tables above."""
 
 OFFLINE_MEANING: dict[str, str] = {
     "rewards/chosen": "beta times log p / p_ref of the chosen answer: the reward that the policy itself implies",
@@ -137,9 +152,12 @@ def reward_table(components: Components, weights: Mapping[str, float] | None = N
     """
     table: dict[str, float] = {}
     named = {**components, "total": total_reward(components, weights)}
-    for name, differs in informative_groups(named).items():
+    compared = named if next(iter(named.values())).shape[1] > 1 else {}  # a single completion has nothing to differ from
+    informative = informative_groups(compared) if compared else {}
+    for name in named:
         r = named[name].detach().double()
         graded = ~r.isnan()
+        differs = informative.get(name, torch.full(r.shape[:1], torch.nan))
         known = graded.any(1)
         table[f"reward/{name}/mean"] = _mean(r[graded])
         table[f"reward/{name}/std"] = float(r[graded].std()) if graded.sum() > 1 else math.nan
@@ -150,12 +168,13 @@ def reward_table(components: Components, weights: Mapping[str, float] | None = N
     return table
 
 
-def advantage_table(advantages: Tensor) -> dict[str, float]:
-    """Spread of the advantages of the rollout, (N, G) or (S,)."""
+def advantage_table(advantages: Tensor, factor: float = 1.0) -> dict[str, float]:
+    """Spread of the advantages of the rollout, of any shape. factor: what whitening multiplied them with (`Credit.factor`)."""
     a = advantages.detach().double().flatten()
     if a.numel() < 2:
-        return dict.fromkeys(("advantage/min", "advantage/max", "advantage/std", "advantage/distinct"), math.nan)
-    return {"advantage/min": float(a.min()), "advantage/max": float(a.max()), "advantage/std": float(a.std()),
+        return dict.fromkeys((f"advantage/{name}" for name in ("min", "max", "std", "distinct", "factor")), math.nan)
+    return {"advantage/factor": factor, "advantage/min": float(a.min()), "advantage/max": float(a.max()),
+            "advantage/std": float(a.std()),
             "advantage/distinct": float((a / 1e-6).round().unique().numel())}  # rounded: noise is no difference
 
 

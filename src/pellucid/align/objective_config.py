@@ -93,7 +93,7 @@ class ObjectiveConfig:
     kl_bound: float | None = None
     """bound on |log p - log p_ref| inside the KL term; none by default"""
     kl_target: float | None = None
-    """adapt the weight of the KL so that it stays near this (nats a token); none: fixed weight"""
+    """adapt the weight of the KL so that its mean stays near this (k3, nats a token); none: fixed weight"""
     kl_horizon: int = 10_000
     """completions over which the adaptive weight reacts"""
     entropy_coef: float = 0.0

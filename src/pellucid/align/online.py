@@ -1,16 +1,24 @@
 """The online loop: roll out, grade, assign credit, update. Objectives are plugged in as data (`ObjectiveConfig`).
 
-    problems -> G samples each -> reward components -> advantages -> packed rows -> objective -> one or more steps
+    problems -> G samples each -> reward components -> advantages of tokens -> packed rows -> objective -> optimizer steps
+                                   (KL penalty, critic, GAE)                   `epochs` times, in `updates` mini-batches
 
 Groups whose completions all earn the same teach nothing: with `dead_groups="drop"` they are left out before the update
 (dynamic sampling, DAPO, arXiv 2503.14476), which also saves the time of their backward pass.
+
+With `lag` = 1 a rollout is learned from one step after the weights that sampled it, as in trainers that sample the next
+rollout while they learn from this one. It is the same computation, in a fixed order and so reproducible; on one machine, whose
+cores both halves use whole, overlapping them gains nothing. What changes is the importance ratio: without a `correction` it
+compares with the sampler itself; with one it compares with the weights at the start of the step, and the correction stands
+for the way from the sampler to there (decoupled PPO, arXiv 2505.24298).
 """
 
 from __future__ import annotations
 
 import copy
 import random
-from dataclasses import dataclass, field
+from collections import deque
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +27,24 @@ from torch import Tensor
 
 from pellucid import events
 from pellucid.align import metrics as tables
-from pellucid.align.credit import Credit, assign_credit
+from pellucid.align.aggregation import Counts, count
+from pellucid.align.controllers import EntropyController, KLController
+from pellucid.align.credit import Credit, assign_credit, live_in, token_advantages
+from pellucid.align.critic import Critic, critic_model
+from pellucid.align.kl import kl_penalty
 from pellucid.align.objective import objective
 from pellucid.align.objective_config import ObjectiveConfig
+from pellucid.align.pending import Pending, groups_from, groups_state
+from pellucid.align.policy_losses import high_entropy_tokens
+from pellucid.align.prompts import Prompts
+from pellucid.align.reward_model import RewardModel
 from pellucid.align.rewards import RewardSet, task_reward
-from pellucid.align.rollout import Group, Rollouts, components, trained_lengths, truncated
-from pellucid.align.update import Update, pick
+from pellucid.align.rollout import Group, Rollouts, TrainerState, components, trained_lengths, truncated
+from pellucid.align.update import Experience, Update, pick
 from pellucid.errors import BadInput
 from pellucid.nn import Decoder
 from pellucid.optim import OptimConfig, Schedule
-from pellucid.tasks import Task
+from pellucid.tasks import Problem, Task
 from pellucid.tokenizers import Tokenizer
 from pellucid.train import Evaluate, Run, RunConfig, RunHistory
 
@@ -49,14 +65,25 @@ class OnlineConfig(RunConfig):
     """Completions of each problem."""
     rounds: int = 2
     """Most rollouts in a step, to replace groups that teach nothing (dynamic sampling)."""
+    epochs: int = 1
+    """Passes over each rollout."""
     updates: int = 1
-    """Optimizer steps on each rollout; from the second on the ratio differs from 1 and the clip acts."""
+    """Optimizer steps in a pass, each on its share of the groups; from the second step on the ratio differs from 1 and the
+    clip acts."""
+    lag: int = 0
+    """Steps between the weights that sample and those that learn: 0 samples afresh, 1 is one step off."""
     max_tokens: int = 96
     """Longest completion."""
     temperature: float = 1.0
     """Of the samples, and of every log-probability in the objective."""
+    top_p: float | None = None
+    """Sample from the nucleus of this mass only; what could be drawn is kept, so that the ratios stay exact."""
+    top_k: int | None = None
+    """Sample from the k most probable tokens only, likewise."""
     objective: ObjectiveConfig = field(default_factory=lambda: ObjectiveConfig(clip_high=0.28, dead_groups="drop"))
     """The objective."""
+    critic: OptimConfig | None = None
+    """The critic's optimizer (advantage="gae"); by default the policy's."""
     weights: dict[str, float] = field(default_factory=dict)
     """Weight of each of the task's components, in place of those that the task gives."""
     micro_rows: int = 32
@@ -73,107 +100,220 @@ class OnlineHistory(RunHistory):
 
 
 class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
-    """`OnlineLoop(...).run()` improves the model on the task's training problems until the budget is spent."""
+    """`OnlineLoop(...).run()` improves the model on the task's training problems until the budget is spent.
+
+    critic: a reward model that the critic starts from; by default a copy of the policy whose values are 0.
+    """
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer, task: Task, config: OnlineConfig, *,
                  rewards: RewardSet | None = None, evaluate: Evaluate | None = None, checkpoint: str | Path | None = None,
-                 resume_hint: str = "--resume"):
-        if config.group < 2:
-            raise BadInput(f"a group of {config.group} is not possible", "an advantage compares completions of one prompt",
-                           "use --group 4 or more")
-        if not config.temperature > 0 or min(config.prompts, config.updates, config.micro_rows) < 1:
-            raise BadInput("prompts, updates and micro_rows are at least 1, and the temperature is above 0",
-                           "samples of one prompt must be able to differ, and be trained on", "change the one that is not")
-        _check_objective(config.objective)
+                 critic: RewardModel | None = None, resume_hint: str = "--resume"):
+        check_config(config)
         super().__init__(model, config, OnlineHistory(), evaluate=evaluate, checkpoint=checkpoint, tokenizer=tokenizer,
                          resume_hint=resume_hint)
+        cfg = config.objective
         self.task = task
-        self.rollouts = Rollouts(model, tokenizer, task, max_tokens=config.max_tokens,
+        self.rollouts = Rollouts(model, tokenizer, task, max_tokens=config.max_tokens, top_p=config.top_p, top_k=config.top_k,
                                  rewards=rewards or RewardSet([task_reward(task, config.weights)]))
+        self.rollouts.state = TrainerState(self)
         self.shown_groups: list[dict[str, Any]] = []  # the latest groups with rewards and advantages, for the report
+        self.latest: tuple[list[Group], Credit, Experience] | None = None  # what the latest step learned from
         self.rng = random.Random(config.seed)
         self._next_show = 0.0
+        self.ahead: deque[Pending] = deque()  # rollouts that are sampled and not yet learned from, the oldest first
+        self.beta = KLController(cfg.beta, cfg.kl_target, cfg.kl_horizon)
+        self.reward_beta = KLController(cfg.reward_beta, cfg.kl_target, cfg.kl_horizon)
+        self.bonus = EntropyController(cfg.entropy_coef, cfg.entropy_target)
         # The reference is a copy of the GIVEN weights, never re-read from a file that may differ.
-        self.reference = copy.deepcopy(model).requires_grad_(False).eval() if config.objective.beta else None
+        self.reference = copy.deepcopy(model).requires_grad_(False).eval() if cfg.needs_reference else None
+        self.critic = None
+        if cfg.advantage == "gae":
+            start = critic_model(None if critic else copy.deepcopy(model), critic)
+            self.critic = Critic(start, config.critic or config.optim, config.schedule, config.clip)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed.weight.device
+
+    def resolved(self) -> ObjectiveConfig:
+        """The objective with the coefficients that the controllers hold now."""
+        return replace(self.config.objective, beta=self.beta.value, reward_beta=self.reward_beta.value,
+                       entropy_coef=self.bonus.coefficient)
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
     def step(self, progress: float) -> dict[str, float]:
         c, h, began = self.config, self.history, self.budget.elapsed
-        groups, credit = self._collect()
+        groups = self._rollout()
         h.sampling_seconds += self.budget.elapsed - began
-        numbers = self._rollout_numbers(groups, credit)
+        cfg = self.resolved()
+        x, credit = self._judge(groups, cfg)
+        numbers = self._rollout_numbers(groups, credit, x)
         if credit.skip:
             events.note(f"{c.stage}: no group of this step teaches anything; weights stay as they are")
         else:
-            numbers |= self._update(groups, credit, progress)
+            numbers |= self._update(x, credit, cfg, progress)
         self.count()
         numbers["time/sampling"] = h.sampling_seconds / max(h.seconds, 1e-9)
         h.metrics.append((progress, numbers))
-        self._show(groups, credit)
+        self.latest = (groups, credit, x)
+        self._show(groups, credit, x)
         return numbers
 
-    def _collect(self) -> tuple[list[Group], Credit]:
+    def _rollout(self) -> list[Group]:
+        """The groups to learn from now. With a lag, those of later steps are sampled first, with the weights as they are."""
+        left = self.budget.steps - self.budget.done if self.budget.steps else self.config.lag + 1
+        while len(self.ahead) < max(1, min(self.config.lag + 1, left)):
+            before = self._source()
+            self.ahead.append(Pending(before, self._collect()))
+        return self.ahead.popleft().groups
+
+    def _collect(self) -> list[Group]:
         """Rollouts until at least half of `prompts` groups teach something, or `rounds` are spent."""
         c = self.config
         groups: list[Group] = []
         for _ in range(max(1, c.rounds)):
-            problems = [self.task.sample(self.rng, "train") for _ in range(c.prompts)]
-            groups += self.rollouts.groups(problems, c.group, c.temperature, self.rng.getrandbits(62))
-            credit = self._credit(groups)
-            if c.objective.dead_groups != "drop" or int(credit.live.sum()) * 2 >= c.prompts:
+            problems, seed = self._draw(self.rng)
+            groups += self.rollouts.groups(problems, c.group, c.temperature, seed)
+            if c.objective.dead_groups != "drop" or int(self._live(groups).sum()) * 2 >= c.prompts:
                 break
-        self.history.sampled += sum(len(s.tokens) for g in groups for s in g.samples)
-        return groups, credit
+        self.history.sampled += sum(s.trained for g in groups for s in g.samples)
+        return groups
 
-    def _credit(self, groups: list[Group]) -> Credit:
+    def _draw(self, rng: random.Random) -> tuple[list[Problem], int]:
+        """The problems of one rollout, and the seed of its samples."""
+        return [self.task.sample(rng, "train") for _ in range(self.config.prompts)], rng.getrandbits(62)
+
+    def _weights(self, groups: list[Group]) -> dict[str, float]:
         parts = components(groups)
-        weights = {k: w for k, w in self.rollouts.rewards.weights.items() if k in parts}
-        return assign_credit(parts, trained_lengths(groups), self.config.objective, weights=weights, truncated=truncated(groups))
+        return {k: w for k, w in self.rollouts.rewards.weights.items() if k in parts}
 
-    def _update(self, groups: list[Group], credit: Credit, progress: float) -> dict[str, float]:
+    def _live(self, groups: list[Group]) -> Tensor:
+        return live_in(components(groups), trained_lengths(groups) > 0, self.config.objective, self._weights(groups))
+
+    # --- from rewards to what every token is worth ----------------------------------------------------------------------
+
+    def _judge(self, groups: list[Group], cfg: ObjectiveConfig) -> tuple[Experience, Credit]:
+        """Everything that is measured before the first optimizer step on a rollout."""
+        x = Experience(groups, self._live(groups).nonzero().flatten().tolist(), self.device)
+        kl = None
+        if in_total := cfg.reward_beta > 0 and not cfg.by_token:
+            self._measure(x, list(range(len(x.samples))), cfg)  # of masked completions too: they stay in the baseline
+            kl = self._kl_of_completions(x, cfg, groups)
+        credit = assign_credit(components(groups), trained_lengths(groups), cfg, weights=self._weights(groups),
+                               truncated=truncated(groups), kl=kl)
+        trained = [k for k, (i, j) in enumerate(x.places) if credit.lengths[i, j] > 0]
+        if not credit.skip:
+            if not in_total:
+                self._measure(x, trained, cfg)
+            self._spread(x, credit, trained, cfg)
+        return x, credit
+
+    def _measure(self, x: Experience, chosen: list[int], cfg: ObjectiveConfig) -> None:
+        """Log-probabilities under the policy as it is and under the reference, entropies and values, of these completions."""
         c = self.config
-        live = [i for i, keep in enumerate(credit.live.tolist()) if keep]
-        order = self.rng.sample(live, len(live))
-        shares = [order[k :: c.updates] for k in range(c.updates)]
-        batches = [Update(groups, credit, part, c.objective.empty, self.model.embed.weight.device) for part in shares
-                   if bool(credit.lengths[part].any())]
-        for batch in batches:
-            batch.ref = batch.logprobs(self.reference, c.micro_rows, c.temperature) if self.reference else None
-            batch.old = batch.logprobs(self.model, c.micro_rows, c.temperature) if c.updates > 1 else None
-        parts, entropies, gaps, norms = [], [], [], []
-        self.model.train()
-        for batch in batches:
-            def loss_fn(micro: slice, batch: Update = batch) -> Tensor:
-                logp, entropy, where = batch.forward(self.model, micro, c.temperature, entropy=True)
-                share, numbers = objective(
-                    logp, pick(batch.old, where), pick(batch.ref, where), batch.advantages[where], batch.sequence[where],
-                    c.objective, batch.counts)
-                parts.append({k: v / len(batches) if not k.endswith("/max") else v for k, v in numbers.items()})
-                entropies.append(entropy)
-                gaps.append((logp.detach() if batch.old is None else batch.old[where], batch.sampler[where]))
-                return share
+        update = Update(x, chosen, Counts(0, 0))
+        itself = c.lag > 0 and cfg.correction == "none"  # the ratio compares with the sampler
+        if cfg.high_entropy < 1 or (not itself and (cfg.reward_beta > 0 or c.epochs * c.updates > 1)):
+            x.old, *x.entropy = update.logprobs(self.model, c.micro_rows, c.temperature, entropy=cfg.high_entropy < 1)
+        if itself:
+            x.old = x.sampler
+        if self.reference is not None:
+            x.ref = update.logprobs(self.reference, c.micro_rows, c.temperature)[0]
+        if self.critic is not None:
+            x.values = self.critic.values(update, c.micro_rows)
 
-            result = self.stepper.step(batch.micro(c.micro_rows), loss_fn, progress)
-            norms.append(result.grad_norm)
-        return (tables.merge(parts) | tables.entropy_table(torch.cat(entropies))
-                | tables.engine_table(torch.cat([a for a, _ in gaps]), torch.cat([b for _, b in gaps]))
-                | {"grad_norm": sum(norms) / len(norms), "lr": self.stepper.optimizer.lr})
+    @staticmethod
+    def _kl_of_completions(x: Experience, cfg: ObjectiveConfig, groups: list[Group]) -> Tensor:
+        """(N, G) sums over the tokens; 0 where a group was dropped."""
+        assert x.old is not None and x.ref is not None
+        tokens = kl_penalty(x.old.double(), x.ref.double(), cfg.reward_kl)
+        sums = torch.zeros(len(x.samples), dtype=torch.float64, device=x.device).index_add(0, x.sequence, tokens)
+        kl = torch.zeros(len(groups), len(groups[0].samples), dtype=torch.float64)
+        for (i, j), value in zip(x.places, sums.tolist()):
+            kl[i, j] = value
+        return kl
+
+    def _spread(self, x: Experience, credit: Credit, trained: list[int], cfg: ObjectiveConfig) -> None:
+        """Advantages, the critic's targets and the tokens that learn, at the tokens of the trained completions."""
+        tokens, whose = x.of(trained)
+        worth = torch.tensor([float(credit.advantages[x.places[k]]) for k in trained], device=x.device)
+        advantages, returns = token_advantages(worth, whose, cfg, old=pick(x.old, tokens), ref=pick(x.ref, tokens),
+                                               critic=pick(x.values, tokens))
+        x.advantages[tokens] = advantages
+        if returns is not None:
+            x.returns = torch.full_like(x.advantages, torch.nan)
+            x.returns[tokens] = returns
+        if cfg.high_entropy < 1:
+            x.keep = torch.zeros(x.tokens, dtype=torch.bool, device=x.device)
+            x.keep[tokens] = high_entropy_tokens(x.entropy[0][tokens], cfg.high_entropy)
+
+    # --- from there to weights ------------------------------------------------------------------------------------------
+
+    def _update(self, x: Experience, credit: Credit, cfg: ObjectiveConfig, progress: float) -> dict[str, float]:
+        c = self.config
+        live = credit.live.nonzero().flatten().tolist()
+        old = x.old if c.epochs * c.updates > 1 or c.lag else None  # None: the policy itself, a ratio of exactly 1
+        seen = _Seen()
+        self.model.train()
+        for _ in range(c.epochs):
+            order = self.rng.sample(live, len(live))
+            for part in (order[k :: c.updates] for k in range(c.updates)):
+                chosen = [x.number[i, j] for i in part for j in range(credit.lengths.shape[1]) if credit.lengths[i, j] > 0]
+                if chosen:
+                    batch = Update(x, chosen, count(credit.lengths[part].flatten(), cfg.empty))
+                    self._one_update(batch, old, cfg, progress, seen)
+        numbers = seen.table() | {"lr": self.stepper.optimizer.lr, "update/skipped": float(self.stepper.skipped)}
+        return numbers | self._controlled(x, credit, numbers)
+
+    def _one_update(self, batch: Update, old: Tensor | None, cfg: ObjectiveConfig, progress: float, seen: _Seen) -> None:
+        """One optimizer step of the policy, and of the critic if there is one."""
+        c, x, bonus = self.config, batch.experience, cfg.entropy_coef > 0
+        parts = []
+
+        def share(micro: slice) -> Tensor:
+            logp, entropy, whose, at = batch.forward(self.model, micro, c.temperature, entropy=True, bonus=bonus)
+            loss, numbers = objective(logp, pick(old, at), pick(x.ref, at), x.advantages[at], whose, cfg, batch.counts,
+                                      sampler=x.sampler[at], entropy=entropy if bonus else None, keep=pick(x.keep, at))
+            parts.append(numbers)
+            assert entropy is not None
+            seen.add(entropy=entropy.detach(), trainer=logp.detach() if x.old is None else x.old[at], sampler=x.sampler[at])
+            return loss
+
+        result = self.stepper.step(batch.micro(c.micro_rows), share, progress)
+        seen.steps.append(tables.merge(parts) | {"grad_norm": result.grad_norm})
+        if self.critic is not None:
+            seen.critic.append(self.critic.step(batch, c.micro_rows, progress, coefficient=cfg.value_coef, clip=cfg.value_clip))
+            seen.value_clip = cfg.value_clip
+
+    def _controlled(self, x: Experience, credit: Credit, numbers: dict[str, float]) -> dict[str, float]:
+        """Lets the coefficients follow what was measured; they act in the next step."""
+        shown = {}
+        if x.ref is not None:
+            kl = numbers["kl/ref_k3"]  # never negative: k1 of a few hundred tokens would send the coefficient down as often as up
+            shown = {"kl/coefficient": self.beta.value or self.reward_beta.value}
+            self.beta.update(kl, credit.counts.sequences)
+            self.reward_beta.update(kl, credit.counts.sequences)
+        if self.config.objective.entropy_coef or self.bonus.target is not None:
+            shown["entropy/coefficient"] = self.bonus.coefficient
+        self.bonus.update(numbers["entropy/mean"])
+        return shown
 
     # --- what is shown ------------------------------------------------------------------------------------------------
 
-    def _rollout_numbers(self, groups: list[Group], credit: Credit) -> dict[str, float]:
+    def _rollout_numbers(self, groups: list[Group], credit: Credit, x: Experience) -> dict[str, float]:
         parts = components(groups)
-        weights = {k: w for k, w in self.rollouts.rewards.weights.items() if k in parts}
         known = {shown: float(parts[name].nanmean()) for shown, name in (("accuracy", "correct"), ("format", "format"))
                  if name in parts}
         right = parts["correct"] == 1 if "correct" in parts else credit.total > 0
-        return (known | {"groups/live": float(credit.live.float().mean())}
-                | tables.reward_table(parts, weights) | tables.advantage_table(credit.advantages[credit.live])
+        worth = x.advantages if self.config.objective.by_token else credit.advantages[credit.live]
+        return (known | {"accuracy/any": float(right.any(1).double().mean()), "groups/live": float(credit.live.float().mean()),
+                         "groups/sampled": float(len(groups))}
+                | tables.reward_table(parts, self._weights(groups)) | tables.advantage_table(worth, credit.factor)
                 | tables.length_table(trained_lengths(groups), truncated(groups), right)
                 | tables.diversity_table([[tuple(s.tokens) for s in g.samples] for g in groups]))
 
-    def _show(self, groups: list[Group], credit: Credit) -> None:
+    def _show(self, groups: list[Group], credit: Credit, x: Experience) -> None:
         if not self.config.samples_shown or not bool(credit.live.any()) or self.budget.progress < self._next_show:
             return
         self._next_show = self.budget.progress + 0.1  # ten times in a run: people read them
@@ -181,29 +321,99 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
         order = credit.total[i].argsort(descending=True).tolist()
         g = groups[i]
         self.shown_groups = [*self.shown_groups[-3:], {"prompt": g.problem.prompt, "step": self.history.steps, "samples": [
-            {"completion": g.texts[j], "rewards": g.rewards[j], "advantage": float(credit.advantages[i, j])} for j in order]}]
+            {"completion": g.texts[j], "rewards": g.rewards[j], "advantage": self._worth(credit, x, i, j)} for j in order]}]
         for j in [order[0], order[-1]][: self.config.samples_shown]:
             events.emit(events.SampleShown(self.config.stage, g.problem.prompt, g.texts[j], g.rewards[j]))
 
+    def _worth(self, credit: Credit, x: Experience, i: int, j: int) -> float:
+        """A completion's advantage; the mean over its tokens where they differ."""
+        if not self.config.objective.by_token:
+            return float(credit.advantages[i, j])
+        return float(x.advantages[x.sequence == x.number[i, j]].mean()) if (i, j) in x.number else 0.0
+
     # --- stop and go on -----------------------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Any]:
+    def _source(self) -> dict[str, Any]:
+        """Where the next problems come from."""
         version, numbers, gauss = self.rng.getstate()
-        return {"rng": [version, list(numbers), gauss], "groups": self.shown_groups, "next_show": self._next_show}
+        rows = {"task": self.task.state()} if isinstance(self.task, Prompts) else {}
+        return rows | {"rng": [version, list(numbers), gauss]}
+
+    def _go_back(self, source: dict[str, Any]) -> None:
+        if isinstance(self.task, Prompts):
+            self.task.load_state(source["task"])
+        version, numbers, gauss = source["rng"]
+        self.rng.setstate((version, tuple(numbers), gauss))
+
+    def state(self) -> dict[str, Any]:
+        return self._source() | {
+            "groups": self.shown_groups, "next_show": self._next_show,
+            "controllers": {name: getattr(self, name).state() for name in ("beta", "reward_beta", "bonus")},
+            "ahead": [{"source": p.source, "groups": groups_state(p.groups)} for p in self.ahead]}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.shown_groups, self._next_show = state.get("groups", []), state.get("next_show", 0.0)
-        version, numbers, gauss = state["rng"]
-        self.rng.setstate((version, tuple(numbers), gauss))
+        for name, saved in state["controllers"].items():
+            setattr(self, name, type(getattr(self, name))(**saved))
+        self.ahead.clear()
+        for saved in state["ahead"]:
+            self._go_back(saved["source"])  # the problems are drawn again, the samples are read
+            problems: list[Problem] = []
+            while len(problems) < len(saved["groups"]):
+                problems += self._draw(self.rng)[0]
+            self.ahead.append(Pending(saved["source"], groups_from(saved["groups"], problems, self.config.max_tokens)))
+        self._go_back(state)
+
+    def write(self, folder: Path) -> None:
+        super().write(folder)
+        if self.critic is not None:
+            self.critic.write(folder)
+
+    def read(self, folder: Path) -> None:
+        super().read(folder)
+        if self.critic is not None:
+            self.critic.restore(folder)
 
 
-def _check_objective(cfg: ObjectiveConfig) -> None:
-    """A choice that this loop does not feed is refused, not ignored."""
-    lacks = {"advantage": cfg.by_token, "reward_beta": cfg.reward_beta > 0, "correction": cfg.correction != "none",
-             "off_policy": cfg.off_policy is not None, "entropy_coef": cfg.entropy_coef > 0,
-             "entropy_target": cfg.entropy_target is not None, "high_entropy": cfg.high_entropy < 1,
-             "kl_target": cfg.kl_target is not None}
-    for name, used in lacks.items():
-        if used:
-            raise BadInput(f"the online loop does not support {name}={getattr(cfg, name)!r} yet",
-                           next="leave it out, or choose another objective")
+class _Seen:
+    """What the optimizer steps on one rollout gave."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+        self.critic: list[dict[str, Any]] = []
+        self.value_clip: float | None = None
+        self.tokens: dict[str, list[Tensor]] = {}
+
+    def add(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            self.tokens.setdefault(name, []).append(value)
+
+    def table(self) -> dict[str, float]:
+        """Means over the steps, maxima where the name says so."""
+        n = len(self.steps)
+        shares = tables.merge([{k: v if k.endswith("/max") else v / n for k, v in step.items()} for step in self.steps])
+        entropy, trainer, sampler = (torch.cat(self.tokens[name]) for name in ("entropy", "trainer", "sampler"))
+        table = shares | tables.entropy_table(entropy) | tables.engine_table(trainer, sampler)
+        if self.critic:
+            values, returns, old = (torch.cat(parts) for parts in zip(*(step["seen"] for step in self.critic)))
+            table |= tables.critic_table(values, returns, old, self.value_clip)
+            table |= {f"critic/{name}": sum(s[name] for s in self.critic) / len(self.critic) for name in ("loss", "grad_norm")}
+        return table
+
+
+def check_config(config: OnlineConfig) -> None:
+    """Impossible settings, before any work."""
+    cfg = config.objective
+    if config.group < 2 and not cfg.by_token:
+        raise BadInput(f"a group of {config.group} is not possible", "an advantage compares completions of one prompt",
+                       "use --group 4 or more")
+    if not config.temperature > 0 or min(config.prompts, config.group, config.updates, config.epochs, config.micro_rows) < 1:
+        raise BadInput("prompts, group, updates, epochs and micro_rows are at least 1, and the temperature is above 0",
+                       "samples of one prompt must be able to differ, and be trained on", "change the one that is not")
+    if config.lag < 0 or (config.top_p is not None and not 0 < config.top_p <= 1) or (config.top_k is not None and config.top_k < 1):
+        raise BadInput("lag is at least 0, top_p lies in (0, 1], and top_k is at least 1", next="change the one that is not")
+    if config.lag and cfg.policy == "reinforce" and cfg.correction == "none":
+        raise BadInput("policy='reinforce' has no ratio, and samples of older weights need one",
+                       f"lag is {config.lag}", "choose a correction, another policy, or lag=0")
+    if config.critic is not None and cfg.advantage != "gae":
+        raise BadInput("an optimizer for a critic, and no critic", f"advantage is {cfg.advantage!r}", "use the ppo objective")

@@ -1,68 +1,142 @@
-"""The tensors of one optimizer step of the online loop: sampled completions as packed rows, and their log-probabilities."""
+"""The tensors of the online loop: what is known of a rollout's tokens, and the packed mini-batches that learn from them.
+
+An `Experience` holds S completions and their M sampled tokens end to end, completion after completion. What is measured
+before the first optimizer step (log-probabilities, the critic's values, advantages) is kept there, one number a token. An
+`Update` is the mini-batch of one optimizer step: some of the completions packed in rows, and for every trained position the
+number of its token among the M. So nothing depends on how a rollout is cut into steps, or a step into micro-batches.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pellucid.align.aggregation import Empty, count
-from pellucid.align.credit import Credit
+from pellucid.align.aggregation import Counts
+from pellucid.align.head import entropies
 from pellucid.align.rollout import Group
 from pellucid.align.rows import pack_completions
+from pellucid.align.support import Support, support_logprobs
 from pellucid.data.packing import IGNORE, Packed
 from pellucid.nn import Decoder
 from pellucid.ops import token_logprobs
 
 
-class Update:
-    """The tensors of one optimizer step. M trained tokens of S completions, in the order of `rows`.
+class Experience:
+    """The completions of the groups `chosen`, and everything that is known of their tokens. All tensors (M,), on `device`.
 
-    sequence, advantages, sampler: (M,); place (N, T): where each trained position stands among the M.
+    sequence: the completion of each token. sampler: its log-probability as the sampler reported it. support: what the
+    sampler could draw there, where it truncated. The others are None until they are needed: old (the policy that the ratio
+    compares with), ref (the reference), values and returns (of the critic), advantages, entropy (of the policy at the rollout; none
+    or one), keep (which tokens learn).
     """
 
-    def __init__(self, groups: list[Group], credit: Credit, chosen: list[int], empty: Empty, device: torch.device):
-        picked = [(i, j) for i in chosen for j in range(len(groups[i].samples)) if credit.lengths[i, j] > 0]
-        samples = [groups[i].samples[j] for i, j in picked]
-        self.rows: Packed = pack_completions(samples).to(device)
-        trained = self.rows.labels != IGNORE
-        self.place = torch.zeros_like(self.rows.labels)
-        self.place[trained] = torch.arange(int(trained.sum()), device=device)
-        self.sequence = self.rows.documents[trained]
-        advantages = torch.tensor([float(credit.advantages[i, j]) for i, j in picked], device=device)
-        self.advantages = advantages[self.sequence]
-        logprobs = torch.cat([torch.tensor(s.logprobs) for s in samples]).to(device)
-        starts = torch.tensor([0] + [len(s.tokens) for s in samples], device=device).cumsum(0)
-        offset = self.rows.positions[trained] - torch.tensor([len(s.prompt) - 1 for s in samples], device=device)[self.sequence]
-        self.sampler = logprobs[starts[self.sequence] + offset]
-        self.counts = count(credit.lengths[chosen].flatten(), empty)
+    def __init__(self, groups: Sequence[Group], chosen: Sequence[int], device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
+        self.places = [(i, j) for i in chosen for j, s in enumerate(groups[i].samples) if s.trained]
+        self.samples = [groups[i].samples[j] for i, j in self.places]
+        self.number = {place: k for k, place in enumerate(self.places)}
+        masks = [torch.ones(len(s.tokens)).bool() if s.mask is None else torch.tensor(s.mask) for s in self.samples]
+        lengths = torch.tensor([int(m.sum()) for m in masks], dtype=torch.int64)
+        starts = lengths.cumsum(0) - lengths
+        self.tokens = int(lengths.sum())
+        self.ranks = [start + m.cumsum(0) - 1 for start, m in zip(starts.tolist(), masks)]  # number of each trained token
+        self.sequence = torch.arange(len(self.samples)).repeat_interleave(lengths).to(device)
+        self.sampler = self._flat([torch.tensor(s.logprobs)[m] for s, m in zip(self.samples, masks)])
+        self.support = self._support()
         self.old: Tensor | None = None
         self.ref: Tensor | None = None
+        self.values: Tensor | None = None
+        self.returns: Tensor | None = None
+        self.entropy: list[Tensor] = []
+        self.keep: Tensor | None = None
+        self.advantages = torch.zeros(self.tokens, device=device)
+
+    def _flat(self, parts: list[Tensor]) -> Tensor:
+        return torch.cat(parts).to(self.device) if parts else torch.zeros(0, device=self.device)
+
+    def _support(self) -> Support | None:
+        kept = [ids for s in self.samples for ids, on in zip(s.support or (), s.mask or [True] * len(s.tokens)) if on]
+        if not kept:
+            return None
+        starts = torch.tensor([0] + [len(ids) for ids in kept]).cumsum(0)
+        return Support(torch.cat(kept).to(self.device), starts.to(self.device))
+
+    def of(self, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The tokens of these completions, as their numbers, and which of the chosen each belongs to."""
+        place = torch.full((len(self.samples),), -1, device=self.device)
+        place[torch.tensor(list(chosen), dtype=torch.int64, device=self.device)] = torch.arange(len(chosen), device=self.device)
+        whose = place[self.sequence]
+        tokens = (whose >= 0).nonzero().squeeze(-1)
+        return tokens, whose[tokens]
+
+
+class Update:
+    """Completions of an experience as packed rows; N rows of T. `at` (N, T): number of the token that a position predicts."""
+
+    def __init__(self, experience: Experience, chosen: Sequence[int], counts: Counts):
+        samples = [experience.samples[k] for k in chosen]
+        self.experience, self.counts = experience, counts
+        self.rows: Packed = pack_completions(samples).to(experience.device)
+        trained = self.rows.labels != IGNORE
+        whose = self.rows.documents[trained]
+        ranks = torch.cat([experience.ranks[k] for k in chosen]).to(experience.device)
+        sizes = torch.tensor([[len(s.prompt), len(s.tokens)] for s in samples], device=experience.device)
+        begins = sizes[:, 1].cumsum(0) - sizes[:, 1]
+        offset = self.rows.positions[trained] - (sizes[:, 0] - 1)[whose]
+        self.at = torch.full_like(self.rows.labels, -1)
+        self.at[trained] = ranks[begins[whose] + offset]
 
     def micro(self, rows: int) -> Iterator[slice]:
         for start in range(0, len(self.rows), rows):
             yield slice(start, start + rows)
 
-    def forward(self, model: Decoder, micro: slice, temperature: float, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """log-probabilities and entropies of the micro-batch's trained tokens, and their places among the step's."""
-        rows = self.rows.rows(micro)
+    def states(self, model: Decoder, micro: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of the micro-batch's m trained positions: last hidden states (m, D), tokens to predict, completions (numbers within
+        this update), and numbers of the tokens in the experience, (m,) each."""
+        rows, at = self.rows.rows(micro), self.at[micro].flatten()
         hidden = model.hidden(rows.tokens, positions=rows.positions, documents=rows.documents).flatten(0, 1)
-        labels = rows.labels.flatten()
-        trained = labels != IGNORE
-        hidden = hidden[trained]
-        logp, h = token_logprobs(hidden, model.head_weight.to(hidden.dtype), labels[trained], temperature, entropy)
-        return logp, h if h is not None else torch.zeros(0), self.place[micro].flatten()[trained]
+        on = at >= 0
+        return hidden[on], rows.labels.flatten()[on], rows.documents.flatten()[on], at[on]
+
+    def forward(self, model: Decoder, micro: slice, temperature: float, *, entropy: bool = False, bonus: bool = False,
+                ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """log-probabilities of the trained tokens, entropies if asked for (with gradient for a `bonus`), completions, numbers.
+
+        Where the sampler truncated, the log-probabilities are those among the tokens that it could draw; the entropies are of
+        the whole distribution.
+        """
+        hidden, labels, whose, at = self.states(model, micro)
+        head, support = model.head_weight.to(hidden.dtype), self.experience.support
+        logp, H = token_logprobs(hidden, head, labels, temperature, entropy and not bonus)
+        if support is not None:
+            logp = support_logprobs(hidden, head, labels, support.take(at), temperature)
+        return logp, entropies(hidden, head, temperature) if bonus else H, whose, at
 
     @torch.no_grad()
-    def logprobs(self, model: Decoder, micro_rows: int, temperature: float) -> Tensor:
-        """Of every trained token under `model`, (M,)."""
-        out = torch.empty(len(self.sampler), device=self.sampler.device)
+    def measure(self, micro_rows: int, found: Callable[[slice], tuple[Tensor, ...]]) -> list[Tensor]:
+        """Numbers of every trained token, micro-batch by micro-batch: `found` gives one or more, and last the tokens' numbers in
+        the experience. (M,) each, NaN at tokens that are not in this update."""
+        whole: list[Tensor] = []
         for micro in self.micro(micro_rows):
-            logp, _, where = self.forward(model, micro, temperature, entropy=False)
-            out[where] = logp
-        return out
+            *values, at = found(micro)
+            whole = whole or [v.new_full((self.experience.tokens,), torch.nan) for v in values]
+            for into, v in zip(whole, values):
+                into[at] = v
+        return whole
+
+    def logprobs(self, model: Decoder, micro_rows: int, temperature: float, entropy: bool = False) -> list[Tensor]:
+        """log-probabilities of every trained token under `model`, and the entropies if asked for, (M,) each."""
+
+        def found(micro: slice) -> tuple[Tensor, ...]:
+            logp, H, _, at = self.forward(model, micro, temperature, entropy=entropy)
+            return (logp, at) if H is None else (logp, H, at)
+
+        return self.measure(micro_rows, found)
 
 
-def pick(values: Tensor | None, where: Tensor) -> Tensor | None:
-    return None if values is None else values[where]
+def pick(values: Any, at: Tensor) -> Any:
+    """values[at], or None where there are none."""
+    return None if values is None else values[at]
