@@ -11,6 +11,7 @@ from tiny_policy import Echo, Noise, policy, token_logprobs, tokenizer, weights
 
 from pellucid.align.rollout import Group, Rollouts, components
 from pellucid.align.rows import pack_completions
+from pellucid.align.support import kept_tokens, support_rows
 from pellucid.data.packing import IGNORE
 from pellucid.engine import LLM, Sample, SamplingParams
 from pellucid.errors import BadInput
@@ -203,3 +204,33 @@ def test_the_smallest_cases():
     two = pack_completions([sample([5, 6], [9]), sample([5, 6], [8, 7])])
     assert two.tokens.shape == (1, 5)
     assert math.isclose(float((two.documents >= 0).float().mean()), 1.0)
+
+
+# --- truncated sampling -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [dict(top_p=0.8), dict(top_k=3), dict(top_p=0.9, top_k=5)], ids=str)
+def test_a_truncated_sample_keeps_what_could_be_drawn_and_its_logprobs_among_that(how):
+    """Against the same truncation of the trainer's own distributions; the ratio over the support is 1 (trl#6789)."""
+    made = rollouts(**how)
+    sizes, ratios, naive = set(), [], []
+    for group in made.groups(problems(made.task), 4, 0.9, seed=1):
+        for s in group.samples:
+            ids = torch.tensor([s.prompt + s.tokens])
+            with torch.no_grad():
+                logits = made.model(ids[:, :-1])[0, len(s.prompt) - 1 :] / 0.9
+            expected = kept_tokens(logits, top_p=how.get("top_p", 1.0), top_k=how.get("top_k", 0))
+            logp = support_rows(logits, torch.tensor(s.tokens), expected)
+            assert len(s.support) == len(s.tokens) == len(s.logprobs)
+            for m, ids in enumerate(s.support):
+                assert ids.tolist() == expected[m : m + 1].ids.tolist() and s.tokens[m] in ids
+                sizes.add(len(ids))
+            ratios += (logp - torch.tensor(s.logprobs)).exp().tolist()
+            naive += (token_logprobs(made.model, s, 0.9) - torch.tensor(s.logprobs)).exp().tolist()
+    assert len(sizes) > 1 or how.get("top_k")
+    assert max(abs(r - 1) for r in ratios) < 1e-3 and sum(naive) / len(naive) < 0.97
+
+
+def test_no_support_is_kept_where_nothing_is_cut():
+    assert all(s.support is None for g in rollouts().sample(problems(Noise(), 2), 2, 1.0, 0) for s in g)
+    assert all(s.support is None for g in rollouts(top_p=0.5).sample(problems(Noise(), 2), 2, 1.0, 0) for s in g)

@@ -38,6 +38,7 @@ from torch import Tensor
 
 from pellucid import events
 from pellucid.align.components import conditioned
+from pellucid.align.prompts import Prompts, content_of
 from pellucid.align.reward_calls import Outcome, Stuck, TimeIsUp, call, call_async, is_async
 from pellucid.errors import BadInput, PellucidError, nearest
 from pellucid.tasks import Problem, Task, dialogue_of, finished_only, reward_weights, where_it_failed
@@ -393,6 +394,9 @@ class TaskGrader:
     """The grader of a task as a reward function: all its components; those that are no rewards have the weight 0."""
 
     def __init__(self, task: Task, weights: Mapping[str, float] | None = None):
+        if isinstance(task, Prompts):
+            raise BadInput("no reward was given", "a data set has no grades of its own",
+                           "give a function: --reward rewards.py:function, or a trained model: --reward-model FOLDER")
         self.task, self.weights = task, dict(weights or reward_weights(task))
         rng, names = random.Random(0), dict.fromkeys(("correct", "format", "progress"))
         for part in getattr(task, "tasks", {"": task}).values():
@@ -474,17 +478,22 @@ def _numbers(values: Any) -> list[float]:
 # --- groups of a rollout --------------------------------------------------------------------------------------------------
 
 
-def batch_of(groups: Sequence[Group], columns: Mapping[str, Sequence[Any]] | None = None) -> Batch:
-    """The completions of sampled groups, with `problem`, `answer` and `finished` as columns.
+def batch_of(groups: Sequence[Group]) -> Batch:
+    """The completions of sampled groups. Columns: `problem`, `answer`, `finished` (False: cut off), `turns` (of dialogues),
+    and those that the data have, which win."""
+    every = [(group, i) for group in groups for i in range(len(group.samples))]
+    rows = [dict(getattr(group.problem, "columns", {})) for group, _ in every]
+    shared = set.intersection(*map(set, rows)) if rows else set()
+    columns: dict[str, list[Any]] = {"problem": [group.problem for group, _ in every], "answer": [group.problem.answer for group, _ in every],
+                                     "finished": [group.samples[i].finish_reason == "stop" for group, i in every],
+                                     "turns": [group.turns(i) for group, i in every]}
+    columns |= {name: [row[name] for row in rows] for name in sorted(shared)}
+    return Batch([content_of(group.problem) for group, _ in every], [_completion(group, i) for group, i in every], columns,
+                 [group.samples[i].tokens for group, i in every], [group.samples[i].prompt for group, i in every])
 
-    columns: more of them, one value a group.
-    """
-    every = [(n, group, i) for n, group in enumerate(groups) for i in range(len(group.samples))]
-    more = {name: [values[n] for n, _, _ in every] for name, values in (columns or {}).items()}
-    samples = [group.samples[i] for _, group, i in every]
-    return Batch(
-        [[{"role": "user", "content": group.problem.prompt}] for _, group, _ in every],
-        [[{"role": "assistant", "content": group.texts[i]}] for _, group, i in every],
-        {"problem": [group.problem for _, group, _ in every], "answer": [group.problem.answer for _, group, _ in every],
-         "finished": [s.finish_reason == "stop" for s in samples], **more},
-        [s.tokens for s in samples], [s.prompt for s in samples])
+
+def _completion(group: Group, i: int) -> Content:
+    """A text behind a text, messages behind messages: all of a dialogue's."""
+    if isinstance(content_of(group.problem), str):
+        return group.texts[i]
+    return group.episodes[i] if group.episodes else [{"role": "assistant", "content": group.texts[i]}]

@@ -305,6 +305,15 @@ def last_turn(record: ChatRecord) -> Iterator[CompletionRecord]:
     yield CompletionRecord(record.messages[:at], record.messages[at : at + 1], tools=record.tools, extra=record.extra)
 
 
+def question_of(record: ChatRecord) -> Iterator[PromptRecord]:
+    """A conversation as what stands before its last assistant's message, or all of it where a user has the last word."""
+    if record.messages[-1]["role"] == "user":
+        yield PromptRecord(record.messages, tools=record.tools, extra=record.extra)
+        return
+    for answered in last_turn(record):
+        yield from prompt_of(answered)
+
+
 def chosen_of(record: PreferenceRecord) -> Iterator[CompletionRecord]:
     """The better answer, to imitate."""
     yield CompletionRecord(record.prompt, record.chosen, tools=record.tools, extra=record.extra)
@@ -324,6 +333,7 @@ CONVERSIONS: dict[tuple[str, str], Callable[[Any], Iterator[Any]]] = {
     ("stepwise", "prompt-only"): prompt_of,
     ("stepwise", "unpaired-preference"): joined,
     ("language-modeling", "prompt-completion"): last_turn,
+    ("language-modeling", "prompt-only"): question_of,
 }
 
 

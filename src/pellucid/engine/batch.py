@@ -2,6 +2,9 @@
 
 What makes it fast: equal prompts are prefilled once and their cache rows repeated; prompts are padded on the left so
 that a step writes one column; sequences that are done leave the batch, so that nothing is computed for them.
+
+A dialogue stays in its place: what a tool or a user answers is read token by token in the steps in which the others go on
+writing, so its turns before are never computed again, and never tokenised again.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ class Sample:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str | None = None  # "stop" (an end token or stop text) | "length" | "cancelled"
+    support: list[torch.Tensor] | None = None  # of each token, the ids that could have been drawn; if they are recorded
     mask: list[bool] | None = None  # which of `tokens` were sampled; others were given in between (a tool's answer). None: all
 
     @property
@@ -37,20 +41,25 @@ class Sample:
 
 
 Stop = Callable[[Sample], bool]
+Reply = Callable[[Sample], "list[int] | None"]
 
 
 class Batch:
     """Runs sequences together until all are finished. Each step of `run()` gives every active sequence one token.
 
     eos: ids that end a sequence (the id itself is kept as the last token).  stop: called after each token for
-    sequences that ask for stop texts; True ends the sequence.
+    sequences that ask for stop texts; True ends the sequence.  reply: called when a sequence has ended with an end token;
+    the ids that it reads before it goes on (they count towards its max_tokens), or None: it is done.  support: record what
+    could be drawn in place of each token; the log-probabilities are then those among these.
     """
 
     shrink_at = 0.75  # copy the cache together when fewer than this share of its rows is still active
 
-    def __init__(self, model: Decoder, sequences: Sequence[Sample], eos: Sequence[int], stop: Stop | None = None):
-        self.model, self.stop = model, stop
+    def __init__(self, model: Decoder, sequences: Sequence[Sample], eos: Sequence[int], stop: Stop | None = None,
+                 reply: Reply | None = None, support: bool = False):
+        self.model, self.stop, self.reply, self.support = model, stop, reply, support
         self.eos = set(eos)
+        self.unread: dict[int, list[int]] = {}  # id of a sample -> ids that it is given next, the first one last
         self.active = list(sequences)
         for s in self.active:
             check_length(len(s.prompt), s.params.max_tokens, model.spec.limit)
@@ -67,6 +76,8 @@ class Batch:
             tokens, logprobs = self.sampler(logits, self.step_number)
             self.step_number += 1
             rows = list(self.active)
+            self._note_support(rows)
+            self._give(rows, tokens)
             yield self._record(rows, tokens.tolist(), None if logprobs is None else logprobs.tolist())
             going = [i for i, s in enumerate(rows) if s.finish_reason is None]
             if not going:
@@ -91,11 +102,22 @@ class Batch:
         if len(unique) != len(row_of):
             self.cache.keep(rows)
         params = [s.params for s in self.active]
-        self.sampler = Sampler(params, [s.seed for s in self.active], device)
+        self.sampler = Sampler(params, [s.seed for s in self.active], device, support=self.support)
         return self.model.logits(hidden)[rows]
 
     def _cache_dtype(self) -> torch.dtype:
         return self.model.compute_dtype or self.model.embed.weight.dtype
+
+    def _note_support(self, rows: list[Sample]) -> None:
+        for s, kept in zip(rows, self.sampler.kept) if self.support else ():
+            if s.finish_reason is None:
+                s.support = [*(s.support or ()), kept]
+
+    def _give(self, rows: list[Sample], tokens: torch.Tensor) -> None:
+        """Whoever has something to read reads it in place of what was drawn."""
+        for i, s in enumerate(rows) if self.unread else ():
+            if self.unread.get(id(s)):
+                tokens[i] = self.unread[id(s)][-1]
 
     def _record(self, rows: list[Sample], tokens: list[int], logprobs: list[float] | None) -> list[Sample]:
         fed = []
@@ -104,15 +126,32 @@ class Batch:
                 continue
             fed.append(s)
             s.tokens.append(token)
+            given = self.unread.get(id(s))
+            if s.mask is not None:
+                s.mask.append(not given)
             if logprobs is not None:
-                s.logprobs.append(logprobs[i])
-            if token in self.eos and not s.params.ignore_eos:
-                s.finish_reason = "stop"
+                s.logprobs.append(0.0 if given else logprobs[i])
+            if given:
+                given.pop()
+            elif token in self.eos and not s.params.ignore_eos:
+                s.finish_reason = self._answered(s)
             elif self.stop and s.params.stop and self.stop(s):
                 s.finish_reason = "stop"
             elif len(s.tokens) >= s.params.max_tokens:
                 s.finish_reason = "length"
         return fed
+
+    def _answered(self, s: Sample) -> str | None:
+        """A turn has ended: whether the sequence has, and why. None: it reads the reply and goes on."""
+        ids = self.reply(s) if self.reply is not None else None
+        if ids is None:
+            return "stop"
+        if len(s.tokens) + len(ids) >= s.params.max_tokens:  # no room to read it and write at least one token
+            return "length"
+        if s.mask is None:
+            s.mask = [True] * len(s.tokens)
+        self.unread[id(s)] = ids[::-1]
+        return None
 
     def _shrink(self, tokens: torch.Tensor, going: list[int]) -> torch.Tensor:
         if len(going) > self.shrink_at * len(self.active):
@@ -139,7 +178,7 @@ def check_length(prompt: int, max_tokens: int, context: int) -> None:
 
 def run_all(
     model: Decoder, sequences: Sequence[Sample], eos: Sequence[int], stop: Stop | None = None, max_batch: int = 512,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] | None = None, reply: Reply | None = None, support: bool = False,
 ) -> None:
     """Finishes all sequences in batches of neighbours in prompt length (little padding). Equal prompts stay together."""
     for s in sequences:
@@ -147,7 +186,7 @@ def run_all(
     order = sorted(sequences, key=lambda s: (len(s.prompt), s.prompt))
     for start in range(0, len(order), max_batch):
         part = order[start : start + max_batch]
-        for _ in Batch(model, part, eos, stop).run():
+        for _ in Batch(model, part, eos, stop, reply, support).run():
             pass
         if progress:
             progress(len(part))

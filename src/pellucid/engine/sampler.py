@@ -38,9 +38,13 @@ def _shift(z: Tensor, bits: int) -> Tensor:
 
 
 class Sampler:
-    """Holds the settings of B sequences as tensors; `keep` follows when sequences leave the batch."""
+    """Holds the settings of B sequences as tensors; `keep` follows when sequences leave the batch.
 
-    def __init__(self, params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device | str = "cpu"):
+    support: note in `kept` what could be drawn, and give log-probabilities among these; for rows that truncate.
+    """
+
+    def __init__(self, params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device | str = "cpu",
+                 support: bool = False):
         def column(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device)
 
@@ -48,16 +52,19 @@ class Sampler:
         self.top_k = column([p.top_k or 0 for p in params], torch.int64)
         self.top_p = column([1.0 if p.top_p is None else p.top_p for p in params])
         self.min_p = column([p.min_p or 0.0 for p in params])
+        self.typical_p = column([1.0 if p.typical_p is None else p.typical_p for p in params])
         self.seeds = torch.tensor([s % 2**63 for s in seeds], dtype=torch.int64, device=device)
-        self.logprobs = any(p.logprobs for p in params)
+        self.logprobs = any(p.top is not None for p in params)
+        self.support = support
+        self.kept: list[Tensor] = []  # of the latest draw, for each row the tokens that could be drawn
         self._plan()
 
     def _plan(self) -> None:
-        cuts = (self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0)
+        cuts = (self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0) | (self.typical_p < 1)
         self._truncating = (cuts & (self.temperature > 0)).nonzero().squeeze(-1)
 
     def keep(self, rows: Tensor) -> None:
-        for name in ("temperature", "top_k", "top_p", "min_p", "seeds"):
+        for name in ("temperature", "top_k", "top_p", "min_p", "typical_p", "seeds"):
             setattr(self, name, getattr(self, name)[rows])
         self._plan()
 
@@ -79,6 +86,11 @@ class Sampler:
             if logprobs is not None and some is not None:
                 logprobs[self._truncating] = some
         return tokens, logprobs
+
+    def scaled(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """logits (n, V) of these rows, float32, at their temperatures (greedy: at 1)."""
+        temperature = self.temperature[rows]
+        return logits.float() / torch.where(temperature == 0, 1.0, temperature)[:, None]
 
     def _draw_compiled(self, logits: Tensor, steps: Tensor) -> tuple[Tensor, Tensor | None]:
         from pellucid.ops.jit.draw import draw
@@ -106,6 +118,11 @@ class Sampler:
         if len(self._truncating):
             kept = truncate(kept, self.top_k[rows], self.top_p[rows])
             kept = kept.masked_fill(probs < self.min_p[rows][:, None] * probs.amax(-1, keepdim=True), 0.0)
+            if bool((self.typical_p[rows] < 1).any()):
+                kept = typical(kept, self.typical_p[rows])
+            if self.support:
+                self.kept = [row.nonzero().squeeze(-1).cpu() for row in kept]
+                probs = kept / kept.sum(-1, keepdim=True)
         seeds = self.seeds[rows]
         tokens = draw(kept, uniform(seeds, steps[rows]))
         tokens = torch.where(greedy, logits.argmax(-1), tokens)
@@ -135,3 +152,21 @@ def truncate(probs: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     before = (ordered.cumsum(-1) - ordered) / ordered.sum(-1, keepdim=True)  # nucleus of what top-k left
     ordered = ordered.masked_fill((before >= top_p[:, None]) & (top_p[:, None] < 1), 0.0)
     return torch.zeros_like(probs).scatter(-1, index, ordered)
+
+
+def typical(probs: Tensor, mass: Tensor) -> Tensor:
+    """Of what is left of each row, the tokens whose surprise -log p is closest to its expectation, up to probability `mass` (1: off)."""
+    p = probs / probs.sum(-1, keepdim=True)
+    surprise = -p.log()
+    expected = (p * surprise).nansum(-1, keepdim=True)
+    distance = torch.where(p > 0, (surprise - expected).abs(), torch.inf)
+    ordered, index = distance.sort(-1, stable=True)
+    last = (p.gather(-1, index).cumsum(-1) < mass[:, None]).sum(-1, keepdim=True).clamp(max=probs.shape[-1] - 1)
+    far = (ordered > ordered.gather(-1, last)) & (mass[:, None] < 1)
+    return probs.masked_fill(torch.zeros_like(far).scatter(-1, index, far), 0.0)
+
+
+def best(logprobs: Tensor, most: int) -> list[list[tuple[int, float]]]:
+    """logprobs (B, V) -> of each row the `most` most probable tokens with their log-probabilities, the largest first."""
+    values, tokens = logprobs.topk(min(most, logprobs.shape[-1]))
+    return [list(zip(t, v, strict=True)) for t, v in zip(tokens.tolist(), values.tolist(), strict=True)]
