@@ -15,12 +15,14 @@ FACE = {  # public name -> the module that holds it under the same name
     "save": "pellucid.models.hub",
     "Tokenizer": "pellucid.tokenizers",
     "LLM": "pellucid.engine",
+    "AsyncLLM": "pellucid.engine",
     "SamplingParams": "pellucid.engine",
     "inspect": "pellucid.plan.inspect",
 }
 
 if TYPE_CHECKING:
     from pellucid.engine import LLM as LLM
+    from pellucid.engine import AsyncLLM as AsyncLLM
     from pellucid.engine import SamplingParams as SamplingParams
     from pellucid.models.hub import load as load
     from pellucid.models.hub import save as save

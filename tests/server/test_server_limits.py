@@ -87,7 +87,7 @@ def test_a_large_body_without_its_length_is_not_read_to_its_end(url: str):
         assert connection.recv(100).startswith(b"HTTP/1.1 413"), "the last chunk was never sent"
 
 
-@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/", 404), ("GET", "/v1/chat/completions", 405), ("POST", "/v1/embeddings", 404),
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/", 404), ("GET", "/v1/chat/completions", 405), ("POST", "/v1/images/generations", 404),
                                                         ("GET", "/docs", 404), ("GET", "/v1/models/other", 404)])
 def test_other_paths(url: str, method: str, path: str, status: int):
     answer = httpx.request(method, url + path)

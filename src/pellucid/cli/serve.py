@@ -8,14 +8,15 @@ import json
 import shlex
 import socket
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pellucid.cli.base import OpensModel, Positional, prepare
-from pellucid.cli.watch import EngineLines
+from pellucid.cli.watch import EngineLines, Watch
 from pellucid.errors import BadInput, PellucidError
-from pellucid.events import Event, emit, subscribed
+from pellucid.events import Event, RunLog, emit, subscribed
 from pellucid.messages import add, say
 
 add({
@@ -31,33 +32,47 @@ NEW_KEY = """python3 -c 'import secrets; print(secrets.token_urlsafe())' > key; 
 
 @dataclass(frozen=True)
 class Serve(OpensModel):
-    """Serve a model in OpenAI's protocol: chat and text completions, streaming, tool calls. Any OpenAI client works.
-    以 OpenAI 协议提供模型服务：对话与续写、流式输出、工具调用；任何 OpenAI 客户端可用。
+    """Serve models in OpenAI's protocol: chat and text completions, responses, tool calls, embeddings, reranking. Any OpenAI client works.
+    以 OpenAI 协议提供模型服务：对话、续写、responses、工具调用、向量与重排；任何 OpenAI 客户端可用。
 
     $ pellucid serve runs/grow/model --port 8000
+    $ pellucid serve runs/grow/model sentence-transformers/all-MiniLM-L6-v2 --name chat embed
     """
 
-    model: Positional[str]
-    """Checkpoint: a folder or a Hub id.
-    检查点：目录或 Hub id。"""
+    models: Positional[tuple[str, ...]]
+    """Checkpoints: folders or Hub ids, one or several; encoders make vectors and rank texts.
+    检查点：一个或多个目录或 Hub id；编码器提供向量与重排。"""
     host: str = "127.0.0.1"
     """Address to listen on; the default is reached from this machine only.
     监听地址；默认只有本机可以访问。"""
     port: int = 8000
     """Port; 0 takes a free one.
     端口；0 表示任选空闲端口。"""
-    name: str | None = None
-    """Name of the model for clients; by default that of its folder.
-    客户端看到的模型名；默认取目录名。"""
+    name: tuple[str, ...] = ()
+    """Names of the models for clients, in their order; by default those of their folders.
+    客户端看到的模型名，按模型顺序；默认取目录名。"""
     api_key_file: Path | None = None
-    """File that holds the key which clients must send (a key on the command line could be read by others).
-    存放密钥的文件，客户端须携带该密钥（命令行中的密钥会被他人看到）。"""
+    """File that holds the key which clients must send, or several, one a line (a key on the command line could be read by others).
+    Clients of different keys share no cached prefixes.
+    存放密钥的文件，每行一个，客户端须携带其一（命令行中的密钥会被他人看到）；不同密钥之间不共享前缀缓存。"""
     waiting: int = 16
     """Requests that may wait; more are answered with 429.
     允许排队的请求数；超出则返回 429。"""
     running: int = 64
     """Requests that run at a time.
     同时运行的请求数。"""
+    max_tokens: int | None = None
+    """Most tokens of one answer; by default what the context leaves.
+    单个回答的最多词元数；默认以上下文为限。"""
+    timeout: float | None = None
+    """Seconds that one answer may take; then 504.
+    单个回答的最长秒数；超出则返回 504。"""
+    max_body: int = 4 << 20
+    """Bytes of the largest request; more are answered with 413.
+    请求体的最大字节数；超出则返回 413。"""
+    grace: int = 10
+    """Seconds that open answers get when the server is stopped (Ctrl-C, SIGTERM).
+    停止服务（Ctrl-C、SIGTERM）时留给未完成回答的秒数。"""
     cache_tokens: int | None = None
     """Tokens that the cache has room for; by default what memory allows, at most as many full contexts as requests run.
     缓存可容纳的词元数；默认取内存所允许的，最多为并发数个完整上下文。"""
@@ -65,14 +80,27 @@ class Serve(OpensModel):
     """Prefix cache: chain of block hashes, radix tree (exact to the token; radix-cost evicts what is cheapest to lose), or none.
     前缀缓存：分块哈希链、基数树（精确到词元；radix-cost 先淘汰损失最小者）或不用。"""
     order: Literal["first-come", "longest-hit", "depth-first", "fair"] = "first-come"
-    """Who is admitted first: the oldest, the longest hit in the prefix cache, depth first by prefix, or the least served API user.
-    准入次序：先到先得、前缀命中最长、按前缀深度优先，或得到服务最少者。"""
+    """Who is admitted first: the oldest, the longest hit in the prefix cache, depth first by prefix, or the key or salt served least.
+    准入次序：先到先得、前缀命中最长、按前缀深度优先，或得到服务最少的密钥。"""
     budget: int = 512
     """Tokens computed in a step; prompts longer than that are cut into chunks.
     每步计算的词元数；更长的提示会被分块。"""
     drafts: int = 0
     """Tokens proposed from the request's own text and checked in one pass (speculative decoding); the answers do not change.
     从请求自身文本中猜测、一次验证的词元数（投机解码）；不改变回答。"""
+    tool_format: str | None = None
+    """How the model writes tool calls: hermes, qwen3-coder, deepseek, deepseek-dsml, llama-json, pythonic, mistral, harmony; by default
+    what its chat template shows.
+    模型书写工具调用的格式；默认由对话模板判断。"""
+    watch: bool = False
+    """Show queue, batch, blocks and prefix tree live in the terminal.
+    在终端实时显示队列、批次、缓存块与前缀树。"""
+    log: Path | None = None
+    """Append one JSON line for each request to this file.
+    为每个请求在该文件中追加一行 JSON。"""
+    otel: bool = False
+    """OpenTelemetry spans, sent to OTEL_EXPORTER_OTLP_ENDPOINT. Needs the extra `otel`.
+    OpenTelemetry 追踪，发送到 OTEL_EXPORTER_OTLP_ENDPOINT；需安装 `otel` 附加依赖。"""
 
 
 @dataclass
@@ -81,7 +109,7 @@ class Serving(Event):
 
     kind = "serving"
     url: str
-    model: str
+    model: str  # names with commas between
     locked: bool  # clients must send a key
 
 
@@ -90,24 +118,59 @@ def serve(config: Serve) -> None:
         from pellucid.server.run import bind, serve_forever, url_of
     except ModuleNotFoundError as error:
         raise PellucidError("serving needs fastapi and uvicorn", str(error), "pip install 'pellucid[serve]'") from error
-    from pellucid.engine import LLM
     from pellucid.engine.core import EngineConfig
+    from pellucid.server.app import create_app
+    from pellucid.server.registry import open_model
 
-    key = read_key(config.api_key_file) if config.api_key_file else None
+    keys = read_keys(config.api_key_file) if config.api_key_file else []
+    names = names_of(config)
     with bind(config.host, config.port) as listener:  # before the model is loaded: a taken port is told at once
         prepare(config, seed=None)
-        llm = LLM(config.model, device=config.device, allow_missing=config.allow_missing)
-        name = config.name or Path(config.model).resolve().name
-        url = url_of(listener)
-        emit(Serving(f"{url}/v1", name, key is not None))
-        print(f"{name}: {url}/v1   ({say('serve.stop')})\n  {example(url, name, key is not None)}", file=sys.stderr)
-        if key is None and not is_loopback(listener):
-            print(open_to_all(config.host, listener), file=sys.stderr)  # also with --quiet
+        models = {name: open_model(path, config.device, config.allow_missing) for name, path in zip(names, config.models)}
         engine = EngineConfig(cache_tokens=config.cache_tokens, prefix=config.prefix, order=config.order, running=config.running,
                               budget=config.budget, drafts=config.drafts)
-        lines = contextlib.nullcontext() if config.quiet or config.json else subscribed(EngineLines(sys.stderr))
-        with contextlib.suppress(KeyboardInterrupt), lines:  # Ctrl-C is the ordinary end of a server
-            serve_forever(llm, name, listener, api_key=key, waiting=config.waiting, engine=engine)
+        app = create_app(models, api_key=keys, waiting=config.waiting, engine=engine, max_tokens=config.max_tokens, timeout=config.timeout,
+                         max_body=config.max_body, form=config.tool_format, tracing=config.otel)
+        url = url_of(listener)
+        emit(Serving(f"{url}/v1", ", ".join(names), bool(keys)))
+        print(f"{', '.join(names)}: {url}/v1   ({say('serve.stop')})\n  {example(url, names[0], bool(keys))}", file=sys.stderr)
+        if not keys and not is_loopback(listener):
+            print(open_to_all(config.host, listener), file=sys.stderr)  # also with --quiet
+        with contextlib.suppress(KeyboardInterrupt), shown(config, app.state.desk.registry):  # Ctrl-C is the ordinary end of a server
+            serve_forever(app, listener, config.grace)
+
+
+@contextlib.contextmanager
+def shown(config: Serve, registry: Any) -> Iterator[None]:
+    """What the engines do: live, or a line per interval, or nothing; and the log of requests."""
+    with contextlib.ExitStack() as stack:
+        if config.log:
+            stack.enter_context(subscribed(RequestLog(config.log)))
+        if config.watch:
+            stack.enter_context(Watch(registry))
+        elif not (config.quiet or config.json):
+            stack.enter_context(subscribed(EngineLines(sys.stderr)))
+        yield
+
+
+class RequestLog(RunLog):
+    """Of the events, those that end a request."""
+
+    def __call__(self, event: Event) -> None:
+        if event.kind in ("answered", "served"):
+            super().__call__(event)
+
+
+def names_of(config: Serve) -> list[str]:
+    """One name for each model, none of them twice."""
+    if not config.models:
+        raise BadInput("there is no model to serve", next="pellucid serve FOLDER")
+    names = list(config.name) or [Path(path).resolve().name for path in config.models]
+    if len(names) != len(config.models):
+        raise BadInput(f"{len(config.models)} models and {len(names)} names", next="give one --name for each model, or none")
+    if len(set(names)) != len(names):
+        raise BadInput(f"two models have one name: {', '.join(names)}", next="give each its own: --name FIRST SECOND")
+    return names
 
 
 def is_loopback(listener: socket.socket) -> bool:
@@ -122,14 +185,16 @@ def open_to_all(host: str, listener: socket.socket) -> str:
             f"  {say('error.next')}: {say('serve.open_next')}\n        {NEW_KEY}")
 
 
-def read_key(path: Path) -> str:
+def read_keys(path: Path) -> list[str]:
+    """One a line."""
     try:
-        key = path.read_text(encoding="utf-8").strip()
+        keys = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read {path}", str(error), "check the path given to --api-key-file") from error
-    if not key or not key.isascii():
+    keys = [key.strip() for key in keys if key.strip()]
+    if not keys or not all(key.isascii() for key in keys):
         raise BadInput(f"{path} holds no key", "a key is some ASCII characters", "write one into the file")
-    return key
+    return keys
 
 
 def example(url: str, name: str, locked: bool) -> str:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from pellucid.server.parser import Piece
-from pellucid.server.worker import Job
+from pellucid.engine.async_llm import Job
+from pellucid.engine.request import Request
+from pellucid.server.errors import as_json
+from pellucid.server.formats import Piece
+from pellucid.server.reader import AnswerReader, Update
+from pellucid.tokenizers import Tokenizer
 
-DONE = "data: [DONE]\n\n"
+DONE = b"data: [DONE]\n\n"
 
 
 @dataclass
@@ -22,6 +26,7 @@ class Envelope:
     model: str
     object: str
     prefix: str
+    tokenizer: Tokenizer
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -33,19 +38,69 @@ class Envelope:
         return body if usage is None else body | {"usage": usage}
 
 
-def chat_envelope(model: str) -> Envelope:
-    return Envelope(model, "chat.completion", "chatcmpl")
-
-
-def text_envelope(model: str) -> Envelope:
-    return Envelope(model, "text_completion", "cmpl")
+def reader_of(job: Job, number: int) -> AnswerReader:
+    reader = job.choices[number].reader
+    assert isinstance(reader, AnswerReader)
+    return reader
 
 
 def usage_of(job: Job) -> dict[str, Any]:
     """Tokens of all prompts (each once) and of all answers, end tokens included; those of prompts that were in the cache."""
     prompt, completion = job.prompt_tokens, job.completion_tokens
+    thought = sum(reader_of(job, i).thought for i in range(len(job.choices)))
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": job.cached_tokens}}
+            "prompt_tokens_details": {"cached_tokens": job.cached_tokens},
+            "completion_tokens_details": {"reasoning_tokens": thought}}
+
+
+# --- log-probabilities ------------------------------------------------------------------------------------------------
+
+
+def finite(logprob: float) -> float:
+    """JSON has no infinity."""
+    return logprob if math.isfinite(logprob) else -9999.0
+
+
+def places_of(request: Request, places: range) -> list[tuple[int, float, list[tuple[int, float]]]]:
+    """(token, log-probability, the most probable ones with theirs) of each place of the answer."""
+    output = request.output
+    return [(output[i], request.logprobs[i], tops_of(request, i)) for i in places]
+
+
+def tops_of(request: Request, place: int) -> list[tuple[int, float]]:
+    return []
+
+
+def chat_logprobs(tokenizer: Tokenizer, request: Request, places: range) -> dict[str, Any] | None:
+    """As chat completions tell them."""
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        raw = tokenizer.token_bytes(token)
+        return {"token": raw.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(raw)}
+
+    if not places:
+        return None
+    content = [entry(token, logprob) | {"top_logprobs": [entry(*top) for top in tops]}
+               for token, logprob, tops in places_of(request, places)]
+    return {"content": content, "refusal": None}
+
+
+def text_logprobs(tokenizer: Tokenizer, places: list[tuple[int, float | None, list[tuple[int, float]]]], offset: int = 0) -> dict[str, Any]:
+    """As completions tell them. offset: of the first token in the text."""
+    def text(token: int) -> str:
+        return tokenizer.token_bytes(token).decode("utf-8", "replace")
+
+    found: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    for token, logprob, tops in places:
+        found["tokens"].append(text(token))
+        found["token_logprobs"].append(None if logprob is None else finite(logprob))
+        best = {text(t): finite(p) for t, p in tops} if logprob is not None else None
+        found["top_logprobs"].append(best if best is None else best | {text(token): finite(logprob)})  # type: ignore[arg-type]
+        found["text_offset"].append(offset)
+        offset += len(text(token))
+    return found
+
+
+# --- whole answers ------------------------------------------------------------------------------------------------------
 
 
 def tool_call(piece: Piece) -> dict[str, Any]:
@@ -61,61 +116,133 @@ def finish_reason(reason: str | None, calls: int) -> str | None:
 async def whole(job: Job) -> list[list[Piece]]:
     """The pieces of every choice, when all are there."""
     pieces: list[list[Piece]] = [[] for _ in job.choices]
-    async for number, piece in job:
-        if piece is not None:
-            pieces[number].append(piece)
+    async for number, update in job:
+        pieces[number] += update.pieces
     return pieces
+
+
+def joined(pieces: list[Piece], kind: str) -> str:
+    return "".join(p.text for p in pieces if p.kind == kind)
+
+
+def told(job: Job, number: int) -> range:
+    """Places of a whole answer whose log-probabilities were asked for."""
+    reader = reader_of(job, number)
+    return range(reader.said if reader.with_logprobs else 0)
 
 
 async def chat_answer(job: Job, envelope: Envelope) -> dict[str, Any]:
     choices = []
     for number, pieces in enumerate(await whole(job)):
-        text = {kind: "".join(p.text for p in pieces if p.kind == kind) for kind in ("content", "reasoning")}
         calls = [tool_call(p) for p in pieces if p.kind == "tool_call"]
-        message: dict[str, Any] = {"role": "assistant", "content": text["content"] or (None if calls else "")}
-        if text["reasoning"]:
-            message["reasoning_content"] = text["reasoning"]
+        message: dict[str, Any] = {"role": "assistant", "content": joined(pieces, "content") or (None if calls else ""), "refusal": None}
+        if reasoning := joined(pieces, "reasoning"):
+            message["reasoning_content"] = reasoning
         if calls:
             message["tool_calls"] = calls
-        reason = finish_reason(job.choices[number].finish_reason, len(calls))
-        choices.append({"index": number, "message": message, "logprobs": None, "finish_reason": reason})
+        logprobs = chat_logprobs(envelope.tokenizer, job.choices[number].request, told(job, number))
+        reason = finish_reason(reader_of(job, number).finish_reason, len(calls))
+        choices.append({"index": number, "message": message, "logprobs": logprobs, "finish_reason": reason})
+    return envelope.body(choices, usage_of(job)) | prompt_probabilities(job)
+
+
+def prompt_probabilities(job: Job) -> dict[str, Any]:
+    return {}
+
+
+async def text_answer(job: Job, envelope: Envelope, n: int, echo: list[str] | None, no_text: bool) -> dict[str, Any]:
+    """n: choices to return of each prompt, the most probable ones.  echo: texts of the prompts, put before the answers.
+    no_text: the prompts alone."""
+    pieces = await whole(job)
+    drawn = len(job.choices) // len(job.prompts)
+    choices: list[dict[str, Any]] = []
+    for prompt in range(len(job.prompts)):
+        numbers = range(prompt * drawn, (prompt + 1) * drawn)
+        for number in numbers if n == drawn else sorted(numbers, key=lambda i: -per_token(job.choices[i].request))[:n]:
+            text = "" if no_text else joined(pieces[number], "content")
+            choices.append({"index": len(choices), "text": (echo[prompt] if echo else "") + text,
+                            "logprobs": echoed_logprobs(job, number, envelope, bool(echo), no_text),
+                            "finish_reason": reader_of(job, number).finish_reason})
     return envelope.body(choices, usage_of(job))
 
 
-async def text_answer(job: Job, envelope: Envelope) -> dict[str, Any]:
-    choices = [{"index": i, "text": "".join(p.text for p in pieces), "logprobs": None,
-                "finish_reason": job.choices[i].finish_reason} for i, pieces in enumerate(await whole(job))]
-    return envelope.body(choices, usage_of(job))
+def per_token(request: Request) -> float:
+    """Log-probability of an answer, per token."""
+    return sum(request.logprobs) / max(1, len(request.logprobs))
 
 
-async def chat_events(job: Job, envelope: Envelope, with_usage: bool) -> AsyncIterator[str]:
-    """One choice, piece by piece."""
-    def event(delta: dict[str, Any], reason: str | None = None) -> str:
-        return sse(envelope.body([{"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}], part=".chunk"))
+def echoed_logprobs(job: Job, number: int, envelope: Envelope, echo: bool, no_text: bool) -> dict[str, Any] | None:
+    reader, request = reader_of(job, number), job.choices[number].request
+    if not reader.with_logprobs:
+        return None
+    places: list[tuple[int, float | None, list[tuple[int, float]]]] = []
+    if echo:
+        places += prompt_places(request)
+    if not no_text:
+        places += places_of(request, told(job, number))
+    return text_logprobs(envelope.tokenizer, places)
 
-    yield event({"role": "assistant", "content": ""})
-    calls = 0
-    async for _, piece in job:
-        if piece is None:
-            yield event({}, finish_reason(job.choices[0].finish_reason, calls))
-        elif piece.kind == "tool_call":
-            yield event({"tool_calls": [{"index": calls, **tool_call(piece)}]})
-            calls += 1
-        else:
-            yield event({"reasoning_content" if piece.kind == "reasoning" else "content": piece.text})
+
+def prompt_places(request: Request) -> list[tuple[int, float | None, list[tuple[int, float]]]]:
+    return []
+
+
+# --- streams ------------------------------------------------------------------------------------------------------------
+
+
+async def chat_events(job: Job, envelope: Envelope, with_usage: bool) -> AsyncIterator[bytes]:
+    """Every choice, piece by piece."""
+    def event(number: int, delta: dict[str, Any], reason: str | None = None, logprobs: dict[str, Any] | None = None) -> bytes:
+        choice = {"index": number, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return sse(envelope.body([choice], part=".chunk"))
+
+    for number in range(len(job.choices)):
+        yield event(number, {"role": "assistant", "content": ""})
+    calls = [0] * len(job.choices)
+    async for number, update in job:
+        logprobs = chat_logprobs(envelope.tokenizer, job.choices[number].request, update.places)
+        for piece in update.pieces:
+            if piece.kind == "tool_call":
+                delta: dict[str, Any] = {"tool_calls": [{"index": calls[number], **tool_call(piece)}]}
+                calls[number] += 1
+            else:
+                delta = {"reasoning_content" if piece.kind == "reasoning" else "content": piece.text}
+            yield event(number, delta, logprobs=logprobs)
+            logprobs = None  # told once
+        if update.finish_reason:
+            yield event(number, {}, finish_reason(update.finish_reason, calls[number]), logprobs)
     if with_usage:
         yield sse(envelope.body([], usage_of(job), part=".chunk"))
     yield DONE
 
 
-async def text_events(job: Job, envelope: Envelope, with_usage: bool) -> AsyncIterator[str]:
-    async for _, piece in job:
-        text, reason = ("", job.choices[0].finish_reason) if piece is None else (piece.text, None)
-        yield sse(envelope.body([{"index": 0, "text": text, "logprobs": None, "finish_reason": reason}]))
+async def text_events(job: Job, envelope: Envelope, with_usage: bool, echo: list[str] | None, no_text: bool) -> AsyncIterator[bytes]:
+    def event(number: int, text: str, reason: str | None = None, logprobs: dict[str, Any] | None = None) -> bytes:
+        return sse(envelope.body([{"index": number, "text": text, "logprobs": logprobs, "finish_reason": reason}]))
+
+    drawn = len(job.choices) // len(job.prompts)
+    offsets = [0] * len(job.choices)
+    for number in range(len(job.choices)) if echo else ():
+        request = job.choices[number].request
+        told = text_logprobs(envelope.tokenizer, prompt_places(request)) if reader_of(job, number).with_logprobs else None
+        prompt = (echo or [])[number // drawn]
+        offsets[number] = len(prompt)
+        yield event(number, prompt, logprobs=told)
+    async for number, update in job:
+        text = "" if no_text else joined(update.pieces, "content")
+        logprobs = None
+        if update.places and not no_text:
+            places: Any = places_of(job.choices[number].request, update.places)
+            logprobs = text_logprobs(envelope.tokenizer, places, offsets[number])
+            offsets[number] += sum(map(len, logprobs["tokens"]))
+        yield event(number, text, update.finish_reason, logprobs)
     if with_usage:
         yield sse(envelope.body([], usage_of(job)))
     yield DONE
 
 
-def sse(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+def sse(body: dict[str, Any], event: str = "") -> bytes:
+    return (f"event: {event}\n".encode() if event else b"") + b"data: " + as_json(body) + b"\n\n"
+
+
+__all__ = ["DONE", "Envelope", "Update", "chat_answer", "chat_events", "joined", "sse", "text_answer", "text_events", "usage_of", "whole"]

@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from pellucid.engine.async_llm import Closed, QueueFull
 from pellucid.errors import BadInput
 
 KINDS = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error",
-         500: "server_error", 503: "server_error"}
+         500: "server_error", 503: "server_error", 504: "timeout_error"}
 
 NO_FIELD = re.compile(r"(body|str|int|float|bool|list\[.*|function-.*|constrained-.*)$")  # pydantic's names of its own
+
+
+class Json(JSONResponse):
+    """Halves of characters, which a client may have sent and JSON cannot hold as they are, are written as escapes."""
+
+    def render(self, content: Any) -> bytes:
+        return as_json(content)
+
+
+def as_json(content: Any) -> bytes:
+    return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8", "backslashreplace")
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Every failure, in the shape of OpenAI's."""
+
+    error: ErrorDetail
 
 
 class Refused(Exception):
@@ -31,8 +58,8 @@ class Refused(Exception):
         kind = KINDS.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.body, self.status, headers=self.headers)
+    def response(self) -> Json:
+        return Json(self.body, self.status, headers=self.headers)
 
 
 def told(error: BadInput, param: str | None = None, code: str | None = None) -> Refused:
@@ -46,6 +73,18 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> JSONResponse:
         return error.response()
+
+    @app.exception_handler(QueueFull)
+    async def full(_: Request, error: QueueFull) -> JSONResponse:
+        return refusal_of(error).response()
+
+    @app.exception_handler(Closed)
+    async def closed(_: Request, error: Closed) -> JSONResponse:
+        return refusal_of(error).response()
+
+    @app.exception_handler(TimeoutError)
+    async def late(_: Request, error: TimeoutError) -> JSONResponse:
+        return refusal_of(error).response()
 
     @app.exception_handler(BadInput)
     async def bad_input(_: Request, error: BadInput) -> JSONResponse:
@@ -62,7 +101,23 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, error: Exception) -> JSONResponse:
-        return Refused(500, f"this should not have happened: {type(error).__name__}").response()
+        return refusal_of(error).response()
+
+
+def refusal_of(error: Exception) -> Refused:
+    """What a client hears of any failure; of one that should not have happened its kind alone."""
+    match error:
+        case Refused():
+            return error
+        case QueueFull():
+            return Refused(429, f"{error.what}; try again soon", code="queue_full", headers={"Retry-After": "1"})
+        case Closed():
+            return Refused(503, error.what, code="shutting_down", headers={"Retry-After": "5"})
+        case TimeoutError():
+            return Refused(504, str(error) or "the request took too long", code="timeout")
+        case BadInput():
+            return told(error)
+    return Refused(500, f"this should not have happened: {type(error).__name__}")
 
 
 def unreadable(errors: Any) -> Refused:

@@ -2,7 +2,7 @@
 
     <think>            ->  reasoning        (only where the answer begins with it)
     Hello              ->  content
-    <tool_call>        ->  tool_call        {"name": ..., "arguments": {...}}, read when its block is closed
+    <tool_call>        ->  tool_call        read when its block is closed; the families' formats are in server/formats.py
     {...}
     </tool_call>
 
@@ -12,107 +12,61 @@ end the answer when they appear in its content; a thought is not searched for th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
-THINK, END_THINK, CALL, END_CALL = "<think>", "</think>", "<tool_call>", "</tool_call>"
+from pellucid.server.formats import HERMES, Format, Piece, Schemas, call_of, parse_call, read_block
+
+__all__ = ["AnswerParser", "Piece", "parse_answer", "parse_call", "unfinished"]
+THINK = "<think>"
+HEADER = 256  # characters at most of a message's header in the harmony format
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A bit of text, or one whole call (`text`: its arguments as JSON)."""
+class Parts(Protocol):
+    """`feed(text)` and at the end `finish()` give the pieces that have become certain."""
 
-    kind: Literal["reasoning", "content", "tool_call"]
-    text: str
-    name: str = ""
+    @property
+    def in_thought(self) -> bool: ...
+
+    def feed(self, text: str) -> list[Piece]: ...
+
+    def finish(self) -> list[Piece]: ...
 
 
 class AnswerParser:
     """`feed(text)` and at the end `finish()` give the pieces that have become certain.
 
     thinking: the prompt ends inside a thought (some templates write `<think>` themselves).  tools: look for calls.
-    plain: look for nothing but stop texts.  `stopped` turns True when a stop text has ended the answer: nothing more will come.
+    plain: look for nothing but stop texts.  form: the family's format.  schemas: of the tools offered, None where none were.
+    `stopped` turns True when a stop text has ended the answer: nothing more will come.
     """
 
-    def __init__(self, thinking: bool = False, tools: bool = True, stops: Sequence[str] = (), plain: bool = False):
-        self.tools, self.stops = tools and not plain, tuple(stops)
-        self.stopped = False
-        self._state: Literal["start", "thought", "content", "call"] = (
-            "content" if plain else "thought" if thinking else "start")
-        self._text = ""  # not yet given out
-        self._gap = ""  # white space before an open call
-        self._trim = thinking  # white space at the front is to be dropped
+    def __init__(self, thinking: bool = False, tools: bool = True, stops: Sequence[str] = (), plain: bool = False,
+                 form: Format = HERMES, schemas: Schemas | None = None):
+        self.stops, self.stopped = tuple(stops), False
         self._held = ""  # content that may be the beginning of a stop text
+        self._parts: Parts
+        if form.channels and not plain:
+            self._parts = Channels(tools)
+        else:
+            self._parts = Blocks(thinking, tools and not plain, plain, form, schemas)
+
+    @property
+    def in_thought(self) -> bool:
+        return self._parts.in_thought
 
     def feed(self, text: str) -> list[Piece]:
-        self._text += text
-        pieces: list[Piece] = []
-        while not self.stopped and self._step(pieces):
-            pass
-        return [] if not pieces else self._stop_at(pieces)
+        return [] if self.stopped else self._stop_at(self._parts.feed(text))
 
     def finish(self) -> list[Piece]:
         """What is left: an unfinished thought, text, or a call that was never closed."""
         if self.stopped:
             return []
-        rest = self._gap + CALL + self._text if self._state == "call" else self._text
-        kind: Literal["reasoning", "content"] = "content"
-        if self._state == "thought":
-            kind, rest = "reasoning", (rest.lstrip() if self._trim else rest).rstrip()
-        elif self._state == "content" and self._trim:
-            rest = rest.lstrip()
-        pieces = self._stop_at([Piece(kind, rest)] if rest else [])
+        pieces = self._stop_at(self._parts.finish())
         if self._held and not self.stopped:
             pieces.append(Piece("content", self._held))
-        self._text = self._held = ""
+        self._held = ""
         return pieces
-
-    def _step(self, pieces: list[Piece]) -> bool:
-        """Take what can be taken from the front of the text; True when something was."""
-        if self._state == "start":
-            text = self._text.lstrip()
-            if THINK.startswith(text[: len(THINK)]) and len(text) < len(THINK):
-                return False
-            thinks = text.startswith(THINK)
-            self._state = "thought" if thinks else "content"
-            if thinks:
-                self._text, self._trim = text[len(THINK):], True
-            return True
-        if self._state == "call":
-            return self._take_call(pieces)
-        if self._trim:
-            self._text = self._text.lstrip()
-            if not self._text:
-                return False
-            self._trim = False
-        return self._take_text(pieces)
-
-    def _take_text(self, pieces: list[Piece]) -> bool:
-        thought = self._state == "thought"
-        tag = END_THINK if thought else CALL
-        at = self._text.find(tag) if thought or self.tools else -1
-        # Held back: what may be the beginning of the tag, and white space, which may turn out to stand before it.
-        end = at if at >= 0 else len(self._text) - (unfinished(self._text, [tag]) if thought or self.tools else 0)
-        ready = self._text[:end].rstrip() if thought or self.tools else self._text[:end]
-        if ready:
-            pieces.append(Piece("reasoning" if thought else "content", ready))
-        self._gap, self._text = self._text[len(ready):end], self._text[len(ready):]
-        if at < 0:
-            return False
-        self._text = self._text[len(self._gap) + len(tag):]
-        self._state, self._trim = ("content", True) if thought else ("call", False)
-        return True
-
-    def _take_call(self, pieces: list[Piece]) -> bool:
-        body, closed, rest = self._text.partition(END_CALL)
-        if not closed:
-            return False
-        call = parse_call(body)
-        pieces.append(call or Piece("content", self._gap + CALL + body + END_CALL))
-        self._text, self._state, self._trim, self._gap = rest, "content", call is not None, ""
-        return True
 
     def _stop_at(self, pieces: list[Piece]) -> list[Piece]:
         """The pieces up to the first stop text in the content; the beginning of one is held back."""
@@ -136,26 +90,193 @@ class AnswerParser:
         return kept
 
 
+class Blocks:
+    """A thought at the front, then content with blocks of calls in it."""
+
+    def __init__(self, thinking: bool, tools: bool, plain: bool, form: Format, schemas: Schemas | None):
+        self.form, self.schemas, self.tools = form, schemas or {}, tools
+        self._bare = form.bare if schemas and tools else ""
+        self._opens = [opening for opening, _ in form.blocks] if tools else []
+        self._state: Literal["start", "thought", "content", "call"] = (
+            "content" if plain else "thought" if thinking else "start")
+        self._block: tuple[str, str | None] = ("", None)  # the open one
+        self._text = ""  # not yet given out
+        self._gap = ""  # white space before an open call
+        self._trim = thinking  # white space at the front is to be dropped
+        self._searched = 0  # of an open block's text: no closing text begins before
+
+    @property
+    def in_thought(self) -> bool:
+        return self._state == "thought"
+
+    def feed(self, text: str) -> list[Piece]:
+        self._text += text
+        pieces: list[Piece] = []
+        while self._step(pieces):
+            pass
+        return pieces
+
+    def finish(self) -> list[Piece]:
+        if self._state == "call":
+            calls = read_block(self.form, self._text, self.schemas) if self._block[1] is None else None
+            rest = self._gap + self._block[0] + self._text
+            self._text = ""
+            return calls or [Piece("content", rest)]
+        kind: Literal["reasoning", "content"] = "content"
+        rest = self._text
+        if self._state == "thought":
+            kind, rest = "reasoning", (rest.lstrip() if self._trim else rest).rstrip()
+        elif self._state == "content" and self._trim:
+            rest = rest.lstrip()
+        self._text = ""
+        return [Piece(kind, rest)] if rest else []
+
+    def _step(self, pieces: list[Piece]) -> bool:
+        """Take what can be taken from the front of the text; True when something was."""
+        if self._state == "start":
+            return self._begin()
+        if self._state == "call":
+            return self._take_call(pieces)
+        if self._trim:
+            self._text = self._text.lstrip()
+            if not self._text:
+                return False
+            self._trim = False
+            if self._state == "content" and self._begin_bare():
+                return True
+        return self._take_text(pieces)
+
+    def _begin(self) -> bool:
+        text, think = self._text.lstrip(), self.form.think[0]
+        if think.startswith(text[: len(think)]) and len(text) < len(think):
+            return False
+        thinks = text.startswith(think)
+        self._state = "thought" if thinks else "content"
+        if thinks:
+            self._text, self._trim = text[len(think):], True
+        else:
+            self._begin_bare()
+        return True
+
+    def _begin_bare(self) -> bool:
+        """An answer that is a call from its first character on."""
+        bare = bool(self._bare) and self._text.lstrip().startswith(self._bare)
+        if bare:
+            text = self._text.lstrip()
+            self._gap, self._text = self._text[: len(self._text) - len(text)], text
+            self._state, self._block, self._searched = "call", ("", None), 0
+        self._bare = ""  # only at the beginning
+        return bare
+
+    def _take_text(self, pieces: list[Piece]) -> bool:
+        thought = self._state == "thought"
+        tags = [self.form.think[1]] if thought else self._opens
+        at, tag = min(((i, t) for t in tags if (i := self._text.find(t)) >= 0), default=(-1, ""))
+        # Held back: what may be the beginning of a tag, and white space, which may turn out to stand before it.
+        end = at if at >= 0 else len(self._text) - (unfinished(self._text, tags) if tags else 0)
+        ready = self._text[:end].rstrip() if tags else self._text[:end]
+        if ready:
+            pieces.append(Piece("reasoning" if thought else "content", ready))
+        self._gap, self._text = self._text[len(ready):end], self._text[len(ready):]
+        if at < 0:
+            return False
+        self._text = self._text[len(self._gap) + len(tag):]
+        self._state, self._trim = ("content", True) if thought else ("call", False)
+        self._block = (tag, None if thought else dict(self.form.blocks)[tag])
+        self._searched = 0
+        return True
+
+    def _take_call(self, pieces: list[Piece]) -> bool:
+        opening, closing = self._block
+        if closing is None:
+            return False
+        at = self._text.find(closing, self._searched)
+        while at >= 0 and not self.form.whole(self._text[:at]):
+            self._searched = at + 1
+            at = self._text.find(closing, self._searched)
+        if at < 0:
+            self._searched = max(self._searched, len(self._text) - len(closing) + 1)
+            return False
+        body, rest = self._text[:at], self._text[at + len(closing):]
+        calls = read_block(self.form, body, self.schemas)
+        pieces += calls or [Piece("content", self._gap + opening + body + closing)]
+        self._text, self._state, self._trim, self._gap = rest, "content", calls is not None, ""
+        return True
+
+
+class Channels:
+    """gpt-oss: every message has a header that says what it is. analysis is a thought, `to=functions.NAME` a call.
+
+        <|channel|>analysis<|message|>...<|end|><|start|>assistant<|channel|>final<|message|>...
+    """
+
+    ENDS = ("<|end|>", "<|call|>", "<|return|>", "<|start|>")
+
+    def __init__(self, tools: bool):
+        self.tools = tools
+        self._text, self._head, self._first = "", True, True
+        self._kind: Literal["reasoning", "content", "tool_call"] = "content"
+        self._name = self._header = ""
+
+    @property
+    def in_thought(self) -> bool:
+        return self._kind == "reasoning" and not self._head
+
+    def feed(self, text: str) -> list[Piece]:
+        self._text += text
+        pieces: list[Piece] = []
+        while self._take_head(pieces) if self._head else self._take_body(pieces):
+            pass
+        return pieces
+
+    def finish(self) -> list[Piece]:
+        text, self._text = self._text, ""
+        if not self._head:
+            return self._end_of_body(text)
+        return [Piece("content", text)] if self._first and text else []
+
+    def _take_head(self, pieces: list[Piece]) -> bool:
+        before, found, rest = self._text.partition("<|message|>")
+        if not found or len(before) > HEADER:
+            if len(self._text) < HEADER + len("<|message|>"):
+                return False
+            self._head, self._first, self._kind = False, False, "content"  # a model that does not write the format
+            return True
+        self._header, self._text, self._head, self._first = before, rest, False, False
+        _, to, name = before.partition("to=functions.")
+        channel = before.partition("<|channel|>")[2].split("<|")[0].split()
+        self._name = name.split("<|")[0].split()[0] if to and name.split("<|")[0].split() else ""
+        self._kind = "tool_call" if self._name and self.tools else "reasoning" if channel[:1] == ["analysis"] else "content"
+        return True
+
+    def _take_body(self, pieces: list[Piece]) -> bool:
+        ends = [(i, e) for e in self.ENDS if (i := self._text.find(e)) >= 0]
+        if not ends:
+            if self._kind != "tool_call":
+                ready = len(self._text) - unfinished(self._text, self.ENDS)
+                if ready:
+                    pieces.append(Piece(self._kind, self._text[:ready]))
+                self._text = self._text[ready:]
+            return False
+        at, end = min(ends)
+        pieces += self._end_of_body(self._text[:at])
+        self._text, self._head = self._text[at + len(end):], True
+        return True
+
+    def _end_of_body(self, body: str) -> list[Piece]:
+        if self._kind != "tool_call":
+            return [Piece(self._kind, body)] if body else []
+        try:
+            call = call_of(self._name, body)
+        except (ValueError, RecursionError):
+            call = None
+        return [call or Piece("content", f"{self._header}<|message|>{body}")]
+
+
 def unfinished(text: str, tags: Sequence[str]) -> int:
     """Length of the longest end of `text` with which one of `tags` begins, without being whole."""
     longest = min(len(text), max(map(len, tags)) - 1)
     return next((n for n in range(longest, 0, -1) if any(t.startswith(text[-n:]) for t in tags if len(t) > n)), 0)
-
-
-def parse_call(body: str) -> Piece | None:
-    """`{"name": ..., "arguments": {...}}` as a tool_call; None when it is anything else."""
-    try:
-        call: Any = json.loads(body)
-        if not isinstance(call, dict) or set(call) - {"name", "arguments"}:
-            return None
-        name, arguments = call.get("name"), call.get("arguments", {})
-        if isinstance(arguments, str):
-            arguments = json.loads(arguments)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(name, str) or not name or not isinstance(arguments, dict):
-        return None
-    return Piece("tool_call", json.dumps(arguments, ensure_ascii=False), name)
 
 
 def parse_answer(text: str, **options: Any) -> tuple[str, str, list[Piece]]:

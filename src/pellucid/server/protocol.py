@@ -1,18 +1,22 @@
 """What clients may ask: OpenAI's chat completions and completions, each field honoured or refused, never ignored.
 
-Beyond OpenAI's own fields, as vLLM has them: `top_k`, `min_p`, and `chat_template_kwargs: {"enable_thinking": bool}`.
+Beyond OpenAI's own fields, as vLLM has them: `top_k`, `min_p`, `typical_p`, `repetition_penalty`, `min_tokens`, `stop_token_ids`,
+`ignore_eos`, `structured_outputs`, `priority`, `cache_salt`, `prompt_logprobs`, and `chat_template_kwargs: {"enable_thinking": bool}`.
+`user`, `metadata`, `prompt_cache_key` and `safety_identifier` are the client's own notes.
 """
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pellucid.engine import SamplingParams
+from pellucid.engine.params import StructuredOutput
 
 MOST_CHOICES = 128
 DEFAULT_TOKENS = 512
+MOST_LOGPROBS = 20
 
 
 class Body(BaseModel):
@@ -22,35 +26,58 @@ class Body(BaseModel):
 class StreamOptions(Body):
     include_usage: bool = False
     include_obfuscation: bool = False
+    continuous_usage_stats: bool = False
+
+
+class Structured(Body):
+    """One of them: what the answer must be."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
+    json_schema: dict[str, Any] | bool | str | None = Field(None, alias="json")
+    regex: str | None = Field(None, max_length=10_000)
+    choice: list[str] | None = Field(None, min_length=1, max_length=1000)
+    grammar: str | None = Field(None, max_length=100_000)
+    json_object: bool | None = None
+
+    @model_validator(mode="after")
+    def one(self) -> Structured:
+        if len(self.model_dump(exclude_none=True)) != 1:
+            raise ValueError("give one of json, regex, choice, grammar, json_object")
+        return self
 
 
 class Sampling(Body):
-    """What both kinds of request share. `user`, `metadata` and `store` are the client's own notes."""
+    """What all requests for text share."""
 
     model: str
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=1)
+    top_k: int | None = Field(None, ge=-1)
     min_p: float | None = Field(None, ge=0, le=1)
-    seed: int | None = None
+    typical_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     n: int | None = Field(None, ge=1, le=MOST_CHOICES)
     stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = Field(None, max_length=64)
+    ignore_eos: bool | None = None
     max_tokens: int | None = Field(None, ge=1)
+    min_tokens: int | None = Field(None, ge=0)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    logit_bias: dict[str, float] | None = Field(None, max_length=1024)
+    structured_outputs: Structured | None = None
+    prompt_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    priority: int = Field(0, ge=-(2**31), lt=2**31)
+    cache_salt: str | None = Field(None, min_length=1, max_length=256)
     user: str | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
-
-    @field_validator("frequency_penalty", "presence_penalty", "logit_bias")
-    @classmethod
-    def neutral(cls, value: Any) -> Any:
-        if value:
-            raise ValueError("only its neutral value (0, or empty) is supported")
-        return value
+    service_tier: Literal["auto", "default"] | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
 
     @field_validator("store")
     @classmethod
@@ -67,10 +94,16 @@ class Sampling(Body):
             raise ValueError("give at most 4 texts, none of them empty")
         return value
 
+    @field_validator("logit_bias")
+    @classmethod
+    def biases(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        for token, bias in (value or {}).items():
+            if not (token.isascii() and token.isdecimal()) or not -100 <= bias <= 100:
+                raise ValueError("keys are token ids, values lie from -100 to 100")
+        return value
+
     @model_validator(mode="after")
     def one_stream(self) -> Sampling:
-        if self.stream and (self.n or 1) > 1:
-            raise ValueError("n > 1 cannot be streamed; ask with stream false")
         if self.stream_options and not self.stream:
             raise ValueError("stream_options needs stream true")
         return self
@@ -82,16 +115,45 @@ class Sampling(Body):
     def limit(self) -> int | None:
         return self.max_tokens
 
-    def params(self, room: int) -> SamplingParams:
-        """For a prompt that leaves `room` tokens. Stop texts are not among them: the parser looks for those."""
-        most = self.limit() or min(room, DEFAULT_TOKENS)
-        temperature = 1.0 if self.temperature is None else self.temperature
-        return SamplingParams(most, temperature, self.top_k, self.top_p, self.min_p, self.seed, self.n or 1)
+    @property
+    def samples(self) -> int:
+        """Samples to draw for each prompt."""
+        return self.n or 1
+
+    @property
+    def asked_logprobs(self) -> int | None:
+        """How many of the most probable tokens to tell for each place, beside the one that was drawn; None: no probabilities."""
+        return None
+
+    def constraint(self) -> dict[str, Any] | None:
+        """What the answer must be, as `StructuredOutput` takes it: json_schema, json_object, regex, choice or grammar."""
+        return None if self.structured_outputs is None else self.structured_outputs.model_dump(exclude_none=True)
+
+    def params(self, room: int, thinking: bool = False) -> SamplingParams:
+        """For a prompt that leaves `room` tokens. Stop texts are not among them: the parser looks for those.
+        thinking: the form that is asked for holds behind a thought."""
+        most = self.limit()
+        form = self.constraint()
+        asked: dict[str, Any] = {
+            "temperature": 1.0 if self.temperature is None else self.temperature, "top_k": self.top_k if (self.top_k or 0) > 0 else None,
+            "top_p": self.top_p, "min_p": self.min_p, "typical_p": self.typical_p, "seed": self.seed, "n": self.samples,
+            "stop_token_ids": tuple(self.stop_token_ids or ()), "ignore_eos": bool(self.ignore_eos), "min_tokens": self.min_tokens or 0,
+            "frequency_penalty": self.frequency_penalty or 0.0, "presence_penalty": self.presence_penalty or 0.0,
+            "repetition_penalty": self.repetition_penalty or 1.0,
+            "logit_bias": {int(token): bias for token, bias in self.logit_bias.items()} if self.logit_bias else None,
+            "logprobs": False if self.asked_logprobs is None else self.asked_logprobs, "prompt_logprobs": self.prompt_logprobs,
+            "structured": None if form is None else StructuredOutput(**form, thinking=thinking)}
+        return SamplingParams(min(room, DEFAULT_TOKENS) if most is None else max(1, most), **asked)
 
 
 class Part(Body):
     type: Literal["text"]
     text: str
+
+
+class Refusal(Body):
+    type: Literal["refusal"]
+    refusal: str
 
 
 class FunctionCall(Body):
@@ -108,14 +170,14 @@ class ToolCall(Body):
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
+    content: str | list[Part | Refusal] | None = None
     reasoning_content: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     name: str | None = None
     refusal: None = None
     audio: None = None
-    annotations: list[Any] | None = Field(None, max_length=0)
+    annotations: list[Any] | None = Field(default=None, max_length=0)
     function_call: None = None
 
     @model_validator(mode="after")
@@ -128,7 +190,8 @@ class Message(Body):
 
     def plain(self) -> dict[str, Any]:
         """As chat templates read it."""
-        text = self.content if not isinstance(self.content, list) else "".join(part.text for part in self.content)
+        parts = self.content if isinstance(self.content, list) else []
+        text = self.content if not isinstance(self.content, list) else "".join(p.text if isinstance(p, Part) else p.refusal for p in parts)
         role = "system" if self.role == "developer" else self.role
         message: dict[str, Any] = {"role": role, "content": text or ""}
         if self.reasoning_content is not None:
@@ -141,17 +204,10 @@ class Message(Body):
 
 
 class Function(Body):
-    name: str = Field(min_length=1, max_length=64)
+    name: str = Field(min_length=1, max_length=256)
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
-
-    @field_validator("strict")
-    @classmethod
-    def not_enforced(cls, value: bool | None) -> bool | None:
-        if value:
-            raise ValueError("strict schemas are not enforced here; leave it out or give false")
-        return value
 
 
 class Tool(Body):
@@ -159,60 +215,161 @@ class Tool(Body):
     function: Function
 
 
-class TextFormat(Body):
-    type: Literal["text"]
+class NamedFunction(Body):
+    name: str
+
+
+class NamedTool(Body):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class JsonSchema(Body):
+    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
+    name: str = "answer"
+    description: str | None = None
+    body: dict[str, Any] | bool = Field(validation_alias=AliasChoices("schema", "body"), serialization_alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def has_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("type json_schema, and only it, needs json_schema: {name, schema}")
+        return self
+
+    def constraint(self) -> dict[str, Any] | None:
+        if self.type == "json_object":
+            return {"json_object": True}
+        return None if self.json_schema is None else {"json_schema": self.json_schema.body}
 
 
 class TemplateOptions(Body):
     enable_thinking: bool | None = None
+    thinking: bool | None = None  # DeepSeek's word for it
+
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 
 
 class ChatRequest(Sampling):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    tools: list[Tool] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
-    parallel_tool_calls: Literal[True] | None = None
-    response_format: TextFormat | None = None
-    logprobs: Literal[False] | None = None
+    tools: list[Tool] | None = Field(None, max_length=256)
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     chat_template_kwargs: TemplateOptions | None = None
+    reasoning_effort: Effort | None = None
 
     @model_validator(mode="after")
-    def one_limit(self) -> ChatRequest:
+    def agree(self) -> ChatRequest:
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs true")
+        names = [tool.function.name for tool in self.tools or []]
+        if len(set(names)) != len(names):
+            raise ValueError("two tools have one name")
+        if self.tool_choice in ("required",) and not names:
+            raise ValueError("tool_choice needs tools")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise ValueError(f"tool_choice names {self.tool_choice.function.name!r}, which is none of the tools")
+        constrained = self.response_format is not None and self.response_format.type != "text"
+        if constrained and self.structured_outputs:
+            raise ValueError("response_format and structured_outputs both say what the answer must be; give one of them")
+        if self.forced is not None and (constrained or self.structured_outputs):
+            raise ValueError("a forced tool call leaves no place for an answer of another form")
         return self
 
     def limit(self) -> int | None:
         return self.max_tokens or self.max_completion_tokens
 
     @property
+    def asked_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
     def reads_calls(self) -> bool:
         """Also without `tools`: a model may have learned a tool by heart."""
         return self.tool_choice != "none"
 
+    @property
+    def schemas(self) -> dict[str, dict[str, Any]]:
+        """Parameters of the tools offered, by name."""
+        tools = self.tools if self.tools and self.reads_calls else []
+        return {tool.function.name: tool.function.parameters or {"type": "object", "properties": {}} for tool in tools}
+
+    @property
+    def forced(self) -> str | None:
+        """The tool that must be called; the empty text: any of them."""
+        if isinstance(self.tool_choice, NamedTool):
+            return self.tool_choice.function.name
+        return "" if self.tool_choice == "required" else None
+
+    def constraint(self) -> dict[str, Any] | None:
+        if self.forced is not None:
+            return {"json_schema": forced_schema(self.schemas, self.forced, self.parallel_tool_calls is not False)}
+        return super().constraint() or (self.response_format.constraint() if self.response_format else None)
+
     def for_template(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None, bool | None]:
         """(messages, tools, thinking)"""
         tools = self.tools if self.tools and self.reads_calls else None
-        schemas = None if tools is None else [tool.model_dump(exclude_none=True) for tool in tools]
-        thinking = self.chat_template_kwargs.enable_thinking if self.chat_template_kwargs else None
+        schemas = None if tools is None else [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in tools]
+        options = self.chat_template_kwargs or TemplateOptions()
+        thinking = options.enable_thinking if options.enable_thinking is not None else options.thinking
+        if thinking is None and self.reasoning_effort is not None:
+            thinking = self.reasoning_effort != "none"
         return [message.plain() for message in self.messages], schemas, thinking
 
 
+def forced_schema(schemas: dict[str, dict[str, Any]], name: str, parallel: bool) -> dict[str, Any]:
+    """What a forced answer is: the arguments of the one tool, or a list of {"name", "parameters"} of any."""
+    if name:
+        return schemas[name]
+    calls = [{"type": "object", "properties": {"name": {"const": tool}, "parameters": parameters},
+              "required": ["name", "parameters"], "additionalProperties": False} for tool, parameters in schemas.items()]
+    schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
+    return schema if parallel else schema | {"maxItems": 1}
+
+
 class CompletionRequest(Sampling):
-    prompt: str | list[int] | list[str]
-    echo: Literal[False] | None = None
-    logprobs: None = None
-    best_of: Literal[1] | None = None
+    prompt: str | list[int] | list[str] | list[list[int]]
+    max_tokens: int | None = Field(None, ge=0)
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    best_of: int | None = Field(None, ge=1, le=MOST_CHOICES)
     suffix: None = None
+    response_format: ResponseFormat | None = None
 
     @model_validator(mode="after")
     def some_prompts(self) -> CompletionRequest:
-        if isinstance(self.prompt, list) and not 1 <= len(self.prompts) * (self.n or 1) <= MOST_CHOICES:
+        if isinstance(self.prompt, list) and not 1 <= len(self.prompts) * self.samples <= MOST_CHOICES:
             raise ValueError(f"give 1 to {MOST_CHOICES} prompts (times n)")
-        if self.stream and len(self.prompts) > 1:
-            raise ValueError("several prompts cannot be streamed; ask with stream false")
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise ValueError("best_of must be at least n")
+        if self.stream and self.samples > (self.n or 1):
+            raise ValueError("best_of cannot be streamed: the best are known at the end")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens 0 asks for nothing, without echo")
         return self
+
+    @property
+    def samples(self) -> int:
+        return max(self.n or 1, self.best_of or 1)
+
+    @property
+    def asked_logprobs(self) -> int | None:
+        return self.logprobs
+
+    def constraint(self) -> dict[str, Any] | None:
+        return super().constraint() or (self.response_format.constraint() if self.response_format else None)
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -221,4 +378,4 @@ class CompletionRequest(Sampling):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
             return [self.prompt]  # type: ignore[list-item]
-        return [*self.prompt]
+        return [*self.prompt]  # type: ignore[list-item]

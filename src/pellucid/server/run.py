@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
-from pellucid.engine import LLM
 from pellucid.errors import BadInput, PellucidError
 from pellucid.messages import add, three_parts
-from pellucid.server.app import create_app
+from pellucid.server.app import Models, create_app
 
 add({
     "error.listen": ("cannot listen on {host}:{port}", "无法监听 {host}:{port}"),
@@ -43,23 +43,21 @@ def url_of(listener: socket.socket) -> str:
     return f"http://{shown}:{port}"
 
 
-def server_of(llm: LLM, name: str, **options: Any) -> uvicorn.Server:
-    """options: those of `create_app`."""
-    config = uvicorn.Config(create_app(llm, name, **options), log_level="warning", access_log=False, lifespan="on",
-                            timeout_graceful_shutdown=GRACE, server_header=False)
+def server_of(app: FastAPI, grace: int = GRACE) -> uvicorn.Server:
+    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=grace, server_header=False)
     return uvicorn.Server(config)
 
 
-def serve_forever(llm: LLM, name: str, listener: socket.socket, **options: Any) -> None:
-    """Until Ctrl-C or SIGTERM; open answers may end within ten seconds."""
-    server_of(llm, name, **options).run(sockets=[listener])
+def serve_forever(app: FastAPI, listener: socket.socket, grace: int = GRACE) -> None:
+    """Until Ctrl-C or SIGTERM; then no new connections are taken, and open answers may end within `grace` seconds."""
+    server_of(app, grace).run(sockets=[listener])
 
 
 @contextlib.contextmanager
-def running_server(llm: LLM, name: str = "model", host: str = "127.0.0.1", port: int = 0, **options: Any) -> Iterator[str]:
-    """A server in a thread; gives its URL (`http://127.0.0.1:PORT`; the API is under `/v1`)."""
+def running_server(llm: Models, name: str = "model", host: str = "127.0.0.1", port: int = 0, **options: Any) -> Iterator[str]:
+    """A server in a thread; gives its URL (`http://127.0.0.1:PORT`; the API is under `/v1`). options: those of `create_app`."""
     listener = bind(host, port)
-    server = server_of(llm, name, **options)
+    server = server_of(create_app(llm, name, **options))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True, name="server")
     thread.start()
     try:

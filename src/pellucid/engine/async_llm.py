@@ -1,0 +1,418 @@
+"""`AsyncLLM`: the engine in a thread of its own, for programs of many tasks. The server stands on it.
+
+    async with AsyncLLM("runs/grow/model") as llm:
+        async for chunk in llm.stream("Once upon a time", SamplingParams(max_tokens=64)):
+            print(chunk.text, end="")
+
+All requests run together (continuous batching). A job is a few samples (choices), each a request of the engine; what a
+reader makes of their tokens arrives in an asyncio queue as it is generated. Leaving the loop, or cancelling the task, ends
+the job's requests after the step under way, and their cache is free at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor
+
+from pellucid import events
+from pellucid.engine.batch import check_length
+from pellucid.engine.core import Engine, EngineConfig
+from pellucid.engine.latency import Latencies
+from pellucid.engine.llm import LLM, Chunk, Completion, Prompt, RequestOutput
+from pellucid.engine.params import SamplingParams
+from pellucid.engine.request import Request, State
+from pellucid.errors import PellucidError
+from pellucid.nn import Decoder
+from pellucid.tokenizers import Tokenizer
+
+T = TypeVar("T")
+
+
+class QueueFull(PellucidError):
+    """As many requests run and wait as may."""
+
+
+class Closed(PellucidError):
+    """The engine takes no more requests."""
+
+
+@dataclass
+class Served(events.Event):
+    """A request was answered, or given up by its client ("cancelled").  first_token: seconds until it, None without one."""
+
+    kind = "served"
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float
+    finish_reason: str
+    cached_tokens: int = 0
+    first_token: float | None = None
+    model: str = ""
+    request_id: str = ""
+
+
+class Reader(Protocol):
+    """Makes of one sample's tokens what its listener gets. Called in the engine's thread."""
+
+    finish_reason: str | None
+    """Set by `read` when nothing more will come, which may be before the engine would end the request (a stop text)."""
+
+    def read(self, request: Request, tokens: list[int]) -> Any:
+        """What `tokens`, the newest ones, complete; None: nothing yet. `request.finish_reason` tells whether they are the last."""
+
+
+@dataclass(eq=False)
+class Choice:
+    """One sample and what reads it.  last: when its latest token came."""
+
+    request: Request
+    reader: Reader
+    last: float | None = None
+
+
+@dataclass(eq=False)
+class Job:
+    """`async for number, item in job` gives (choice's number, what its reader made)."""
+
+    choices: list[Choice]
+    loop: asyncio.AbstractEventLoop
+    drop: Callable[[Job], None]
+    request_id: str = ""
+    arrived: float = field(default_factory=time.perf_counter)
+    first: float | None = None  # when the first token came
+    queue: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
+
+    def put(self, item: tuple[int, Any] | Exception | None) -> None:
+        """From the engine's thread; None is the end. A loop that has ended has no listener left."""
+        try:
+            self.loop.call_soon_threadsafe(self.queue.put_nowait, item)
+        except RuntimeError:
+            self.drop(self)
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Any]]:
+        while (item := await self.queue.get()) is not None:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+
+    def cancel(self) -> None:
+        """Ends it in whatever state it is; its cache is free after the step under way. Nothing where it has ended."""
+        self.drop(self)
+
+    def expire_after(self, seconds: float) -> None:
+        """The listener hears `TimeoutError` and the work ends, unless it was done before."""
+        def expire() -> None:
+            self.cancel()
+            self.queue.put_nowait(TimeoutError(f"the request took longer than {seconds:g} s"))
+
+        self.loop.call_later(seconds, expire)
+
+    @property
+    def prompts(self) -> list[Request]:
+        """The first request of each prompt."""
+        return list({id(c.request.prompt): c.request for c in reversed(self.choices)}.values())
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(r.prompt) for r in self.prompts)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of the prompts, those that the prefix cache held."""
+        return sum(r.hit for r in self.prompts)
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(len(c.request.output) for c in self.choices)
+
+
+class AsyncLLM:
+    """`model`: what `LLM` takes, or an `LLM`.  config: how many run at a time, the cache, and so on.  waiting: requests that may wait
+    beside as many as can run; more are refused with `QueueFull`. None: no limit."""
+
+    def __init__(
+        self, model: str | os.PathLike[str] | Decoder | LLM, tokenizer: Tokenizer | None = None, *, config: EngineConfig | None = None,
+        waiting: int | None = None, name: str = "", **options: Any,
+    ):
+        self.llm = model if isinstance(model, LLM) else LLM(model, tokenizer, **options)
+        self.config, self.waiting, self.name = config or EngineConfig(), waiting, name
+        self.latencies = Latencies()
+        self.reasons: dict[str, int] = {}  # how many samples ended for which reason
+        self.llm.model.eval()
+        self.engine = self._new_engine()
+        self._past: dict[str, int] = {}  # totals of engines that failed
+        self._open: set[Job] = set()
+        self._new: list[Job] = []
+        self._dropped: list[Job] = []
+        self._calls: list[tuple[Callable[[], Any], Future[Any]]] = []
+        self._held: dict[Request, list[Choice]] = {}  # further samples of a prompt, until its first has left it in the cache
+        self._of: dict[Request, tuple[Job, int]] = {}
+        self._queued: list[Request] = []
+        self._closing = False
+        self._wake = threading.Condition(threading.RLock())
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._thread.start()
+
+    # --- the face -----------------------------------------------------------------------------------------------------
+
+    async def generate(self, prompt: Prompt, params: SamplingParams | None = None, *, namespace: str = "",
+                       priority: int = 0) -> AsyncIterator[RequestOutput]:
+        """The output after every step that brought text: the same object, which grows. Cancelling ends the work."""
+        p = params or SamplingParams()
+        ids = self.llm._ids(prompt)
+        check_length(len(ids), p.max_tokens, self.llm.context)
+        output = RequestOutput(ids, [Completion(i, "", [], [] if p.logprobs else None, "") for i in range(p.n)])
+        job = self.submit([ids], [p], lambda q, _: TextReader(self.llm.tokenizer, q), namespace=namespace, priority=priority)
+        try:
+            async for number, chunk in job:
+                completion, request = output.outputs[number], job.choices[number].request
+                completion.text += chunk.text
+                completion.token_ids += chunk.token_ids
+                completion.finish_reason = chunk.finish_reason or ""
+                if completion.logprobs is not None:
+                    completion.logprobs = request.logprobs[: len(completion.token_ids)]
+                yield output
+        finally:
+            job.cancel()
+
+    async def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> AsyncIterator[Chunk]:
+        """One sample's answer piece by piece, whole characters only; the last piece carries `finish_reason`."""
+        p = replace(params or SamplingParams(), n=1)
+        ids = self.llm._ids(prompt)
+        check_length(len(ids), p.max_tokens, self.llm.context)
+        job = self.submit([ids], [p], lambda q, _: TextReader(self.llm.tokenizer, q), **options)
+        try:
+            async for _, chunk in job:
+                yield chunk
+        finally:
+            job.cancel()
+
+    def chat(self, messages: list[dict[str, Any]], params: SamplingParams | None = None, *, tools: list[dict[str, Any]] | None = None,
+             thinking: bool | None = None) -> AsyncIterator[RequestOutput]:
+        """`generate` for a conversation, through the tokenizer's chat template."""
+        return self.generate(self.llm.chat_ids(messages, tools, thinking), params)
+
+    async def embed(self, texts: Sequence[str]) -> Tensor:
+        """(N, D), between two steps of the engine."""
+        return await self.call(lambda: self.llm.embed(texts))
+
+    async def call(self, function: Callable[[], T]) -> T:
+        """function() in the engine's thread, between two steps: it may read or change what the engine holds."""
+        return await asyncio.wrap_future(self.call_soon(function))
+
+    def call_soon(self, function: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+        with self._wake:
+            if self._closing:
+                raise Closed("the engine is shutting down")
+            self._calls.append((function, future))
+            self._wake.notify()
+        return future
+
+    @property
+    def pending(self) -> int:
+        """Jobs that run or wait."""
+        return len(self._open)
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """The engine's, since the start."""
+        return {name: value + self._past.get(name, 0) for name, value in self.engine.totals.items()}
+
+    def submit(
+        self, prompts: list[list[int]], params: list[SamplingParams], reader: Callable[[SamplingParams, int], Reader], *,
+        namespace: str = "", priority: int = 0, request_id: str = "",
+    ) -> Job:
+        """A job of n samples for each prompt, each read by what `reader(params, number)` makes. Raises QueueFull or Closed, and BadInput
+        for what can never run."""
+        job = Job([], asyncio.get_running_loop(), self._drop, request_id)
+        for prompt, p in zip(prompts, params, strict=True):
+            seed = secrets.randbits(62) if p.seed is None else p.seed
+            for j in range(p.n):
+                request = Request(prompt, p, seed + j, namespace, priority)
+                job.choices.append(Choice(request, reader(p, len(job.choices))))
+        for choice in job.choices:
+            self.engine.scheduler.check(choice.request)
+        with self._wake:
+            if self._closing:
+                raise Closed("the engine is shutting down")
+            if self.waiting is not None and len(self._open) >= self.config.running + self.waiting:
+                raise QueueFull(f"{len(self._open)} requests run or wait here", next="try again soon")
+            self._open.add(job)
+            self._new.append(job)
+            self._wake.notify()
+        return job
+
+    def close(self) -> None:
+        """Ends what runs, drops what waits, and returns when the thread is done."""
+        with self._wake:
+            self._closing = True
+            self._dropped += self._open
+            self._wake.notify()
+        self._thread.join()
+
+    async def __aenter__(self) -> AsyncLLM:
+        return self
+
+    async def __aexit__(self, *_: Any) -> None:
+        await asyncio.to_thread(self.close)
+
+    # --- the engine's thread ------------------------------------------------------------------------------------------
+
+    def _new_engine(self) -> Engine:
+        return Engine(self.llm.model, self.llm.tokenizer.eos_ids, self.config)
+
+    def _drop(self, job: Job) -> None:
+        with self._wake:
+            if job in self._open:
+                self._dropped.append(job)
+                self._wake.notify()
+
+    def _loop(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._new or self._dropped or self._calls or self.engine.busy or self._closing):
+                    self._wake.wait()
+                new, self._new = self._new, []
+                dropped, self._dropped = self._dropped, []
+                calls, self._calls = self._calls, []
+            try:
+                for job in new:
+                    self._start(job)
+                for job in dropped:
+                    self._end(job, Closed("the engine is shutting down") if self._closing else None)
+                for function, future in calls:
+                    answer(function, future)
+                if self.engine.busy:
+                    self._step()
+            except Exception as error:  # whatever it is, the clients must hear of it, and the next ones must be served
+                self._fail(error)
+            with self._wake:
+                if self._closing and not (self._open or self._calls):
+                    return
+
+    def _start(self, job: Job) -> None:
+        """Samples of one prompt: the first at once, the others when the prompt is in the cache."""
+        first: dict[int, Request] = {}
+        for number, choice in enumerate(job.choices):
+            self._of[choice.request] = job, number
+            leader = first.setdefault(id(choice.request.prompt), choice.request)
+            if leader is choice.request:
+                self._add(choice.request)
+            else:
+                self._held.setdefault(leader, []).append(choice)
+
+    def _add(self, request: Request) -> None:
+        self.engine.add(request)
+        self._queued.append(request)
+
+    def _step(self) -> None:
+        given = self.engine.step()
+        now = time.perf_counter()
+        if self._queued:
+            for request in self._queued:
+                if request.state is not State.WAITING and request in self._of:
+                    self.latencies.queued.observe(now - self._of[request][0].arrived)
+            self._queued = [r for r in self._queued if r.state is State.WAITING]
+        for request, tokens in given:
+            self._read(request, tokens, now)
+
+    def _read(self, request: Request, tokens: list[int], now: float) -> None:
+        job, number = self._of[request]
+        choice = job.choices[number]
+        self._time(job, choice, len(tokens), now)
+        for follower in self._held.pop(request, []):
+            self._add(follower.request)
+        item = choice.reader.read(request, tokens)
+        if item is not None:
+            job.put((number, item))
+        if reason := choice.reader.finish_reason:
+            self.reasons[reason] = self.reasons.get(reason, 0) + 1
+            self.engine.cancel(request)  # where a stop text ended it; nothing where the engine did
+            if all(c.reader.finish_reason for c in job.choices):
+                self._end(job, None)
+
+    def _time(self, job: Job, choice: Choice, tokens: int, now: float) -> None:
+        if job.first is None:
+            job.first = now
+            self.latencies.first.observe(now - job.arrived)
+        if choice.last is not None:
+            self.latencies.between.observe((now - choice.last) / tokens, tokens)
+        choice.last = now
+
+    def _end(self, job: Job, error: Exception | None) -> None:
+        """The job's requests leave the engine; its reader hears the end."""
+        if job not in self._open:
+            return
+        for choice in job.choices:
+            self._of.pop(choice.request, None)
+            self._held.pop(choice.request, None)
+            self.engine.cancel(choice.request)
+        with self._wake:
+            self._open.discard(job)
+        seconds = time.perf_counter() - job.arrived
+        reasons = {c.reader.finish_reason or "cancelled" for c in job.choices}
+        if "cancelled" not in reasons:
+            self.latencies.whole.observe(seconds)
+        else:
+            self.reasons["abort"] = self.reasons.get("abort", 0) + sum(c.reader.finish_reason is None for c in job.choices)
+        reason = "error" if error and not isinstance(error, Closed) else "/".join(sorted(reasons))
+        events.emit(Served(job.prompt_tokens, job.completion_tokens, seconds, reason, job.cached_tokens,
+                           None if job.first is None else job.first - job.arrived, self.name, job.request_id))
+        job.put(error)  # last: who has the answer finds its record
+
+    def _fail(self, error: Exception) -> None:
+        """Everybody in the engine hears of it; a new engine serves those who come."""
+        with self._wake:
+            jobs = [job for job in self._open if job not in self._new]
+        self._past = self.totals
+        self.engine, self._queued = self._new_engine(), []
+        for job in jobs:
+            self._end(job, error)
+
+
+def answer(function: Callable[[], Any], future: Future[Any]) -> None:
+    """The future gets what the function gives or raises."""
+    if future.set_running_or_notify_cancel():
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)
+
+
+class TextReader:
+    """Tokens as `Chunk`s of text; a stop text ends the answer and is not part of it."""
+
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams):
+        self.decoder, self.eos, self.params = tokenizer.stream(), set(tokenizer.eos_ids), params
+        self.finish_reason: str | None = None
+        self._text = ""
+        self._tokens: list[int] = []
+        self._longest = max((len(s) for s in params.stop), default=1) - 1
+
+    def read(self, request: Request, tokens: list[int]) -> Chunk | None:
+        self._tokens += tokens
+        for i, token in enumerate(tokens):
+            last = request.finish_reason if i == len(tokens) - 1 else None
+            if not (last == "stop" and token in self.eos):
+                self._text += self.decoder.add(token)
+            if last:
+                self._text += self.decoder.finish()
+        ends = [at for at in (self._text.find(s) for s in self.params.stop) if at >= 0]
+        self.finish_reason = "stop" if ends else request.finish_reason
+        end = min(ends) if ends else len(self._text) if self.finish_reason else max(0, len(self._text) - self._longest)
+        text, self._text = self._text[:end], self._text[end:]
+        if not (text or self.finish_reason):
+            return None
+        chunk = Chunk(text, self._tokens, self.finish_reason)
+        self._tokens = []
+        return chunk

@@ -1,0 +1,136 @@
+"""From a request to a job of the engine, and from the job to the response: what all endpoints that generate share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from pellucid.engine.async_llm import Job
+from pellucid.engine.batch import check_length
+from pellucid.engine.params import SamplingParams
+from pellucid.errors import BadInput
+from pellucid.server.answers import sse
+from pellucid.server.errors import Refused, refusal_of, told
+from pellucid.server.parser import AnswerParser
+from pellucid.server.protocol import ChatRequest, Sampling
+from pellucid.server.reader import AnswerReader, ForcedCalls, Parser
+from pellucid.server.registry import Registry, Served
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """waiting: requests beside those that run.  body: bytes.  tokens: most that one answer may have.  seconds: most that one may take."""
+
+    waiting: int = 16
+    body: int = 4 << 20
+    tokens: int | None = None
+    seconds: float | None = None
+
+
+@dataclass
+class Desk:
+    """Where the endpoints find the models and the limits."""
+
+    registry: Registry
+    limits: Limits
+
+    async def chat(self, body: ChatRequest, request: Request) -> tuple[Served, Job]:
+        model = self.registry.find(body.model)
+        messages, tools, thinking = body.for_template()
+        try:
+            ids = await asyncio.to_thread(model.chat_ids, messages, tools, thinking)
+        except BadInput as error:
+            raise told(error, "messages") from error
+        opens = model.tokenizer.decode(ids[-8:]).rstrip().endswith(model.form.think[0])
+        options = {"thinking": opens, "tools": body.reads_calls, "stops": body.stops, "form": model.form, "schemas": body.schemas or None}
+        return model, self.start(model, body, [ids], request, options, opens or (model.thinks and thinking is not False))
+
+    def start(self, model: Served, body: Sampling, prompts: list[list[int]], request: Request, options: dict[str, Any],
+              thinking: bool = False) -> Job:
+        """The request as a job in the queue; what cannot fit the context is refused before. options: of the parser."""
+        params = self._params(model, body, prompts, thinking)
+        forced = body.forced if isinstance(body, ChatRequest) else None
+
+        def reader(p: SamplingParams, number: int) -> AnswerReader:
+            if forced is not None:
+                parser: Parser = ForcedCalls(forced, AnswerParser(**options | {"tools": False, "stops": ()}))
+            else:
+                parser = AnswerParser(**options)
+            return AnswerReader(model, parser, p.stop_token_ids, p.top is not None)
+
+        state = request.scope["state"]
+        try:
+            job = model.engine.submit(prompts, params, reader, namespace=namespace_of(model, body, state.get("tenant", "")),
+                                      priority=body.priority, request_id=state.get("request_id", ""))
+        except BadInput as error:
+            raise told(error, "max_tokens", "context_length_exceeded") from error
+        state["model"], state["job"] = model.name, job
+        if self.limits.seconds:
+            job.expire_after(self.limits.seconds)
+        return job
+
+    def _params(self, model: Served, body: Sampling, prompts: list[list[int]], thinking: bool) -> list[SamplingParams]:
+        context, most = model.llm.context, self.limits.tokens
+        if most is not None and (body.limit() or 0) > most:
+            raise Refused(400, f"max_tokens is {body.limit()}; this server allows {most}", "max_tokens", "invalid_value")
+        try:
+            each = [body.params(min(max(1, context - len(ids)), most or context), thinking) for ids in prompts]
+        except BadInput as error:
+            raise told(error, None, "invalid_value") from error
+        if wrong := [t for t in each[0].logit_bias or () if t >= model.llm.model.spec.vocab]:
+            raise Refused(400, f"logit_bias names {wrong[0]}, which is no token of this model", "logit_bias", "invalid_value")
+        try:
+            for ids, p in zip(prompts, each):
+                check_length(len(ids), p.max_tokens, context)
+        except BadInput as error:
+            raise told(error, "messages" if isinstance(body, ChatRequest) else "prompt", "context_length_exceeded") from error
+        return each
+
+
+def namespace_of(model: Served, body: Sampling, tenant: str) -> str:
+    """Cached prefixes are shared within it alone: an adapter's entries differ, keys and salts ask for privacy."""
+    return "\0".join((model.adapter, tenant, body.cache_salt or "")).strip("\0")
+
+
+async def unless_gone(answer: Awaitable[T], job: Job, request: Request) -> T:
+    """The answer; a client that leaves meanwhile ends the generation."""
+    task = asyncio.ensure_future(answer)
+    try:
+        while not (await asyncio.wait({task}, timeout=0.2))[0]:
+            if await request.is_disconnected():
+                raise Refused(499, "the client has gone")
+        return task.result()
+    finally:
+        job.cancel()
+        task.cancel()
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events; however the response ends, the job ends too."""
+
+    def __init__(self, parts: AsyncIterator[bytes], job: Job):
+        super().__init__(with_errors(parts), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self.job = job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.job.cancel()
+
+
+async def with_errors(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """A failure behind the first part can no longer become a status: it is sent as an event."""
+    try:
+        async for part in parts:
+            yield part
+    except Exception as error:
+        yield sse(refusal_of(error).body)

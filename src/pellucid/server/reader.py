@@ -1,0 +1,106 @@
+"""From one sample's tokens to what an answer is made of: pieces of text, calls, and the tokens' log-probabilities."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pellucid.engine.request import Request
+from pellucid.server.formats import Piece, call_of
+from pellucid.server.registry import Served
+
+
+class Parser(Protocol):
+    stopped: bool
+
+    @property
+    def in_thought(self) -> bool: ...
+
+    def feed(self, text: str) -> list[Piece]: ...
+
+    def finish(self) -> list[Piece]: ...
+
+
+@dataclass
+class Update:
+    """What one step brought of a sample. places: of the sample's tokens whose log-probabilities are told now."""
+
+    pieces: list[Piece]
+    places: range
+    finish_reason: str | None
+
+
+class AnswerReader:
+    """A `Reader` of the engine: decoder, then parser. Reads until the parser has seen a stop text."""
+
+    def __init__(self, model: Served, parser: Parser, stop_ids: tuple[int, ...] = (), with_logprobs: bool = False):
+        self.decoder, self.parser, self.with_logprobs = model.tokenizer.stream(), parser, with_logprobs
+        self.hidden, self.ends = model.hidden, {*model.tokenizer.eos_ids, *stop_ids}
+        self.finish_reason: str | None = None
+        self.said = 0  # tokens that are part of the answer
+        self.thought = 0  # of these, those of the thought
+        self._told = 0  # of these, whose log-probabilities were told
+
+    def read(self, request: Request, tokens: list[int]) -> Update | None:
+        pieces: list[Piece] = []
+        for i, token in enumerate(tokens):
+            last = request.finish_reason if i == len(tokens) - 1 else None
+            if last == "stop" and token in self.ends:
+                text = ""
+            else:
+                text = "" if token in self.hidden else self.decoder.add(token)
+                self.said += 1
+            if last:
+                text += self.decoder.finish()
+            before = self.parser.in_thought
+            pieces += self.parser.feed(text)
+            self.thought += before or self.parser.in_thought
+            if self.parser.stopped:
+                self.finish_reason = "stop"
+                break
+            if last:
+                pieces += self.parser.finish()
+                self.finish_reason = "stop" if self.parser.stopped else last
+        if not (pieces or self.finish_reason):
+            return None
+        places = range(self._told, self.said) if self.with_logprobs else range(0)
+        self._told = self.said
+        return Update(pieces, places, self.finish_reason)
+
+
+class ForcedCalls:
+    """A `Parser` of an answer whose form the server has fixed: the arguments of the tool `name`, or a list of {"name", "parameters"}.
+    Behind a thought, where the model writes one."""
+
+    def __init__(self, name: str, thoughts: Parser):
+        self.name, self.thoughts, self.stopped = name, thoughts, False
+        self._text = ""
+
+    @property
+    def in_thought(self) -> bool:
+        return self.thoughts.in_thought
+
+    def feed(self, text: str) -> list[Piece]:
+        return self._keep(self.thoughts.feed(text))
+
+    def finish(self) -> list[Piece]:
+        pieces = self._keep(self.thoughts.finish())
+        return pieces + (forced_calls(self._text, self.name) or ([Piece("content", self._text)] if self._text else []))
+
+    def _keep(self, pieces: list[Piece]) -> list[Piece]:
+        self._text += "".join(p.text for p in pieces if p.kind == "content")
+        return [p for p in pieces if p.kind == "reasoning"]
+
+
+def forced_calls(text: str, name: str) -> list[Piece] | None:
+    """The calls; None where the answer was cut off inside one."""
+    try:
+        if name:
+            call = call_of(name, text)
+            return None if call is None else [call]
+        found: Any = json.loads(text)
+        calls = [call_of(c["name"], c["parameters"]) for c in found]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return None if None in calls else calls  # type: ignore[return-value]
