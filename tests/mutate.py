@@ -5,22 +5,33 @@
 
 A mutant is (file, old text, new text, pytest target); `old` must stand in the file exactly once, or the mutant is reported
 as stale. Each runs in a copy of the package, first unchanged (the target must pass), then changed (it must fail).
-Prints a line a mutant and the score; exits with 1 if one survives or is stale.
+Prints a line a mutant and the score; exits with 1 if one survives or is stale. The libraries that the targets import
+are imported once, and every run is a fork: needs a Unix, and the package not imported here.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import importlib
+import importlib.metadata
 import importlib.util
+import itertools
 import os
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a process without threads may fork
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 ROOT = Path(__file__).resolve().parents[1]
 MUTANTS = ROOT / "tests" / "models" / "mutants"
+LIBRARIES = ("numba", "numpy", "safetensors", "tokenizers", "torch", "transformers", "hypothesis", "jinja2", "tiktoken")
+LIMIT = 300  # seconds
+CLOCK = itertools.count(1_000_000_000)
 Mutant = tuple[str, str, str, str]
 
 
@@ -38,33 +49,70 @@ def mutants(names: list[str]) -> dict[str, list[Mutant]]:
     return found
 
 
+def warm(targets: set[str]) -> None:
+    """Imports pytest's plugins, and what the tests take from other packages, so that every fork has them."""
+    for plugin in importlib.metadata.entry_points(group="pytest11"):
+        plugin.load()
+    import numba  # noqa: F401  the package imports it late
+
+    helpers = (ROOT / "tests").glob("*/*.py")
+    wanted = [path for path in helpers if not path.name.startswith("test_") or any(path.name in target for target in targets)]
+    for node in (n for path in wanted for n in ast.walk(ast.parse(path.read_text(encoding="utf-8")))):
+        module = node.module if isinstance(node, ast.ImportFrom) else None
+        if module and module.split(".")[0] in LIBRARIES:
+            for name in node.names:
+                getattr(importlib.import_module(module), name.name, None)  # transformers' classes are lazy
+
+
 def passes(package: Path, target: str) -> bool:
     """Whether the target passes with this copy of the package. A target may be several words: files, `-k` expressions."""
-    environment = os.environ | {"PYTHONPATH": str(package), "PYTHONDONTWRITEBYTECODE": "1"}
     words = target.split(" -k ")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *words[0].split(), *(["-k", words[1]] if words[1:] else [])]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode not in (0, 1, 2):  # 1: a test failed, 2: collection was interrupted by an error in the mutant
-        raise SystemExit(f"pytest could not run {target}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return done.returncode == 0
+    command = ["-q", "-x", "-p", "no:cacheprovider", *words[0].split(), *(["-k", words[1]] if words[1:] else [])]
+    with tempfile.TemporaryFile() as log:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(LIMIT)  # a mutant that never ends is killed, and so counts
+            for stream in (1, 2):
+                os.dup2(log.fileno(), stream)
+            os.chdir(ROOT)
+            sys.path.insert(0, str(package))
+            os.environ["PYTHONPATH"] = str(package)  # of the processes that a test starts
+            import pytest
+
+            code = int(pytest.main(command))
+            sys.stdout.flush()
+            os._exit(code)
+        status = os.waitpid(child, 0)[1]
+        code = os.waitstatus_to_exitcode(status)
+        if code > 2:  # 1: a test failed, 2: collection was interrupted by an error in the mutant
+            log.seek(0)
+            print(f"pytest could not run {target}:\n{log.read()[-2000:].decode(errors='replace')}", flush=True)
+    return code == 0
+
+
+def write(path: Path, text: str) -> None:
+    """Each time with another time of change, in whole seconds: by that and its size Python tells whether bytecode is stale."""
+    path.write_text(text, encoding="utf-8")
+    now = next(CLOCK)
+    os.utime(path, (now, now))
 
 
 def outcome(mutant: Mutant, package: Path, sound: dict[str, bool]) -> str:
     """'killed', 'SURVIVED', 'STALE' (the text is not there once), or 'BROKEN' (the target fails without the change)."""
     file, old, new, target = mutant
-    source = (ROOT / file).read_text(encoding="utf-8")
+    changed = package / Path(file).relative_to("src")
+    source = changed.read_text(encoding="utf-8")
     if source.count(old) != 1:
         return "STALE"
     if target not in sound:
         sound[target] = passes(package, target)
     if not sound[target]:
         return "BROKEN"
-    changed = package / Path(file).relative_to("src")
     try:
-        changed.write_text(source.replace(old, new), encoding="utf-8")
+        write(changed, source.replace(old, new))
         return "SURVIVED" if passes(package, target) else "killed"
     finally:
-        changed.write_text(source, encoding="utf-8")
+        write(changed, source)
 
 
 def main() -> int:
@@ -75,7 +123,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder)
         shutil.copytree(ROOT / "src" / "pellucid", package / "pellucid", ignore=shutil.ignore_patterns("__pycache__"))
-        for name, listed in mutants(parser.parse_args().names).items():
+        chosen = mutants(parser.parse_args().names)
+        warm({mutant[3] for listed in chosen.values() for mutant in listed})
+        assert "pellucid" not in sys.modules
+        for name, listed in chosen.items():
             for mutant in listed:
                 found = outcome(mutant, package, sound)
                 counts[found] = counts.get(found, 0) + 1
