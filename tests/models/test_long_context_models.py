@@ -1,5 +1,6 @@
 """Models beyond their context through the doors that people use: load, LLM, the engine."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from pellucid.engine.request import Request
 from pellucid.errors import BadInput
 from pellucid.models import save
 from pellucid.models.long_context import with_dual_chunk, with_rope_scaling, with_streaming
+from pellucid.nn.specs import Attn, DualChunk
 
 CHANGES = {"streaming": lambda spec: with_streaming(spec, 4, 20), "dual chunk": lambda spec: with_dual_chunk(spec, 32, 8)}
 
@@ -95,3 +97,44 @@ def test_ntk_by_parts_is_yarn_without_its_temperature(tmp_path):
         want = yarn(x)
         assert_equal(loaded(scale=16**-0.5 * factor**2, attention_factor=1.0)(x), want)
         assert (loaded(attention_factor=1.0)(x) - want).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3-moe", "qwen3-next"])
+def test_dual_chunks_that_config_json_states(name, tmp_path):
+    """Qwen2.5-1M's field: read, computed, served beyond the context, written back; up to a chunk's length it is plain attention."""
+    from transformers import AutoModelForCausalLM
+
+    written(name, tmp_path)
+    plain, x = pellucid.load(tmp_path), tokens(1, 100)
+    config = json.loads((tmp_path / "config.json").read_text())
+    stated = {"chunk_size": 32, "local_size": 8, "original_max_position_embeddings": 48}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "dual_chunk_attention_config": stated}))
+    model = pellucid.load(tmp_path)
+    reaches = {layer.mixer.reach for layer in model.spec.layers if isinstance(layer.mixer, Attn)}
+    assert reaches == {DualChunk(32, 8, 48)} and model.spec.limit == 2**31
+    changed = pellucid.load(tmp_path, change=lambda spec: with_dual_chunk(plain.spec, 32, 8))
+    with torch.no_grad():
+        assert_equal(model(x[:, :24]), plain(x[:, :24]))
+        assert_equal(model(x[:, :48]), changed(x[:, :48]))
+        assert (model(x) - changed(x)).abs().max() > 1e-3
+    save(model, tmp_path / "new")
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["dual_chunk_attention_config"] == stated
+    assert pellucid.load(tmp_path / "new").spec == model.spec
+    AutoModelForCausalLM.from_pretrained(tmp_path / "new")  # which knows nothing of it, and opens the folder
+    prompt = x[0, :60].tolist()
+    engine, request = Engine(model, eos=[], config=EngineConfig(cache_tokens=400, chunk=16)), Request(prompt, SamplingParams(max_tokens=1))
+    engine.add(request)
+    while engine.busy:
+        engine.step()
+    with torch.no_grad():  # the prompt in pieces, of which the engine knows the length
+        assert request.output == [int(model(x[:, :60])[0, -1].argmax())]
+
+
+@pytest.mark.parametrize(("stated", "said"), [
+    ([], "an object"), ({"local_size": 3}, "chunk_size"), ({"chunk_size": 8}, "local_size"), ({"chunk_size": 8, "local_size": 5}, "half"),
+    ({"chunk_size": 8.5, "local_size": 1}, "chunk_size"), ({"chunk_size": 8, "local_size": 1, "original_max_position_embeddings": -1}, "original_max")])
+def test_dual_chunks_stated_wrongly(stated, said, tmp_path):
+    written("qwen2", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    with pytest.raises(BadInput, match=said):
+        pellucid.models.spec_of({**config, "dual_chunk_attention_config": stated})

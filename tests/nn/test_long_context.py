@@ -1,6 +1,7 @@
 """StreamingLLM and dual chunk attention against their definitions, computed the slow way: a matrix of relative positions, and a list
 of tokens from which the oldest is thrown out. No library has them to compare with."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from pellucid.errors import BadInput
 from pellucid.models.long_context import with_dual_chunk, with_rings, with_rope_scaling, with_streaming
 from pellucid.nn import GDN, MLA, Attn, Decoder, KVCache, Rope, count_parameters
 from pellucid.nn.build import build
-from pellucid.nn.context import open_context
+from pellucid.nn.context import Context, open_context
 from pellucid.nn.count import cache_shapes, count
 from pellucid.nn.site import Site
 from pellucid.nn.specs import DualChunk, Streaming
@@ -100,6 +101,40 @@ def test_dual_chunk_is_plain_attention_within_a_chunk_and_not_beyond():
     assert_equal(got[:, 20:], want[:, 20:])  # the first token across the border: all keys within `local` or not far
     x = torch.randn(2, 60, 24)
     assert (run(chunked, x)[:, 45:] - run(plain, x)[:, 45:]).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_scores_are_sharper_beyond_the_trained_length():
+    """0.1 ln(L / trained) + 1, once; keys keep the factor of the length at which they were written, and rows have their own."""
+    plain, sharp = replace(BASE, reach=DualChunk(16, 4), sinks=False), replace(BASE, reach=DualChunk(16, 4, 24), sinks=False)
+    x = torch.randn(2, 40, 24)
+    factor = 0.1 * math.log(40 / 24) + 1
+    assert factor == pytest.approx(1.0511, abs=1e-4)
+    want = run(block(replace(plain, scale=0.4 * factor)), x)
+    assert_equal(run(block(sharp), x), want)
+    assert (run(block(plain), x) - want).abs().max() > 1e-3
+    assert_equal(run(block(sharp), x[:, :24]), run(block(plain), x[:, :24]))
+    both = torch.stack((torch.arange(40), torch.cat((torch.zeros(20, dtype=torch.int64), torch.arange(20)))))  # a short row on the right
+    mask = torch.ones(2, 1, 1, 40, dtype=torch.bool)
+    mask[1, ..., :20] = False
+    seen = mask & torch.ones(40, 40, dtype=torch.bool).tril()
+    padded = block(sharp)(x, Context(both, x.dtype, seen, causal=False))
+    assert_equal(padded[0], want[0])
+    assert_equal(padded[1, 20:], run(block(plain), x[1:, 20:])[0])
+    mixer, cache = block(sharp), KVCache(spec(sharp), 1, 40)
+    got = [run(mixer, x[:1, :30], cache)]
+    cache.advance(30)
+    assert_equal(got[0], run(mixer, x[:1, :30]))
+    k_30, k_31 = (run_keys(mixer, x[:1, :n])[:, :, n - 1] for n in (30, 31))
+    run(mixer, x[:1, 30:31], cache)
+    assert_equal(cache.keys[0][:, :, 29], k_30)
+    assert_equal(cache.keys[0][:, :, 30], k_31)
+
+
+def run_keys(mixer, x):
+    cache = KVCache(spec(mixer.spec), 1, x.shape[1])
+    run(mixer, x, cache)
+    return cache.keys[0]
 
 
 def thrown_out(mixer, x, sinks, window):

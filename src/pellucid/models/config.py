@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from pellucid.errors import BadInput
-from pellucid.nn.specs import DecoderSpec, MoE, Rope
+from pellucid.nn.specs import Attn, DecoderSpec, DualChunk, MoE, Rope
 from pellucid.ops import rope_attention_factor
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"  # the words of `layer_types`
@@ -170,6 +171,34 @@ def experts_checked(moe: MoE) -> MoE:
         raise BadInput(f"config.json: {moe.top_k} of {moe.experts} experts", "that cannot be chosen",
                        "check that the folder is a complete Hugging Face checkpoint")
     return moe
+
+
+def with_dual_chunks(c: Config, spec: DecoderSpec) -> DecoderSpec:
+    """The spec with what `dual_chunk_attention_config` says, if it is there (Qwen2.5-1M, Qwen3-2507's config_1m.json)."""
+    stated = c.get("dual_chunk_attention_config")
+    if stated is None:
+        return spec
+    if not isinstance(stated, dict):
+        raise wrong("dual_chunk_attention_config", stated, "an object")
+    fields = Config(stated)
+    size, local = fields.need("chunk_size", high=2**31), fields.need("local_size", low=0, high=2**31)
+    if 2 * local > size:
+        raise wrong("dual_chunk_attention_config", stated, "of a local_size of half the chunk_size at most")
+    reach = DualChunk(size, local, fields.whole("original_max_position_embeddings", 0, low=0))
+    far = [isinstance(layer.mixer, Attn) and layer.mixer.window is None for layer in spec.layers]
+    if not any(far):
+        raise wrong("dual_chunk_attention_config", stated, "absent: this model has no attention that it would serve")
+    return replace(spec, layers=tuple(
+        replace(layer, mixer=replace(layer.mixer, reach=reach)) if chosen else layer for layer, chosen in zip(spec.layers, far, strict=True)))
+
+
+def dual_chunk_fields(spec: Any) -> dict[str, Any]:
+    """And back."""
+    reach = next((r for layer in getattr(spec, "layers", ()) if isinstance(r := getattr(layer.mixer, "reach", None), DualChunk)), None)
+    if reach is None:
+        return {}
+    return {"dual_chunk_attention_config": {"chunk_size": reach.size, "local_size": reach.local,
+                                            "original_max_position_embeddings": reach.trained}}
 
 
 def layer_types(c: Config, other: str = SLIDING) -> list[str] | None:

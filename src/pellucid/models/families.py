@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from pellucid.errors import BadInput, nearest
-from pellucid.models.config import Config
+from pellucid.models.config import Config, dual_chunk_fields
 from pellucid.models.names import Names
 
 T = TypeVar("T")
@@ -87,4 +87,4 @@ def config_of(spec: Any) -> dict[str, Any]:
     """The config.json (transformers 5 spelling) of a spec: the inverse of the family's function."""
     f = find(spec.family)
     architecture = f.architecture if isinstance(f.architecture, str) else f.architecture(spec)
-    return {**dict(spec.extra), "architectures": [architecture], "model_type": spec.family, **f.fields(spec)}
+    return {**dict(spec.extra), "architectures": [architecture], "model_type": spec.family, **f.fields(spec), **dual_chunk_fields(spec)}

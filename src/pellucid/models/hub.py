@@ -23,7 +23,7 @@ from pellucid import events
 from pellucid.errors import BadInput
 from pellucid.files import atomic_folder, write_atomic
 from pellucid.messages import add, three_parts
-from pellucid.models.config import Config
+from pellucid.models.config import Config, with_dual_chunks
 from pellucid.models.families import config_of, family_of, find, find_all, unwrapped
 from pellucid.models.names import Piece
 from pellucid.models.weights import Weights, assemble, planned
@@ -88,7 +88,9 @@ def spec_of(fields: dict[str, Any]) -> Any:
     """config.json (as a dict) -> spec."""
     find_all()
     fields = unwrapped(fields)
-    return find(fields.get("model_type", "")).spec(Config(fields))
+    c = Config(fields)
+    spec = find(fields.get("model_type", "")).spec(c)
+    return with_dual_chunks(c, spec) if isinstance(spec, DecoderSpec) else spec
 
 
 def shape_of(spec: Any) -> type[nn.Module]:

@@ -97,12 +97,18 @@ class DualChunkAttention(LongAttention):
     """Dual chunk attention (arXiv 2402.17463): the text is cut into chunks of s = size - local tokens, and keys stand at position
     j mod s. A query stands at i mod s for keys of its own chunk; for the chunk before at i mod s + s, but at most size - 1, so that
     the nearest `local` keys across the border keep their true distances; for all earlier chunks at size - 1.
+
+    Where the spec says how long the trained sequences were, the keys of longer ones are stretched, which sharpens the scores
+    (Qwen2.5-1M, arXiv 2501.15383, section 3.1; by the length at the time when a key is written, as in vLLM). So a long prompt read in
+    pieces differs a little from one read at once, unless the cache knows the prompt's length beforehand, as the engine's does.
     """
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         q, k, v, gate = self.heads(x, ctx, None, None)
         reach: Any = self.spec.reach
         i, s = ctx.positions, reach.size - reach.local
+        if reach.trained:
+            k = k * self.sharpness(ctx, reach.trained).to(k.dtype)[:, None, None, None]
         k, j, bias = self.turned(k, i % s, ctx), i, ctx.bias(q.dtype)
         if ctx.cache is not None:
             end = ctx.cache.length + x.shape[1]
@@ -118,3 +124,11 @@ class DualChunkAttention(LongAttention):
         seen = visible(x.shape[1], k.shape[2], device=k.device)[None] if ctx.mask is None else ctx.mask[:, 0]
         chunks = ((i // s)[..., None] - (j // s)[:, None]).clamp(0, 2)
         return self.joined(self.met([own, before, far], k, v, chunks.masked_fill(~seen, -1)), gate, x.dtype)
+
+    @staticmethod
+    def sharpness(ctx: Context, trained: int) -> Tensor:
+        """(B or 1,) what the keys that are written now are multiplied by."""
+        length = ctx.positions.amax(-1) + 1
+        if ctx.cache is not None and ctx.cache.began is not None:
+            length = torch.maximum(length, ctx.cache.began)
+        return (0.1 * torch.log(length / trained) + 1).clamp_min(1.0)

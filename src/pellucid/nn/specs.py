@@ -68,6 +68,7 @@ class DualChunk:
 
     size: int
     local: int
+    trained: int = 0  # keys of a sequence of L tokens, more than these, are multiplied by 0.1 ln(L / trained) + 1; 0: never
 
 
 @dataclass(frozen=True)
