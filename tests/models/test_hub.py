@@ -131,6 +131,18 @@ def test_fp8_tiles_are_multiplied_by_their_scales(folder, tmp_path):
         pellucid.load(tmp_path / "wide")
 
 
+def test_old_buffers_are_passed_over(folder):
+    """Llama 2's files hold the frequencies of each layer, GPT-2's and BERT's other tables."""
+    want, tensors = pellucid.load(folder), load_file(folder / "model.safetensors")
+    tensors |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.full((8,), 7.0) for i in range(2)}
+    save_file(tensors, folder / "model.safetensors")
+    again = pellucid.load(folder)
+    assert all(torch.equal(a, b) for a, b in zip(want.parameters(), again.parameters(), strict=True))
+    save_file({**tensors, "model.layers.0.self_attn.inv_freq_of_mine": torch.zeros(3)}, folder / "model.safetensors")
+    with pytest.raises(BadInput, match=r"unused: model\.layers\.0\.self_attn\.inv_freq_of_mine"):
+        pellucid.load(folder)
+
+
 def test_missing_and_unused_may_be_let_through_but_not_shapes(folder, capsys):
     path = folder / "model.safetensors"
     tensors = load_file(path)

@@ -209,3 +209,14 @@ def test_half_precision_files(name, dtype, tmp_path):
         want = theirs(input_ids=x).logits
         assert_equal(wide(x), want)
         assert (narrow(x).float() - want).norm() < 0.05 * want.norm()
+
+
+@pytest.mark.parametrize("name", ["llama-dynamic", "llama-longrope", "phi3.5"])
+@pytest.mark.parametrize("length", [31, 32, 33, 34])
+def test_lengths_at_the_borders_of_rotations(name, length, tmp_path):
+    """The frequencies change when the 33rd token comes, for the whole sequence."""
+    theirs = written(name, tmp_path)
+    x = tokens(2, length)
+    with torch.no_grad():
+        theirs(input_ids=x[:, :1])
+        assert_equal(pellucid.load(tmp_path)(x), theirs(input_ids=x).logits)

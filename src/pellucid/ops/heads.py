@@ -25,7 +25,9 @@ def qkv_heads_reference(
     K, d = (qkv.shape[2] - heads) // 2, qkv.shape[-1]
     qk, v = qkv.split((heads + K, K), 2)
     if norms is not None:
-        qk = rms_norm(qk, torch.cat((norms[0].expand(heads, d), norms[1].expand(K, d))).to(qkv.dtype), eps)
+        weight = torch.cat((norms[0].expand(heads, d), norms[1].expand(K, d)))
+        wide = torch.promote_types(qkv.dtype, weight.dtype)  # 1 + w in float32 must not be rounded before it is applied
+        qk = rms_norm(qk.to(wide), weight.to(wide), eps).to(qkv.dtype)
     if cos is not None and sin is not None:
         qk = apply_rope(qk, cos, sin, heads_last=True, interleaved=interleaved)
     q, k = qk.transpose(1, 2).split((heads, K), 1)
