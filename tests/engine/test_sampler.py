@@ -87,10 +87,13 @@ SETTINGS = [
     dict(temperature=1.5, top_k=9, top_p=0.9, min_p=0.15),
     dict(temperature=1.0, top_p=1e-6),
     dict(temperature=1.0, top_k=10**6, min_p=1.0),
+    dict(temperature=1.2, typical_p=0.7),
+    dict(temperature=0.9, typical_p=0.05),
+    dict(temperature=1.5, top_k=11, top_p=0.95, min_p=0.02, typical_p=0.8),
 ]
 
 
-def warped(logits, temperature, top_k=None, top_p=None, min_p=None):
+def warped(logits, temperature, top_k=None, top_p=None, min_p=None, typical_p=None):
     """Probabilities after transformers' warpers, in the order in which `generate` puts them, in float64."""
     from transformers.generation import logits_process as hf
 
@@ -98,6 +101,7 @@ def warped(logits, temperature, top_k=None, top_p=None, min_p=None):
     chain += [hf.TopKLogitsWarper(top_k)] if top_k else []
     chain += [hf.TopPLogitsWarper(top_p)] if top_p is not None else []
     chain += [hf.MinPLogitsWarper(min_p)] if min_p is not None else []
+    chain += [hf.TypicalLogitsWarper(typical_p)] if typical_p is not None else []
     scores = logits.double()
     for warper in chain:
         scores = warper(None, scores)
@@ -149,7 +153,7 @@ def test_drawn_tokens_follow_the_softmax_chi_square():
     """All settings mixed in one batch with greedy rows, 4000 seeds each; five standard deviations of chi-square."""
     n, V = 4000, 12
     row = 1.5 * torch.randn(1, V, generator=torch.Generator().manual_seed(9))
-    settings = [s for s in SETTINGS[:7]]
+    settings = [*SETTINGS[:7], *SETTINGS[-3:]]
     params = [SamplingParams(**s) for s in settings] + [SamplingParams(temperature=0.0)]
     mixed = params * n
     tokens, _ = Sampler(mixed, [1000 + i // len(params) for i in range(len(mixed))])(row.expand(len(mixed), V), 5)
@@ -161,7 +165,7 @@ def test_drawn_tokens_follow_the_softmax_chi_square():
         used = p > 0
         chi = float(((counts[used] - n * p[used]) ** 2 / (n * p[used])).sum())
         freedom = int(used.sum()) - 1
-        assert chi < freedom + 5 * math.sqrt(2 * freedom), (setting, chi)
+        assert chi <= freedom + 5 * math.sqrt(2 * freedom), (setting, chi)
     assert (drawn[:, -1] == row.argmax()).all()
 
 
@@ -226,7 +230,9 @@ def test_any_python_integer_is_a_seed():
 @pytest.mark.parametrize("wrong", [
     dict(max_tokens=0), dict(temperature=-0.1), dict(temperature=math.nan), dict(temperature=math.inf), dict(top_k=0),
     dict(top_p=0.0), dict(top_p=1.1), dict(top_p=math.nan), dict(min_p=-0.1), dict(min_p=1.1), dict(n=0), dict(n=5000),
-    dict(stop=("",)), dict(stop=tuple(map(str, range(17))))], ids=str)
+    dict(stop=("",)), dict(stop=tuple(map(str, range(17)))), dict(typical_p=0.0), dict(repetition_penalty=0.0), dict(presence_penalty=2.5),
+    dict(frequency_penalty=math.nan), dict(logit_bias={-1: 1.0}), dict(logit_bias={3: math.inf}), dict(min_tokens=300), dict(stop_token_ids=[-1]),
+    dict(best_of=1, n=2), dict(logprobs=101), dict(logprobs=-1), dict(prompt_logprobs=-1)], ids=str)
 def test_impossible_settings_are_refused_by_name(wrong):
     with pytest.raises(BadInput, match=next(iter(wrong))):
         SamplingParams(**wrong)

@@ -14,21 +14,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pellucid import events
+from pellucid.engine.adjust import Adjuster, Place
 from pellucid.engine.hash_chain import HashChain
 from pellucid.engine.planning import depth_first
 from pellucid.engine.prefix_cache import NoReuse, PrefixCache
 from pellucid.engine.radix_tree import RadixTree
 from pellucid.engine.request import Request, State
 from pellucid.engine.runner import Runner
-from pellucid.engine.sampler import Sampler
+from pellucid.engine.sampler import Sampler, best
 from pellucid.engine.scheduler import Fair, Order, Plan, Scheduler, first_come, longest_hit
 from pellucid.engine.speculation import PromptLookup, Proposer, accepted
+from pellucid.engine.stopping import StopTexts
+from pellucid.engine.structured import Grammars
 from pellucid.errors import BadInput
 from pellucid.nn import Decoder
 from pellucid.nn.count import cache_entries, count
 from pellucid.runtime import Choice, available_memory_bytes
+from pellucid.tokenizers import Tokenizer
 
 ORDERS: dict[str, Callable[[], Order]] = {"first-come": lambda: first_come, "longest-hit": lambda: longest_hit,
                                      "depth-first": lambda: depth_first, "fair": Fair}
@@ -83,14 +88,19 @@ class EngineConfig:
 
 
 class Engine:
-    """Continuous batching over a paged cache. Not thread-safe: one thread calls it."""
+    """Continuous batching over a paged cache. Not thread-safe: one thread calls it.
+
+    eos: tokens that end an answer.  tokenizer: for what speaks of text, stop texts and structured output.
+    """
 
     def __init__(self, model: Decoder, eos: Sequence[int] = (), config: EngineConfig | None = None,
-                 stop: Callable[[Request], bool] | None = None, proposer: Proposer | None = None):
+                 tokenizer: Tokenizer | None = None, proposer: Proposer | None = None):
         c = config = config or EngineConfig()
         if c.order not in ORDERS:
             raise BadInput(f"order {c.order!r} is not known", next=f"use one of {', '.join(ORDERS)}")
-        self.model, self.eos, self.stop, self.config = model, set(eos), stop, config
+        self.model, self.eos, self.config, self.tokenizer = model, set(eos), config, tokenizer
+        self.stop = None if tokenizer is None else StopTexts(tokenizer)
+        self.grammars: Grammars | None = None  # made when the first structured output is asked for
         self.room = choose_room(model, c)
         size = 1 if c.prefix.startswith("radix") else c.block
         self.cache = make_cache(c.prefix, model, -(-self.room.value // size), size)
@@ -101,6 +111,11 @@ class Engine:
         if self.proposer is not None and is_stateful(model):
             raise BadInput("speculative decoding needs a cache that can forget its last tokens",
                            "this model's linear attention keeps one state, which a refused token has changed", "leave --drafts at 0")
+        self.adjuster = Adjuster(model.spec.vocab, self.eos, model.embed.weight.device)
+        self.sampler: Sampler | None = None
+        self.sampled: list[Request] = []  # whose settings the sampler holds
+        self.held: dict[Request, list[Request]] = {}  # who waits until a request's prompt is in the cache
+        self.ended: dict[Request, str] = {}  # of this step, why
         self.steps = 0
         self.totals = dict.fromkeys(("prompt_tokens", "hit_tokens", "generated_tokens", "computed_tokens", "preemptions",
                                      "proposed_tokens", "accepted_tokens"), 0)
@@ -109,16 +124,39 @@ class Engine:
     def busy(self) -> bool:
         return bool(self.scheduler.waiting or self.scheduler.running)
 
-    def add(self, request: Request) -> None:
-        """BadInput where it could never run."""
-        self.scheduler.add(request)
+    def check(self, request: Request) -> None:
+        """BadInput where it could never run. May be called from any thread, before `add`."""
+        self.scheduler.check(request)
+        p, vocab = request.params, self.model.spec.vocab
+        if wrong := [t for t in (*request.prompt, *(p.logit_bias or ()), *p.stop_token_ids) if not 0 <= t < vocab]:
+            raise BadInput(f"{wrong[0]} is no token of this model", f"its ids go from 0 to {vocab - 1}", "use the model's own tokenizer")
+        if p.stop and self.stop is None:
+            raise BadInput("stop texts need a tokenizer", "this engine was made without one", "give stop_token_ids, or a tokenizer to the engine")
+        if p.structured is not None and request.constraint is None:
+            if self.grammars is None:
+                if self.tokenizer is None:
+                    raise BadInput("structured output needs a tokenizer", "this engine was made without one")
+                self.grammars = Grammars(self.tokenizer, vocab, sorted(self.eos))
+            request.constraint = self.grammars.constraint(p.structured, request.prompt)
+
+    def add(self, request: Request, behind: Request | None = None) -> None:
+        """BadInput where it could never run. behind: a request with the same prompt; this one starts when that one's is in the cache."""
+        self.check(request)
         self.totals["prompt_tokens"] += len(request.prompt)
+        if behind is not None and behind.generated == 0 and behind.state is not State.FINISHED:
+            self.held.setdefault(behind, []).append(request)
+        else:
+            self.scheduler.add(request)
 
     def cancel(self, request: Request) -> None:
         """In whatever state it is; its blocks are free at once."""
+        for followers in self.held.values():
+            if request in followers:
+                followers.remove(request)
         self.scheduler.finish(request, "cancelled")
         self._forget(request)
 
+    @torch.inference_mode()
     def step(self) -> list[tuple[Request, list[int]]]:
         """Computes one step; the requests that received tokens, with them. `finish_reason` says which of them are done."""
         start = time.perf_counter()
@@ -128,9 +166,11 @@ class Engine:
         logits = self.runner.step(plan)
         given = self._sample(logits) if logits else []
         self.scheduler.done(plan)
-        for r, tokens in given:
-            if reason := self._ended(r, tokens[-1]):
-                self.scheduler.finish(r, reason)
+        for r, _ in given:
+            for follower in self.held.pop(r, ()):
+                self.scheduler.add(follower)
+            if r in self.ended:
+                self.scheduler.finish(r, self.ended.pop(r))
                 self._forget(r)
         self._tell(plan, given, planned - start, time.perf_counter() - start)
         return given
@@ -142,52 +182,99 @@ class Engine:
         if self.proposer is None or not ready or len(self.scheduler.running) > c.speculate_up_to:
             return
         for r, drafts in zip(ready, self.proposer.propose(ready, c.drafts), strict=True):
-            drafts = drafts[: max(0, r.params.max_tokens - len(r.output) - 1)]
+            drafts = drafts[: max(0, r.params.max_tokens - r.generated - 1)]
             r.tokens += drafts
             r.drafts = len(drafts)
             self.totals["proposed_tokens"] += len(drafts)
 
-    def _sample(self, logits: dict[Request, torch.Tensor]) -> list[tuple[Request, list[int]]]:
+    def _sample(self, logits: dict[Request, Tensor]) -> list[tuple[Request, list[int]]]:
         """Draws at every place that was computed, and keeps what stands (see engine/speculation.py)."""
         places = [(r, j) for r in logits for j in range(1 + r.drafts)]
-        drawn, logprobs = self._draw(places, torch.cat(list(logits.values())))
+        drawn, logprobs, tops = self._draw(places, torch.cat(list(logits.values())))
         given, at = [], 0
         for r in logits:
             drafts = r.tokens[len(r.tokens) - r.drafts :]
-            tokens = self._up_to_the_end(r, accepted(drafts, drawn[at : at + 1 + r.drafts]))
-            if r.params.logprobs:
-                r.logprobs += logprobs[at : at + len(tokens)]
-            at += 1 + r.drafts
             del r.tokens[len(r.tokens) - r.drafts :]
+            r.drafts = 0
+            tokens = self._stand(r, accepted(drafts, drawn[at : at + 1 + len(drafts)]))
+            if r.params.top is not None:
+                r.logprobs += logprobs[at : at + len(tokens)]
+                r.tops += tops[at : at + len(tokens)] if tops else [[]] * len(tokens)
+            at += 1 + len(drafts)
             self.totals["accepted_tokens"] += len(tokens) - 1
-            r.tokens, r.drafts = r.tokens + tokens, 0
             given.append((r, tokens))
+        self.adjuster.record(given)
         return given
 
-    def _draw(self, places: list[tuple[Request, int]], logits: torch.Tensor) -> tuple[list[int], list[float]]:
-        """One token for each (request, number of its drafts that come before); logits (len(places), V)."""
-        requests = [r for r, _ in places]
-        sampler = Sampler([r.params for r in requests], [r.seed for r in requests], logits.device)
-        steps = torch.tensor([len(r.output) + j for r, j in places], device=logits.device)
-        tokens, logprobs = sampler(logits, steps)
-        return tokens.tolist(), [] if logprobs is None else logprobs.tolist()
+    def _stand(self, r: Request, tokens: list[int]) -> list[int]:
+        """The tokens go behind the request's, up to the one that ends it."""
+        for i, token in enumerate(tokens):
+            r.tokens.append(token)
+            if reason := self._ended(r, token):
+                self.ended[r] = reason
+                return tokens[: i + 1]
+        return tokens
 
-    def _up_to_the_end(self, r: Request, tokens: list[int]) -> list[int]:
-        """Nothing behind an end token, or beyond max_tokens."""
-        ends = [i + 1 for i, t in enumerate(tokens) if t in self.eos and not r.params.ignore_eos]
-        return tokens[: min([*ends, r.params.max_tokens - len(r.output)])]
+    def _draw(self, places: list[Place], logits: Tensor) -> tuple[list[int], list[float], list[list[tuple[int, float]]]]:
+        """One token for each place, logits (N, V); its log-probability and the most probable tokens where somebody asked."""
+        plain, changed = logits, [i for i, (r, _) in enumerate(places) if self.adjuster.changes(r)]
+        asked = [i for i in changed if places[i][0].params.top is not None]
+        if changed:
+            logits = logits.float()
+            rows = torch.tensor(asked, dtype=torch.int64, device=logits.device)
+            plain = logits[rows]  # a copy, as the model left them
+            self.adjuster(logits, places)
+        sampler = self._sampler([r for r, _ in places], logits.device)
+        tokens, logprobs = sampler(logits, torch.tensor([r.generated + j for r, j in places], device=logits.device))
+        if logprobs is None:
+            return tokens.tolist(), [], []
+        if asked:
+            logprobs[rows] = sampler.scaled(plain, rows).log_softmax(-1).gather(-1, tokens[rows, None]).squeeze(-1)
+        return tokens.tolist(), logprobs.tolist(), self._tops(places, logits, plain, asked, sampler)
+
+    def _tops(self, places: list[Place], logits: Tensor, plain: Tensor, asked: list[int], sampler: Sampler) -> list[list[tuple[int, float]]]:
+        """The most probable tokens at each place. plain: rows `asked` of logits before they were changed."""
+        tops: list[list[tuple[int, float]]] = [[] for _ in places]
+        for most in {r.params.top for r, _ in places if r.params.top}:
+            wanted = [i for i, (r, _) in enumerate(places) if r.params.top == most]
+            for some, source in (([i for i in wanted if i not in asked], logits), ([i for i in wanted if i in asked], plain)):
+                if some:
+                    rows = torch.tensor(some, device=logits.device)
+                    from_source = rows if source is logits else torch.tensor([asked.index(i) for i in some], device=logits.device)
+                    found = best(sampler.scaled(source[from_source], rows).log_softmax(-1), most or 0)
+                    for i, top in zip(some, found, strict=True):
+                        tops[i] = top
+        return tops
+
+    def _sampler(self, requests: list[Request], device: torch.device) -> Sampler:
+        """The last one, where the batch is the same."""
+        if requests != self.sampled:  # by identity: requests do not compare
+            self.sampler = Sampler([r.params for r in requests], [r.seed for r in requests], device)
+            self.sampled = requests
+        assert self.sampler is not None
+        return self.sampler
 
     def _forget(self, r: Request) -> None:
         self.runner.forget(r)
+        self.adjuster.forget(r)
+        self.ended.pop(r, None)
+        for follower in self.held.pop(r, ()):
+            self.scheduler.add(follower)
         if self.proposer is not None:
             self.proposer.forget(r)
 
     def _ended(self, r: Request, token: int) -> str | None:
-        if token in self.eos and not r.params.ignore_eos:
+        p = r.params
+        if token in p.stop_token_ids or (token in self.eos and not (p.ignore_eos and r.constraint is None)):
             return "stop"
-        if self.stop and r.params.stop and self.stop(r):
+        if r.constraint is not None:
+            if not r.constraint.accept(token) or r.constraint.error:  # a form too complex for the library to follow
+                return "error"
+            if r.constraint.complete:
+                return "stop"
+        if p.stop and self.stop is not None and r.generated >= p.min_tokens and self.stop(r):
             return "stop"
-        return "length" if len(r.output) >= r.params.max_tokens else None
+        return "length" if r.generated >= p.max_tokens else None
 
     # --- what is shown ------------------------------------------------------------------------------------------------
 

@@ -10,8 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from pellucid.engine.params import SamplingParams
+
+if TYPE_CHECKING:
+    from pellucid.engine.structured import Constraint
 
 
 class State(Enum):
@@ -40,10 +44,14 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)  # of full blocks, for the chain of hashes
     state: State = State.WAITING
-    finish_reason: str | None = None  # "stop" | "length" | "cancelled"
+    finish_reason: str | None = None  # "stop" | "length" | "cancelled" | "error" (the form of the answer could not be kept up)
     hit: int = 0  # tokens that the prefix cache gave at first admission
     preemptions: int = 0
-    logprobs: list[float] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)  # of the output's tokens, where asked for
+    tops: list[list[tuple[int, float]]] = field(default_factory=list)  # at each place of the output the most probable tokens
+    prompt_logprobs: list[float] = field(default_factory=list)  # of the prompt's tokens behind the first
+    prompt_tops: list[list[tuple[int, float]]] = field(default_factory=list)
+    constraint: Constraint | None = None  # what is left of the form that the answer must have
 
     def __post_init__(self) -> None:
         self.tokens = self.tokens or list(self.prompt)
@@ -52,6 +60,17 @@ class Request:
     def output(self) -> list[int]:
         """What was generated, without drafts."""
         return self.tokens[len(self.prompt) : len(self.tokens) - self.drafts]
+
+    @property
+    def generated(self) -> int:
+        """How many tokens `output` holds."""
+        return len(self.tokens) - self.drafts - len(self.prompt)
+
+    @property
+    def reusable(self) -> int:
+        """How many of its tokens may come from the prefix cache: where log-probabilities of the prompt are asked for, none whose
+        successor's is not known yet."""
+        return len(self.tokens) if self.params.prompt_logprobs is None or len(self.prompt_logprobs) == len(self.prompt) - 1 else len(self.prompt_logprobs)
 
     @property
     def behind(self) -> int:

@@ -16,9 +16,13 @@ from pellucid.engine.decode import unsuited
 from pellucid.engine.paged_cache import Pages, Rows, Saved
 from pellucid.engine.paged_step import PagedBatch, PagedStep
 from pellucid.engine.request import Request
+from pellucid.engine.sampler import best
 from pellucid.engine.scheduler import Part, Plan
 from pellucid.nn import Decoder
 from pellucid.nn.context import Context, Segment, open_context
+
+PROMPT_ROWS = 64
+"""Places of a prompt whose log-probabilities are made at a time."""
 
 
 class Runner:
@@ -57,11 +61,32 @@ class Runner:
             if part.samples:
                 asked.append(part.request)
                 places += range(at - 1 - part.request.drafts, at)
+        self._score_prompts(order, hidden)
         if not asked:
             return {}
         rows = hidden[torch.tensor(places, device=self.device)]
-        logits = self.compiled.logits(rows) if self.compiled else self.model.logits(rows)
+        logits = self._logits(rows)
         return dict(zip(asked, logits.split([1 + r.drafts for r in asked]), strict=True))
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """hidden (N, D) -> (N, V); with compiled kernels a buffer that the next call writes over."""
+        return self.compiled.logits(hidden) if self.compiled else self.model.logits(hidden)
+
+    def _score_prompts(self, order: Sequence[Part], hidden: Tensor) -> None:
+        """Log-probabilities of prompt tokens for those who ask, a few rows at a time: never prompt x vocabulary."""
+        at = 0
+        for part in order:
+            r, first = part.request, at
+            at += part.count
+            if (most := r.params.prompt_logprobs) is None:
+                continue
+            known = len(r.prompt_logprobs)  # a prompt that was preempted is computed again
+            for start in range(known, min(part.start + part.count, len(r.prompt) - 1), PROMPT_ROWS):
+                stop = min(start + PROMPT_ROWS, part.start + part.count, len(r.prompt) - 1)
+                logp = self._logits(hidden[first + start - part.start : first + stop - part.start]).float().log_softmax(-1)
+                tokens = torch.tensor(r.prompt[start + 1 : stop + 1], device=self.device)
+                r.prompt_logprobs += logp.gather(-1, tokens[:, None]).squeeze(-1).tolist()
+                r.prompt_tops += best(logp, most)
 
     def _compiled(self, order: Sequence[Part]) -> Tensor:
         """The last hidden state (N, D) of all parts, by kernels that read the pages in place."""

@@ -160,7 +160,7 @@ def typical(probs: Tensor, mass: Tensor) -> Tensor:
     surprise = -p.log()
     expected = (p * surprise).nansum(-1, keepdim=True)
     distance = torch.where(p > 0, (surprise - expected).abs(), torch.inf)
-    ordered, index = distance.sort(-1, stable=True)
+    ordered, index = distance.sort(stable=True, dim=-1)
     last = (p.gather(-1, index).cumsum(-1) < mass[:, None]).sum(-1, keepdim=True).clamp(max=probs.shape[-1] - 1)
     far = (ordered > ordered.gather(-1, last)) & (mass[:, None] < 1)
     return probs.masked_fill(torch.zeros_like(far).scatter(-1, index, far), 0.0)

@@ -198,7 +198,7 @@ class Scheduler:
     def _start(self, request: Request, plan: Plan, left: int) -> int:
         """Behind what the prefix cache holds, but at least the last token is computed: its logits are needed."""
         found = self.cache.match(request)
-        hit = min(len(found) * self.cache.size, len(request.tokens) - 1)
+        hit = min(len(found) * self.cache.size, len(request.tokens) - 1, request.reusable)
         found = found[: hit // self.cache.size]  # a block that is written again must be its own
         hit = len(found) * self.cache.size
         count = min(len(request.tokens) - hit, left, self.chunk)
