@@ -91,10 +91,10 @@ def compile_kernels(spec: DecoderSpec, device: torch.device) -> Choice:
         choice = choose_step(model)
         for temperature in (0.0, 1.0):
             run_all(model, [Sample([0, 1], SamplingParams(max_tokens=3, temperature=temperature), 0)], [])
-        served = Engine(model, config=EngineConfig(running=1, cache_tokens=spec.limit))
-        served.add(Request([0, 1], SamplingParams(max_tokens=3), 0))
-        while served.busy:
-            served.step()
+    served = Engine(model, config=EngineConfig(running=1, cache_tokens=spec.limit))  # in float32, as the last stages ask it
+    served.add(Request([0, 1], SamplingParams(max_tokens=3), 0))
+    while served.busy:
+        served.step()
     return Choice("compiled" if isinstance(choice.value, CompiledStep) else "pytorch", choice.reason)
 
 
