@@ -44,7 +44,9 @@ class Adjuster:
         self._constrain(logits, places)
 
     def _bias(self, logits: Tensor, places: Sequence[Place]) -> None:
-        rows, tokens, values = [], [], []
+        rows: list[int] = []
+        tokens: list[int] = []
+        values: list[float] = []
         for i, (r, _) in enumerate(places):
             if r.params.logit_bias:
                 rows += [i] * len(r.params.logit_bias)
