@@ -41,12 +41,15 @@ def render(report: dict[str, Any], lang: str) -> str:
         raise ValueError(f"unknown language {lang!r}; zh or en")
     parts = (_top, _headline, _figures, _stages, results.curves, results.comparisons, sections.samples, sections.groups,
              sections.time_split, sections.plan, sections.tools, sections.machine, sections.going_on)
+    return page(f"pellucid · {escaped(report.get('name', 'grow'))}", "\n".join(part(report) for part in parts), lang)
+
+
+def page(title: str, body: str, lang: str) -> str:
+    """A whole page around `body`: style, the button for the language, and a policy that forbids every other script."""
     template = TEMPLATE.read_text(encoding="utf-8")
     script = template.split("<script>")[1].split("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return Template(template).substitute(
-        lang=lang, title=f"pellucid · {escaped(report.get('name', 'grow'))}", script_hash=f"sha256-{digest}",
-        body="\n".join(part(report) for part in parts))
+    return Template(template).substitute(lang=lang, title=title, script_hash=f"sha256-{digest}", body=body)
 
 
 def _top(report: dict[str, Any]) -> str:
