@@ -30,6 +30,7 @@ from pellucid.engine.latency import Latencies
 from pellucid.engine.llm import LLM, Chunk, Completion, Prompt, RequestOutput
 from pellucid.engine.params import SamplingParams
 from pellucid.engine.request import Request, State
+from pellucid.engine.stopping import cut
 from pellucid.errors import PellucidError
 from pellucid.nn import Decoder
 from pellucid.tokenizers import Tokenizer
@@ -154,10 +155,10 @@ class AsyncLLM:
         self._new: list[Job] = []
         self._dropped: list[Job] = []
         self._calls: list[tuple[Callable[[], Any], Future[Any]]] = []
-        self._held: dict[Request, list[Choice]] = {}  # further samples of a prompt, until its first has left it in the cache
         self._of: dict[Request, tuple[Job, int]] = {}
         self._queued: list[Request] = []
         self._closing = False
+        self._checking = threading.Lock()
         self._wake = threading.Condition(threading.RLock())
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
@@ -170,8 +171,9 @@ class AsyncLLM:
         p = params or SamplingParams()
         ids = self.llm._ids(prompt)
         check_length(len(ids), p.max_tokens, self.llm.context)
-        output = RequestOutput(ids, [Completion(i, "", [], [] if p.logprobs else None, "") for i in range(p.n)])
-        job = self.submit([ids], [p], lambda q, _: TextReader(self.llm.tokenizer, q), namespace=namespace, priority=priority)
+        output = RequestOutput(ids, [Completion(i, "", [], None if p.top is None else [], "") for i in range(p.samples)])
+        told = p if p.samples == p.n or p.top is not None else replace(p, logprobs=0)  # the best are chosen by them
+        job = await self.submit([ids], [told], lambda q, _: TextReader(self.llm.tokenizer, q), namespace=namespace, priority=priority)
         try:
             async for number, chunk in job:
                 completion, request = output.outputs[number], job.choices[number].request
@@ -180,6 +182,11 @@ class AsyncLLM:
                 completion.finish_reason = chunk.finish_reason or ""
                 if completion.logprobs is not None:
                     completion.logprobs = request.logprobs[: len(completion.token_ids)]
+                if p.samples == p.n:
+                    yield output
+            if p.samples > p.n:
+                order = sorted(range(p.samples), key=lambda i: -per_token(job.choices[i].request))[: p.n]
+                output.outputs = [replace(output.outputs[i], index=rank) for rank, i in enumerate(order)]
                 yield output
         finally:
             job.cancel()
@@ -189,7 +196,7 @@ class AsyncLLM:
         p = replace(params or SamplingParams(), n=1)
         ids = self.llm._ids(prompt)
         check_length(len(ids), p.max_tokens, self.llm.context)
-        job = self.submit([ids], [p], lambda q, _: TextReader(self.llm.tokenizer, q), **options)
+        job = await self.submit([ids], [p], lambda q, _: TextReader(self.llm.tokenizer, q), **options)
         try:
             async for _, chunk in job:
                 yield chunk
@@ -228,7 +235,7 @@ class AsyncLLM:
         """The engine's, since the start."""
         return {name: value + self._past.get(name, 0) for name, value in self.engine.totals.items()}
 
-    def submit(
+    async def submit(
         self, prompts: list[list[int]], params: list[SamplingParams], reader: Callable[[SamplingParams, int], Reader], *,
         namespace: str = "", priority: int = 0, request_id: str = "",
     ) -> Job:
@@ -237,11 +244,14 @@ class AsyncLLM:
         job = Job([], asyncio.get_running_loop(), self._drop, request_id)
         for prompt, p in zip(prompts, params, strict=True):
             seed = secrets.randbits(62) if p.seed is None else p.seed
-            for j in range(p.n):
+            for j in range(p.samples):
                 request = Request(prompt, p, seed + j, namespace, priority)
                 job.choices.append(Choice(request, reader(p, len(job.choices))))
-        for choice in job.choices:
-            self.engine.scheduler.check(choice.request)
+        requests = [choice.request for choice in job.choices]
+        if any(p.structured for p in params):  # a form may take a while to compile
+            await asyncio.to_thread(self._check, requests)
+        else:
+            self._check(requests)
         with self._wake:
             if self._closing:
                 raise Closed("the engine is shutting down")
@@ -269,7 +279,12 @@ class AsyncLLM:
     # --- the engine's thread ------------------------------------------------------------------------------------------
 
     def _new_engine(self) -> Engine:
-        return Engine(self.llm.model, self.llm.tokenizer.eos_ids, self.config)
+        return Engine(self.llm.model, self.llm.tokenizer.eos_ids, self.config, tokenizer=self.llm.tokenizer)
+
+    def _check(self, requests: list[Request]) -> None:
+        with self._checking:
+            for request in requests:
+                self.engine.check(request)
 
     def _drop(self, job: Job) -> None:
         with self._wake:
@@ -306,14 +321,8 @@ class AsyncLLM:
         for number, choice in enumerate(job.choices):
             self._of[choice.request] = job, number
             leader = first.setdefault(id(choice.request.prompt), choice.request)
-            if leader is choice.request:
-                self._add(choice.request)
-            else:
-                self._held.setdefault(leader, []).append(choice)
-
-    def _add(self, request: Request) -> None:
-        self.engine.add(request)
-        self._queued.append(request)
+            self.engine.add(choice.request, behind=None if leader is choice.request else leader)
+            self._queued.append(choice.request)
 
     def _step(self) -> None:
         given = self.engine.step()
@@ -330,8 +339,6 @@ class AsyncLLM:
         job, number = self._of[request]
         choice = job.choices[number]
         self._time(job, choice, len(tokens), now)
-        for follower in self._held.pop(request, []):
-            self._add(follower.request)
         item = choice.reader.read(request, tokens)
         if item is not None:
             job.put((number, item))
@@ -355,7 +362,6 @@ class AsyncLLM:
             return
         for choice in job.choices:
             self._of.pop(choice.request, None)
-            self._held.pop(choice.request, None)
             self.engine.cancel(choice.request)
         with self._wake:
             self._open.discard(job)
@@ -389,29 +395,32 @@ def answer(function: Callable[[], Any], future: Future[Any]) -> None:
             future.set_exception(error)
 
 
+def per_token(request: Request) -> float:
+    """Log-probability of an answer, per token."""
+    return sum(request.logprobs) / max(1, len(request.logprobs))
+
+
 class TextReader:
     """Tokens as `Chunk`s of text; a stop text ends the answer and is not part of it."""
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams):
-        self.decoder, self.eos, self.params = tokenizer.stream(), set(tokenizer.eos_ids), params
+        self.decoder, self.ends, self.stops = tokenizer.stream(), {*tokenizer.eos_ids, *params.stop_token_ids}, params.stop
         self.finish_reason: str | None = None
         self._text = ""
         self._tokens: list[int] = []
-        self._longest = max((len(s) for s in params.stop), default=1) - 1
+        self._longest = max((len(s) for s in params.stop), default=0)
 
     def read(self, request: Request, tokens: list[int]) -> Chunk | None:
         self._tokens += tokens
-        for i, token in enumerate(tokens):
-            last = request.finish_reason if i == len(tokens) - 1 else None
-            if not (last == "stop" and token in self.eos):
-                self._text += self.decoder.add(token)
-            if last:
-                self._text += self.decoder.finish()
-        ends = [at for at in (self._text.find(s) for s in self.params.stop) if at >= 0]
-        self.finish_reason = "stop" if ends else request.finish_reason
-        end = min(ends) if ends else len(self._text) if self.finish_reason else max(0, len(self._text) - self._longest)
+        self.finish_reason = request.finish_reason
+        last = self.finish_reason is not None
+        for token in tokens[:-1] if self.finish_reason == "stop" and tokens[-1] in self.ends else tokens:
+            self._text += self.decoder.add(token)
+        if last:
+            self._text = cut(self._text + self.decoder.finish(), self.stops)
+        end = len(self._text) if last else max(0, len(self._text) - self._longest)  # a stop text may be under way
         text, self._text = self._text[:end], self._text[end:]
-        if not (text or self.finish_reason):
+        if not (text or last):
             return None
         chunk = Chunk(text, self._tokens, self.finish_reason)
         self._tokens = []

@@ -9,10 +9,11 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from pellucid.engine.async_llm import Job
+from pellucid.engine.async_llm import Job, per_token
 from pellucid.engine.request import Request
-from pellucid.server.errors import as_json
+from pellucid.server.errors import Refused, as_json
 from pellucid.server.formats import Piece
+from pellucid.server.protocol import CompletionRequest
 from pellucid.server.reader import AnswerReader, Update
 from pellucid.tokenizers import Tokenizer
 
@@ -64,11 +65,24 @@ def finite(logprob: float) -> float:
 def places_of(request: Request, places: range) -> list[tuple[int, float, list[tuple[int, float]]]]:
     """(token, log-probability, the most probable ones with theirs) of each place of the answer."""
     output = request.output
-    return [(output[i], request.logprobs[i], tops_of(request, i)) for i in places]
+    return [(output[i], request.logprobs[i], request.tops[i]) for i in places]
 
 
-def tops_of(request: Request, place: int) -> list[tuple[int, float]]:
-    return []
+def prompt_places(request: Request) -> list[tuple[int, float | None, list[tuple[int, float]]]]:
+    """The same of the prompt. Nothing stands before its first token, from which its probability could follow."""
+    return [(request.prompt[0], None, []), *zip(request.prompt[1:], request.prompt_logprobs, request.prompt_tops)]
+
+
+def prompt_logprobs(tokenizer: Tokenizer, request: Request) -> list[dict[str, Any] | None] | None:
+    """As vLLM tells them: for each token of the prompt {id: {"logprob", "decoded_token"}}, its own first."""
+    if request.params.prompt_logprobs is None:
+        return None
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        return {"logprob": finite(logprob), "decoded_token": tokenizer.token_bytes(token).decode("utf-8", "replace")}
+
+    return [None if logprob is None else {str(t): entry(t, p) for t, p in [(token, logprob), *tops]}
+            for token, logprob, tops in prompt_places(request)]
 
 
 def chat_logprobs(tokenizer: Tokenizer, request: Request, places: range) -> dict[str, Any] | None:
@@ -116,16 +130,24 @@ def finish_reason(reason: str | None, calls: int) -> str | None:
 async def whole(job: Job) -> list[list[Piece]]:
     """The pieces of every choice, when all are there."""
     pieces: list[list[Piece]] = [[] for _ in job.choices]
-    async for number, update in job:
+    async for number, update in updates(job):
         pieces[number] += update.pieces
     return pieces
+
+
+async def updates(job: Job) -> AsyncIterator[tuple[int, Update]]:
+    """Of the job, as long as all goes well."""
+    async for number, update in job:
+        if update.finish_reason == "error":
+            raise Refused(500, "the form that was asked for became too complex to follow", "response_format", "form_lost")
+        yield number, update
 
 
 def joined(pieces: list[Piece], kind: str) -> str:
     return "".join(p.text for p in pieces if p.kind == kind)
 
 
-def told(job: Job, number: int) -> range:
+def said(job: Job, number: int) -> range:
     """Places of a whole answer whose log-probabilities were asked for."""
     reader = reader_of(job, number)
     return range(reader.said if reader.with_logprobs else 0)
@@ -140,20 +162,17 @@ async def chat_answer(job: Job, envelope: Envelope) -> dict[str, Any]:
             message["reasoning_content"] = reasoning
         if calls:
             message["tool_calls"] = calls
-        logprobs = chat_logprobs(envelope.tokenizer, job.choices[number].request, told(job, number))
+        logprobs = chat_logprobs(envelope.tokenizer, job.choices[number].request, said(job, number))
         reason = finish_reason(reader_of(job, number).finish_reason, len(calls))
         choices.append({"index": number, "message": message, "logprobs": logprobs, "finish_reason": reason})
-    return envelope.body(choices, usage_of(job)) | prompt_probabilities(job)
+    body = envelope.body(choices, usage_of(job))
+    told = prompt_logprobs(envelope.tokenizer, job.choices[0].request)
+    return body if told is None else body | {"prompt_logprobs": told}
 
 
-def prompt_probabilities(job: Job) -> dict[str, Any]:
-    return {}
-
-
-async def text_answer(job: Job, envelope: Envelope, n: int, echo: list[str] | None, no_text: bool) -> dict[str, Any]:
-    """n: choices to return of each prompt, the most probable ones.  echo: texts of the prompts, put before the answers.
-    no_text: the prompts alone."""
-    pieces = await whole(job)
+async def text_answer(job: Job, envelope: Envelope, body: CompletionRequest, echo: list[str] | None) -> dict[str, Any]:
+    """echo: texts of the prompts, put before the answers; with max_tokens 0 they are all that is asked for."""
+    pieces, n, no_text = await whole(job), body.n or 1, body.max_tokens == 0
     drawn = len(job.choices) // len(job.prompts)
     choices: list[dict[str, Any]] = []
     for prompt in range(len(job.prompts)):
@@ -163,12 +182,9 @@ async def text_answer(job: Job, envelope: Envelope, n: int, echo: list[str] | No
             choices.append({"index": len(choices), "text": (echo[prompt] if echo else "") + text,
                             "logprobs": echoed_logprobs(job, number, envelope, bool(echo), no_text),
                             "finish_reason": reader_of(job, number).finish_reason})
+            if body.prompt_logprobs is not None:
+                choices[-1]["prompt_logprobs"] = prompt_logprobs(envelope.tokenizer, job.choices[number].request)
     return envelope.body(choices, usage_of(job))
-
-
-def per_token(request: Request) -> float:
-    """Log-probability of an answer, per token."""
-    return sum(request.logprobs) / max(1, len(request.logprobs))
 
 
 def echoed_logprobs(job: Job, number: int, envelope: Envelope, echo: bool, no_text: bool) -> dict[str, Any] | None:
@@ -179,12 +195,8 @@ def echoed_logprobs(job: Job, number: int, envelope: Envelope, echo: bool, no_te
     if echo:
         places += prompt_places(request)
     if not no_text:
-        places += places_of(request, told(job, number))
+        places += places_of(request, said(job, number))
     return text_logprobs(envelope.tokenizer, places)
-
-
-def prompt_places(request: Request) -> list[tuple[int, float | None, list[tuple[int, float]]]]:
-    return []
 
 
 # --- streams ------------------------------------------------------------------------------------------------------------
@@ -199,7 +211,7 @@ async def chat_events(job: Job, envelope: Envelope, with_usage: bool) -> AsyncIt
     for number in range(len(job.choices)):
         yield event(number, {"role": "assistant", "content": ""})
     calls = [0] * len(job.choices)
-    async for number, update in job:
+    async for number, update in updates(job):
         logprobs = chat_logprobs(envelope.tokenizer, job.choices[number].request, update.places)
         for piece in update.pieces:
             if piece.kind == "tool_call":
@@ -222,13 +234,13 @@ async def text_events(job: Job, envelope: Envelope, with_usage: bool, echo: list
 
     drawn = len(job.choices) // len(job.prompts)
     offsets = [0] * len(job.choices)
-    for number in range(len(job.choices)) if echo else ():
-        request = job.choices[number].request
-        told = text_logprobs(envelope.tokenizer, prompt_places(request)) if reader_of(job, number).with_logprobs else None
-        prompt = (echo or [])[number // drawn]
-        offsets[number] = len(prompt)
-        yield event(number, prompt, logprobs=told)
-    async for number, update in job:
+    begun: set[int] = set()
+    async for number, update in updates(job):
+        if echo and number not in begun:  # its prompt has been read by now
+            begun.add(number)
+            told = text_logprobs(envelope.tokenizer, prompt_places(job.choices[number].request)) if reader_of(job, number).with_logprobs else None
+            offsets[number] = len(echo[number // drawn])
+            yield event(number, echo[number // drawn], logprobs=told)
         text = "" if no_text else joined(update.pieces, "content")
         logprobs = None
         if update.places and not no_text:
@@ -245,4 +257,4 @@ def sse(body: dict[str, Any], event: str = "") -> bytes:
     return (f"event: {event}\n".encode() if event else b"") + b"data: " + as_json(body) + b"\n\n"
 
 
-__all__ = ["DONE", "Envelope", "Update", "chat_answer", "chat_events", "joined", "sse", "text_answer", "text_events", "usage_of", "whole"]
+__all__ = ["DONE", "Envelope", "Update", "chat_answer", "chat_events", "joined", "sse", "text_answer", "text_events", "updates", "usage_of", "whole"]

@@ -78,12 +78,12 @@ def add_completions(app: FastAPI, desk: Desk) -> None:
     async def complete(body: CompletionRequest, request: Request) -> Response:
         model = desk.registry.find(body.model)
         prompts = await asyncio.to_thread(lambda: [prompt_ids(model, prompt) for prompt in body.prompts])
-        job = desk.start(model, body, prompts, request, {"plain": True, "stops": body.stops})
+        job = await desk.start(model, body, prompts, request, {"plain": True, "stops": body.stops})
         envelope = Envelope(body.model, "text_completion", "cmpl", model.tokenizer)
         echo = [model.tokenizer.decode(ids) for ids in prompts] if body.echo else None
         if body.stream:
             return EventStream(text_events(job, envelope, wants_usage(body), echo, body.max_tokens == 0), job)
-        return Json(await unless_gone(text_answer(job, envelope, body.n or 1, echo, body.max_tokens == 0), job, request))
+        return Json(await unless_gone(text_answer(job, envelope, body, echo), job, request))
 
 
 def wants_usage(body: Sampling) -> bool:

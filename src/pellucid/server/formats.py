@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -69,7 +70,7 @@ def call_of(name: Any, arguments: Any) -> Piece | None:
         arguments = json.loads(arguments)
     if not isinstance(name, str) or not name or not isinstance(arguments, dict):
         return None
-    return Piece("tool_call", json.dumps(arguments, ensure_ascii=False), name)
+    return Piece("tool_call", json.dumps(arguments, ensure_ascii=False, allow_nan=False), name)
 
 
 def parse_call(body: str) -> Piece | None:
@@ -190,19 +191,102 @@ def dsml(body: str, schemas: Schemas) -> list[Piece] | None:
 
 
 def pythonic(body: str, schemas: Schemas) -> list[Piece] | None:
-    """A Python list of calls with keywords; literals only, by the syntax tree, nothing is run."""
-    tree = ast.parse(body.strip(), mode="eval").body
-    if not isinstance(tree, ast.List) or not tree.elts:
-        return None
+    """A Python list of calls with keywords and literals. It is read by its words: Python's own parser can be broken by deep nesting."""
+    words = Words(body)
+    words.take("[")
     calls = []
-    for node in tree.elts:
-        if not isinstance(node, ast.Call) or node.args or any(k.arg is None for k in node.keywords):
-            return None
-        arguments = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
-        calls.append(call_of(ast.unparse(node.func), json.loads(json.dumps(arguments))))
-        if not all(part.isidentifier() for part in ast.unparse(node.func).split(".")):
-            return None
-    return None if None in calls else calls  # type: ignore[return-value]
+    while True:
+        name = words.name()
+        words.take("(")
+        arguments = {}
+        while not words.sees(")"):
+            key = words.name()
+            words.take("=")
+            arguments[key] = words.value()
+            if not words.sees(")"):
+                words.take(",")
+        words.take(")")
+        calls.append(call_of(name, arguments))
+        if words.sees("]"):
+            words.take("]")
+            return None if words.left or None in calls else calls  # type: ignore[return-value]
+        words.take(",")
+
+
+WORD = re.compile(r"""\s*(?: (?P<text> \'\'\'.*?\'\'\' | \"{3}.*?\"{3} | '(?:\\.|[^'\\\n])*' | "(?:\\.|[^"\\\n])*" )
+    | (?P<number> -?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)? ) | (?P<name> [^\W\d]\w*(?:\.[^\W\d]\w*)* ) | (?P<sign> [\[\](){},:=] ) )""", re.VERBOSE | re.DOTALL)
+CONSTANTS = {"True": True, "False": False, "None": None, "true": True, "false": False, "null": None}
+
+
+class Words:
+    """Python's literals, word by word, nested at most 64 deep. ValueError where something else stands."""
+
+    def __init__(self, text: str):
+        self.words: list[tuple[str, str]] = []
+        at, end = 0, len(text.rstrip())
+        while at < end:
+            found = WORD.match(text, at)
+            if found is None or found.lastgroup is None:
+                raise ValueError("no literal")
+            self.words.append((found.lastgroup, found[found.lastgroup]))
+            at = found.end()
+        self.at = 0
+
+    @property
+    def left(self) -> bool:
+        return self.at < len(self.words)
+
+    def sees(self, sign: str) -> bool:
+        return self.left and self.words[self.at] == ("sign", sign)
+
+    def take(self, sign: str) -> None:
+        if not self.sees(sign):
+            raise ValueError(f"no {sign}")
+        self.at += 1
+
+    def next(self) -> tuple[str, str]:
+        if not self.left:
+            raise ValueError("the text ends")
+        self.at += 1
+        return self.words[self.at - 1]
+
+    def name(self) -> str:
+        kind, word = self.next()
+        if kind != "name":
+            raise ValueError("no name")
+        return word
+
+    def value(self, depth: int = 0) -> Any:
+        kind, word = self.next()
+        if kind == "text":
+            return ast.literal_eval(word)
+        if kind == "number":
+            return float(word) if set(word) & set(".eE") else int(word)
+        if kind == "name" and word in CONSTANTS:
+            return CONSTANTS[word]
+        if kind != "sign" or word not in "[({" or depth == 64:
+            raise ValueError("no value")
+        return self._table(depth + 1) if word == "{" else self._list("]" if word == "[" else ")", depth + 1)
+
+    def _list(self, end: str, depth: int) -> list[Any]:
+        values = []
+        while not self.sees(end):
+            values.append(self.value(depth))
+            if not self.sees(end):
+                self.take(",")
+        self.take(end)
+        return values
+
+    def _table(self, depth: int) -> dict[str, Any]:
+        table = {}
+        while not self.sees("}"):
+            key = self.value(depth)
+            self.take(":")
+            table[str(key)] = self.value(depth)
+            if not self.sees("}"):
+                self.take(",")
+        self.take("}")
+        return table
 
 
 class Cursor:

@@ -51,9 +51,9 @@ class Desk:
             raise told(error, "messages") from error
         opens = model.tokenizer.decode(ids[-8:]).rstrip().endswith(model.form.think[0])
         options = {"thinking": opens, "tools": body.reads_calls, "stops": body.stops, "form": model.form, "schemas": body.schemas or None}
-        return model, self.start(model, body, [ids], request, options, opens or (model.thinks and thinking is not False))
+        return model, await self.start(model, body, [ids], request, options, opens or (model.thinks and thinking is not False))
 
-    def start(self, model: Served, body: Sampling, prompts: list[list[int]], request: Request, options: dict[str, Any],
+    async def start(self, model: Served, body: Sampling, prompts: list[list[int]], request: Request, options: dict[str, Any],
               thinking: bool = False) -> Job:
         """The request as a job in the queue; what cannot fit the context is refused before. options: of the parser."""
         params = self._params(model, body, prompts, thinking)
@@ -64,14 +64,14 @@ class Desk:
                 parser: Parser = ForcedCalls(forced, AnswerParser(**options | {"tools": False, "stops": ()}))
             else:
                 parser = AnswerParser(**options)
-            return AnswerReader(model, parser, p.stop_token_ids, p.top is not None)
+            return AnswerReader(model, parser, p, body.asked_logprobs is not None)
 
         state = request.scope["state"]
         try:
-            job = model.engine.submit(prompts, params, reader, namespace=namespace_of(model, body, state.get("tenant", "")),
+            job = await model.engine.submit(prompts, params, reader, namespace=namespace_of(model, body, state.get("tenant", "")),
                                       priority=body.priority, request_id=state.get("request_id", ""))
         except BadInput as error:
-            raise told(error, "max_tokens", "context_length_exceeded") from error
+            raise told(error, None, "invalid_value") from error
         state["model"], state["job"] = model.name, job
         if self.limits.seconds:
             job.expire_after(self.limits.seconds)

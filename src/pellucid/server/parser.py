@@ -38,12 +38,12 @@ class AnswerParser:
 
     thinking: the prompt ends inside a thought (some templates write `<think>` themselves).  tools: look for calls.
     plain: look for nothing but stop texts.  form: the family's format.  schemas: of the tools offered, None where none were.
-    `stopped` turns True when a stop text has ended the answer: nothing more will come.
+    `stopped` turns True when a stop text has ended the answer: nothing more will come.  deaf: stop texts do not count yet.
     """
 
     def __init__(self, thinking: bool = False, tools: bool = True, stops: Sequence[str] = (), plain: bool = False,
                  form: Format = HERMES, schemas: Schemas | None = None):
-        self.stops, self.stopped = tuple(stops), False
+        self.stops, self.stopped, self.deaf = tuple(stops), False, False
         self._held = ""  # content that may be the beginning of a stop text
         self._parts: Parts
         if form.channels and not plain:
@@ -70,7 +70,7 @@ class AnswerParser:
 
     def _stop_at(self, pieces: list[Piece]) -> list[Piece]:
         """The pieces up to the first stop text in the content; the beginning of one is held back."""
-        if not self.stops:
+        if not self.stops or (self.deaf and not self._held):
             return pieces
         kept: list[Piece] = []
         for piece in pieces:

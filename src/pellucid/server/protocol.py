@@ -106,6 +106,8 @@ class Sampling(Body):
     def one_stream(self) -> Sampling:
         if self.stream_options and not self.stream:
             raise ValueError("stream_options needs stream true")
+        if self.stream and self.prompt_logprobs is not None:
+            raise ValueError("prompt_logprobs cannot be streamed; ask with stream false")
         return self
 
     @property
@@ -125,6 +127,17 @@ class Sampling(Body):
         """How many of the most probable tokens to tell for each place, beside the one that was drawn; None: no probabilities."""
         return None
 
+    @property
+    def needed_logprobs(self) -> int | Literal[False]:
+        """The same for the engine, which needs them too where the best of several are returned."""
+        if self.asked_logprobs is not None:
+            return self.asked_logprobs
+        return 0 if self.samples > (self.n or 1) else False
+
+    @property
+    def needed_prompt_logprobs(self) -> int | None:
+        return self.prompt_logprobs
+
     def constraint(self) -> dict[str, Any] | None:
         """What the answer must be, as `StructuredOutput` takes it: json_schema, json_object, regex, choice or grammar."""
         return None if self.structured_outputs is None else self.structured_outputs.model_dump(exclude_none=True)
@@ -141,7 +154,7 @@ class Sampling(Body):
             "frequency_penalty": self.frequency_penalty or 0.0, "presence_penalty": self.presence_penalty or 0.0,
             "repetition_penalty": self.repetition_penalty or 1.0,
             "logit_bias": {int(token): bias for token, bias in self.logit_bias.items()} if self.logit_bias else None,
-            "logprobs": False if self.asked_logprobs is None else self.asked_logprobs, "prompt_logprobs": self.prompt_logprobs,
+            "logprobs": self.needed_logprobs, "prompt_logprobs": self.needed_prompt_logprobs,
             "structured": None if form is None else StructuredOutput(**form, thinking=thinking)}
         return SamplingParams(min(room, DEFAULT_TOKENS) if most is None else max(1, most), **asked)
 
@@ -367,6 +380,10 @@ class CompletionRequest(Sampling):
     @property
     def asked_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def needed_prompt_logprobs(self) -> int | None:
+        return self.logprobs if self.echo and self.logprobs is not None else self.prompt_logprobs
 
     def constraint(self) -> dict[str, Any] | None:
         return super().constraint() or (self.response_format.constraint() if self.response_format else None)

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from pellucid.engine.params import SamplingParams
 from pellucid.engine.request import Request
 from pellucid.server.formats import Piece, call_of
 from pellucid.server.registry import Served
@@ -13,6 +14,7 @@ from pellucid.server.registry import Served
 
 class Parser(Protocol):
     stopped: bool
+    deaf: bool
 
     @property
     def in_thought(self) -> bool: ...
@@ -34,9 +36,9 @@ class Update:
 class AnswerReader:
     """A `Reader` of the engine: decoder, then parser. Reads until the parser has seen a stop text."""
 
-    def __init__(self, model: Served, parser: Parser, stop_ids: tuple[int, ...] = (), with_logprobs: bool = False):
+    def __init__(self, model: Served, parser: Parser, params: SamplingParams, with_logprobs: bool = False):
         self.decoder, self.parser, self.with_logprobs = model.tokenizer.stream(), parser, with_logprobs
-        self.hidden, self.ends = model.hidden, {*model.tokenizer.eos_ids, *stop_ids}
+        self.hidden, self.ends, self.least = model.hidden, {*model.tokenizer.eos_ids, *params.stop_token_ids}, params.min_tokens
         self.finish_reason: str | None = None
         self.said = 0  # tokens that are part of the answer
         self.thought = 0  # of these, those of the thought
@@ -53,6 +55,7 @@ class AnswerReader:
                 self.said += 1
             if last:
                 text += self.decoder.finish()
+            self.parser.deaf = self.said < self.least
             before = self.parser.in_thought
             pieces += self.parser.feed(text)
             self.thought += before or self.parser.in_thought
@@ -74,7 +77,7 @@ class ForcedCalls:
     Behind a thought, where the model writes one."""
 
     def __init__(self, name: str, thoughts: Parser):
-        self.name, self.thoughts, self.stopped = name, thoughts, False
+        self.name, self.thoughts, self.stopped, self.deaf = name, thoughts, False, False
         self._text = ""
 
     @property

@@ -17,7 +17,7 @@ from fastapi import FastAPI, Request, Response
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from pellucid.engine.async_llm import Job
-from pellucid.server.answers import joined, reader_of, sse, whole
+from pellucid.server.answers import joined, reader_of, sse, updates, whole
 from pellucid.server.errors import Json, Refused, refusal_of
 from pellucid.server.formats import Piece
 from pellucid.server.jobs import Desk, EventStream, unless_gone
@@ -373,7 +373,7 @@ async def response_events(job: Job, envelope: Envelope, keep: Any) -> AsyncItera
     yield event({"type": "response.in_progress", "response": envelope.body("in_progress", [])})
     output = Output()
     try:
-        async for _, update in job:
+        async for _, update in updates(job):
             for piece in update.pieces:
                 for body in output.add(piece):
                     yield event(body)

@@ -1,0 +1,157 @@
+"""Every family's format of thoughts and calls: what a reader would say, and the same however the stream is cut."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_answer_parser import merged
+
+from pellucid.server.formats import FORMATS, Cursor, Piece, format_of, typed
+from pellucid.server.parser import AnswerParser, parse_answer
+
+SCHEMAS = {"f": {"type": "object", "properties": {
+    "a": {"type": "integer"}, "b": {"type": "string"}, "c": {"type": ["array", "null"]}, "d": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+    "e": {"type": "boolean"}}}, "g.h": {"type": "object", "properties": {}}}
+DS = "<｜tool▁calls▁begin｜>{}<｜tool▁calls▁end｜>"
+FENCED = "<｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{}\n```<｜tool▁call▁end｜>"
+BARE = "<｜tool▁call▁begin｜>f<｜tool▁sep｜>{}<｜tool▁call▁end｜>"
+DSML = "<｜DSML｜{0}>\n<｜DSML｜invoke name=\"f\">\n{1}</｜DSML｜invoke>\n</｜DSML｜{0}>"
+PARAMETER = '<｜DSML｜parameter name="{}" string="{}">{}</｜DSML｜parameter>\n'
+CODER = "<tool_call>\n<function=f>\n{}</function>\n</tool_call>"
+
+F1 = ("f", {"a": 1})
+CASES = [  # format, text, reasoning, content, calls
+    ("hermes", '<tool_call>{"name": "f", "arguments": {"b": "say </tool_call> \\"so\\""}}</tool_call>', "", "", [("f", {"b": 'say </tool_call> "so"'})]),
+    ("hermes", '<tool_call>{"name": "f", "arguments": {"a": 1}', "", '<tool_call>{"name": "f", "arguments": {"a": 1}', []),
+    ("qwen3-coder", "<think>\nx\n</think>\n\n" + CODER.format("<parameter=a>\n1\n</parameter>\n<parameter=b>\n 7\n\n</parameter>\n"), "x", "",
+     [("f", {"a": 1, "b": " 7\n"})]),
+    ("qwen3-coder", CODER.format("<parameter=b>\n</tool_call> </parameter> x\n</parameter>\n"), "", "", [("f", {"b": "</tool_call> </parameter> x"})]),
+    ("qwen3-coder", CODER.format("<parameter=c>\n[1, {}]\n</parameter>\n<parameter=d>\nnull\n</parameter>\n<parameter=e>\ntrue\n</parameter>\n<parameter=z>\n1\n</parameter>\n"),
+     "", "", [("f", {"c": [1, {}], "d": None, "e": True, "z": "1"})]),
+    ("qwen3-coder", CODER.format("") + "\n" + CODER.format("<parameter=a>\n1\n</parameter>\n"), "", "", [("f", {}), F1]),
+    ("qwen3-coder", "<tool_call>nothing</tool_call>", "", "<tool_call>nothing</tool_call>", []),
+    ("deepseek", "Let me see." + DS.format(FENCED.format('{"a": 1}') + "\n" + FENCED.format('{"b": "``` <｜tool▁call▁end｜>"}')), "", "Let me see.",
+     [F1, ("f", {"b": "``` <｜tool▁call▁end｜>"})]),
+    ("deepseek", "<think>\nwhy\n</think>\n" + DS.format(BARE.format('{"a": 1}') + BARE.format("{}")), "why", "", [F1, ("f", {})]),
+    ("deepseek", DS.format(BARE.format("{a}")), "", DS.format(BARE.format("{a}")), []),
+    ("deepseek-dsml", DSML.format("function_calls", PARAMETER.format("a", "false", "1") + PARAMETER.format("b", "true", "1")), "", "", [("f", {"a": 1, "b": "1"})]),
+    ("deepseek-dsml", DSML.format("tool_calls", PARAMETER.format("b", "true", "</｜DSML｜tool_calls>")), "", "", [("f", {"b": "</｜DSML｜tool_calls>"})]),
+    ("deepseek-dsml", DSML.format("tool_calls", PARAMETER.format("a", "perhaps", "1")), "", DSML.format("tool_calls", PARAMETER.format("a", "perhaps", "1")), []),
+    ("llama-json", '{"name": "f", "parameters": {"a": 1}}; {"name": "f", "parameters": {}}', "", "", [F1, ("f", {})]),
+    ("llama-json", '<|python_tag|>{"name": "f", "parameters": {"a": 1}}', "", "", [F1]),
+    ("llama-json", '{"name": "f"} is what I would say', "", '{"name": "f"} is what I would say', []),
+    ("llama-json", 'I say {"name": "f", "parameters": {}}', "", 'I say {"name": "f", "parameters": {}}', []),
+    ("pythonic", '[f(a=1, b="x"), g.h(c=[1, None, {"k": True}])]', "", "", [("f", {"a": 1, "b": "x"}), ("g.h", {"c": [1, None, {"k": True}]})]),
+    ("pythonic", "<|python_start|>[f(a=-1)]<|python_end|>", "", "", [("f", {"a": -1})]),
+    ("pythonic", "[f(a=open('x'))]", "", "[f(a=open('x'))]", []),
+    ("pythonic", "[f(1)]", "", "[f(1)]", []),
+    ("pythonic", "[(lambda: 1)(a=1)]", "", "[(lambda: 1)(a=1)]", []),
+    ("mistral", '[TOOL_CALLS][{"name": "f", "arguments": {"a": 1}, "id": "abcdefghi"}, {"name": "f", "arguments": {}}]', "", "", [F1, ("f", {})]),
+    ("mistral", 'So: [TOOL_CALLS]f[ARGS]{"a": 1}[TOOL_CALLS]f[CALL_ID]123456789[ARGS]{"b": "[TOOL_CALLS]"}', "", "So:", [F1, ("f", {"b": "[TOOL_CALLS]"})]),
+    ("mistral", "[THINK]hm[/THINK]yes", "hm", "yes", []),
+    ("mistral", "[TOOL_CALLS]f{", "", "[TOOL_CALLS]f{", []),
+    ("mistral", "[TOOL_CALLS]f[ARGS]{\"a\": NaN}", "", "[TOOL_CALLS]f[ARGS]{\"a\": NaN}", []),
+    ("pythonic", "[f(a=1e999)]", "", "[f(a=1e999)]", []),
+    ("harmony", "<|channel|>analysis<|message|>Need a tool.<|end|><|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json<|message|>{\"a\": 1}<|call|>",
+     "Need a tool.", "", [F1]),
+    ("harmony", " to=functions.f<|channel|>commentary json<|message|>{\"a\": 1}", "", "", [F1]),
+    ("harmony", "<|channel|>analysis<|message|>x<|end|><|start|>assistant<|channel|>commentary<|message|>First. <|end|><|start|>assistant<|channel|>final<|message|>Second.<|return|>",
+     "x", "First. Second.", []),
+    ("harmony", "no format at all, " * 30, "", "no format at all, " * 30, []),
+    ("harmony", "short", "", "short", []),
+    ("harmony", "<|channel|>commentary to=functions.f<|message|>{broken", "", "<|channel|>commentary to=functions.f<|message|>{broken", []),
+]
+
+
+def parsed(form: str, text: str, edges: list[int] | None = None) -> list[Piece]:
+    parser = AnswerParser(form=FORMATS[form], schemas=SCHEMAS)
+    cuts = sorted({0, len(text), *(e for e in edges or [] if e < len(text))})
+    return [p for a, b in itertools.pairwise(cuts) for p in parser.feed(text[a:b])] + parser.finish()
+
+
+@pytest.mark.parametrize(("form", "text", "reasoning", "content", "calls"), CASES)
+def test_what_a_reader_would_say(form: str, text: str, reasoning: str, content: str, calls: list[tuple[str, dict]]):
+    found = parse_answer(text, form=FORMATS[form], schemas=SCHEMAS)
+    assert found[:2] == (reasoning, content)
+    assert [(p.name, json.loads(p.text)) for p in found[2]] == calls
+
+
+@pytest.mark.parametrize(("form", "text"), [case[:2] for case in CASES])
+def test_cut_at_every_character_and_at_each_one(form: str, text: str):
+    whole = merged(parsed(form, text))
+    assert merged(parsed(form, text, list(range(len(text))))) == whole
+    for at in range(1, len(text)):
+        assert merged(parsed(form, text, [at])) == whole, at
+
+
+MARKS = ["<tool_call>", "</tool_call>", "<function=f>", "</function>", "<parameter=a>", "</parameter>", "<think>", "</think>", "<｜tool▁calls▁begin｜>",
+         "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>", "<｜DSML｜function_calls>", "</｜DSML｜function_calls>",
+         '<｜DSML｜invoke name="f">', "</｜DSML｜invoke>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[THINK]", "[/THINK]", "<|channel|>", "<|message|>", "<|end|>",
+         "<|start|>assistant", "<|call|>", "analysis", "final", "commentary", " to=functions.f", "f", '{"name": "f", "parameters": {}}', '{"a": 1}', "[f(a=1)]",
+         '"', "\\", "{", "[", ";", " ", "\n", "```json\n", "```", "x", "é", "<", "stop", "st", *(case[1] for case in CASES[:30])]
+
+
+@settings(max_examples=400, deadline=None)
+@given(form=st.sampled_from(sorted(FORMATS)), text=st.lists(st.sampled_from(MARKS), max_size=10).map("".join), cuts=st.lists(st.integers(0, 300), max_size=12),
+       stops=st.lists(st.sampled_from(["stop", "}", "\n"]), max_size=2), thinking=st.booleans())
+def test_any_cut_gives_the_same(form: str, text: str, cuts: list[int], stops: list[str], thinking: bool):
+    def run(edges: list[int]) -> tuple[list[tuple[str, str, str]], bool]:
+        parser = AnswerParser(thinking, True, stops, form=FORMATS[form], schemas=SCHEMAS)
+        pieces = [p for a, b in itertools.pairwise(edges) for p in parser.feed(text[a:b])] + parser.finish()
+        assert not any(s in "".join(p.text for p in pieces if p.kind == "content") for s in stops)
+        return merged(pieces), parser.stopped
+
+    edges = sorted({0, len(text), *(c for c in cuts if c < len(text))})
+    assert run(edges) == run([0, len(text)]) == run(list(range(len(text) + 1)))
+
+
+@settings(max_examples=200, deadline=None)
+@given(form=st.sampled_from(sorted(FORMATS)), value=st.text(max_size=30))
+def test_any_text_comes_through_as_an_argument(form: str, value: str):
+    """Marks, quotes and line breaks inside an argument are part of it. (Texts that hold the format's own inner marks are left out
+    where it has no escape for them.)"""
+    as_json = json.dumps({"b": value}, ensure_ascii=False)
+    text = {"hermes": f'<tool_call>{{"name": "f", "arguments": {as_json}}}</tool_call>', "qwen3-coder": CODER.format(f"<parameter=b>\n{value}\n</parameter>\n"),
+            "deepseek": DS.format(FENCED.format(as_json)), "deepseek-dsml": DSML.format("tool_calls", PARAMETER.format("b", "true", value)),
+            "llama-json": f'{{"name": "f", "parameters": {as_json}}}', "pythonic": f"[f(b={value!r})]", "mistral": f"[TOOL_CALLS]f[ARGS]{as_json}",
+            "harmony": f"<|channel|>commentary to=functions.f<|message|>{as_json}"}[form]
+    (call,) = parsed(form, text)
+    assert (call.kind, call.name, json.loads(call.text)) == ("tool_call", "f", {"b": value})
+
+
+def test_a_bare_call_needs_tools_that_were_offered():
+    text = '{"name": "f", "parameters": {}}'
+    assert parse_answer(text, form=FORMATS["llama-json"]) == ("", text, [])
+    assert len(parse_answer(text, form=FORMATS["llama-json"], schemas=SCHEMAS)[2]) == 1
+
+
+@pytest.mark.parametrize(("template", "name"), [
+    ("{% if tools %}<tool_call>{{ '{' }}\"name\"", "hermes"), ("<tool_call>\n<function=example>", "qwen3-coder"), ("<｜tool▁calls▁begin｜>", "deepseek"),
+    ("<｜DSML｜function_calls>", "deepseek-dsml"), ("[TOOL_CALLS]", "mistral"), ('<|start_header_id|> {"name": x, "parameters": y}', "llama-json"),
+    ("<|start|>assistant<|channel|>final<|message|>", "harmony"), ("{{ messages }}", "hermes")])
+def test_the_format_of_a_template(template: str, name: str):
+    assert format_of(template).name == name
+
+
+@pytest.mark.parametrize(("text", "schema", "value"), [
+    ("1", {"type": "integer"}, 1), ("1", {"type": "string"}, "1"), ("1", None, "1"), ("1", {}, "1"), ("null", {"type": ["string", "null"]}, None),
+    ("True", {"type": "boolean"}, True), ("nope", {"type": "number"}, "nope"), ('{"a": 1}', {"type": "object"}, {"a": 1}), ("[" * 100_000, {"type": "array"}, "[" * 100_000)])
+def test_values_by_their_schema(text: str, schema: dict | None, value: object):
+    assert typed(text, schema) == value
+
+
+def test_deep_nesting_and_huge_bodies_are_text():
+    for form, body in (("hermes", "<tool_call>" + "[" * 50_000 + "</tool_call>"), ("pythonic", "[" * 50_000), ("llama-json", "{" * 50_000),
+                       ("mistral", "[TOOL_CALLS]" + "[" * 50_000), ("pythonic", "[f(a=" + "-" * 20_000 + "1)]")):
+        assert parse_answer(body, form=FORMATS[form], schemas=SCHEMAS) == ("", body, [])
+
+
+def test_the_cursor_refuses_what_is_not_there():
+    with pytest.raises(ValueError):
+        Cursor("abc").until("x")
+    with pytest.raises(ValueError):
+        Cursor("").json()
