@@ -2,7 +2,7 @@
 
 import pytest
 from tiny_checkpoints import BASE
-from transformers import GPT2Config, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
+from transformers import GPT2Config, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
 
 from pellucid.errors import BadInput
 from pellucid.models import spec_of
@@ -44,6 +44,13 @@ def test_defaults(config):
     assert mixer.head_dim == getattr(theirs, "head_dim", 12) and mixer.rope.theta == theirs.rope_parameters["rope_theta"]
     assert mixer.window == getattr(theirs, "sliding_window", None) and ours.context == BASE["max_position_embeddings"]
     assert (ours.eps, ours.tied, ours.layers[0].ffn.act) == (theirs.rms_norm_eps, theirs.tie_word_embeddings, theirs.hidden_act)
+
+
+@pytest.mark.parametrize("config", [LlamaConfig, Phi3Config])
+def test_without_a_number_of_key_value_heads_there_are_as_many_as_queries(config):
+    fields = {name: value for name, value in SMALL.items() if name != "num_key_value_heads"}
+    mixer = spec_of({"model_type": config.model_type, **fields}).layers[0].mixer
+    assert mixer.kv_heads == config(**fields).num_key_value_heads == mixer.heads == 4
 
 
 def test_defaults_of_gpt2():

@@ -530,6 +530,7 @@ def test_which_layers_are_sparse():
     ({"type": "yarn", "factor": 40, "mscale": 0.707, "mscale_all_dim": 0.707}, 1.26080**2),  # V2
     ({"type": "yarn", "factor": 40, "mscale": 1.0, "mscale_all_dim": 0}, 1.0),
     ({"type": "yarn", "factor": 1.0, "mscale_all_dim": 1.0}, 1.0),
+    ({"type": "yarn", "factor": 0.5, "mscale": 1.0, "mscale_all_dim": 1.0}, 1.0),
     (None, 1.0),
 ], ids=str)
 def test_the_second_temperature(rope, factor):

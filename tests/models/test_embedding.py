@@ -152,6 +152,17 @@ def test_a_folder_with_all_modules(folder):
     assert_equal(embed_texts(folder, texts), want([f"dog: {text}" for text in texts]))
 
 
+def test_a_recipe_lowers_the_text_of_a_cased_tokenizer(folder):
+    file = folder / "0_Transformer/tokenizer.json"
+    data = json.loads(file.read_text())
+    assert data["normalizer"]["lowercase"]
+    file.write_text(json.dumps({**data, "normalizer": {**data["normalizer"], "lowercase": False}}))
+    large, small = (embed_texts(folder, [text]) for text in ("the DOG", "the dog"))
+    assert torch.equal(large, small)
+    put(folder, "0_Transformer/sentence_bert_config.json", {"max_seq_length": 7})
+    assert torch.equal(embed_texts(folder, ["the dog"]), small) and (embed_texts(folder, ["the DOG"]) - small).abs().max() > 1e-2
+
+
 def test_without_a_norm_at_the_end(folder):
     modules = json.loads((folder / "modules.json").read_text())
     put(folder, "modules.json", modules[:2])

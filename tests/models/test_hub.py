@@ -153,6 +153,7 @@ def test_missing_and_unused_may_be_let_through_but_not_shapes(folder, capsys):
         pellucid.load(folder)
     model = pellucid.load(folder, allow_missing=True)
     up = model.layers[1].ffn.gate_up.weight[80:]
+    assert torch.equal(up, pellucid.nn.init_weights(pellucid.nn.Decoder(model.spec)).layers[1].ffn.gate_up.weight[80:])
     assert up.std() > 0.05 and not torch.equal(up, gone)
     assert torch.equal(model.layers[1].ffn.down.weight, tensors["model.layers.1.mlp.down_proj.weight"])
     tensors["model.norm.weight"] = torch.ones(7)

@@ -13,6 +13,8 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3NextConfig,
 )
 from transformers.models.qwen3_next import modeling_qwen3_next as theirs
@@ -157,3 +159,25 @@ def test_gated_attention_of_real_size_far_beyond_the_trained_context():
         near = ours(x, open_context(x, x.dtype))
     assert (got.float() - want.float()).norm() < 0.02 * want.float().norm()
     assert (near.float() - want.float()).norm() < 0.05 * want.float().norm()  # only distances matter, as far as rounding goes
+
+
+@pytest.mark.parametrize("config", [Qwen3NextConfig, Qwen3_5TextConfig, Qwen3_5MoeTextConfig])
+def test_what_hybrids_leave_unsaid(config):
+    """A quarter of each head is rotated, every fourth layer sees everything; the sizes as in the released models."""
+    theirs = config(num_hidden_layers=9)
+    ours = pellucid.models.spec_of({"model_type": config.model_type, "vocab_size": theirs.vocab_size, "hidden_size": theirs.hidden_size,
+                                    "num_hidden_layers": 9, "num_attention_heads": theirs.num_attention_heads, "num_key_value_heads": theirs.num_key_value_heads})
+    mixers = [layer.mixer for layer in ours.layers]
+    attention, delta = mixers[3], mixers[0]
+    assert ["full_attention" if mixer == attention else "linear_attention" for mixer in mixers] == theirs.layer_types
+    assert attention.head_dim == theirs.head_dim and attention.rope.dim == int(theirs.head_dim * theirs.rope_parameters["partial_rotary_factor"])
+    assert attention.rope.dim == attention.head_dim // 4 and attention.rope.theta == theirs.rope_parameters["rope_theta"]
+    assert (delta.k_heads, delta.v_heads, delta.k_dim, delta.v_dim, delta.conv) == tuple(getattr(theirs, f"linear_{name}") for name in (
+        "num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim"))
+    assert ours.eps == theirs.rms_norm_eps and ours.tied == theirs.tie_word_embeddings
+
+
+def test_a_multimodal_file_says_outside_what_its_text_model_shares():
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 2}
+    for tied in (False, True):
+        assert pellucid.models.spec_of({"model_type": "gemma3", "tie_word_embeddings": tied, "text_config": text}).tied is tied

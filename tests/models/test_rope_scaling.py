@@ -15,11 +15,12 @@ KINDS = {
     "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                "original_max_position_embeddings": 32},
     "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "dynamic-by-what-it-was-trained-for": {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 32},  # not by this field
     "yarn": YARN,
     "yarn-below-1": {**YARN, "factor": 0.5},
     "yarn-betas": {**YARN, "beta_fast": 3.0, "beta_slow": 0.25},
-    "yarn-one-point": {**YARN, "beta_fast": 2.0, "beta_slow": 2.0, "truncate": False},
-    "yarn-ramp-beyond-the-last-pair": {**YARN, "rope_theta": 10.0, "original_max_position_embeddings": 4096},
+    "yarn-one-point": {**YARN, "original_max_position_embeddings": 6},  # both ends of the ramp fall on the first pair
+    "yarn-ramp-beyond-the-last-pair": {**YARN, "rope_theta": 10.0, "original_max_position_embeddings": 1024},
     "yarn-untruncated": {**YARN, "beta_fast": 3.0, "truncate": False},
     "yarn-given": {**YARN, **MSCALE, "attention_factor": 1.25},
     "yarn-mscale": {**YARN, **MSCALE},
@@ -69,7 +70,8 @@ def test_a_field_beside_the_scaling_wins_over_one_inside():
 def test_kinds_and_variants_differ():
     found = {kind: both(kind, 1000)[1] for kind in KINDS}
     values = {(tuple(f.tolist()), factor) for f, factor in found.values()}
-    same = {"yarn-half-an-mscale", "yarn-other-half", "yarn-by-ratio"}  # as yarn: both halves are needed, the ratio is 4
+    # both halves are needed, the ratio is 4; dynamic has no other original context than max_position_embeddings
+    same = {"yarn-half-an-mscale", "yarn-other-half", "yarn-by-ratio", "dynamic-by-what-it-was-trained-for"}
     assert len(values) == len(KINDS) - len(same)
 
 

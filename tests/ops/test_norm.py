@@ -49,6 +49,7 @@ def test_half_precision_rounds_where_llama_rounds(dtype):
     assert (weight_first == theirs).float().mean() < 0.9
     with torch.no_grad():
         assert torch.equal(rms_norm(x, weight), y)
+        assert (rms_norm_reference(x, weight) == theirs).float().mean() > 0.99
     wide = [t.detach().double().requires_grad_() for t in (x, weight)]
     truth = torch.autograd.grad(rms_norm_reference(*wide), wide, g.double())
     ours = torch.autograd.grad(y, (x, weight), g)

@@ -34,6 +34,14 @@ def test_angles_within_and_beyond_the_original_context(scaling, theta, d):
     torch.testing.assert_close(cos[:, :3], their_cos[:, :3], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_angles_are_computed_in_float32_whatever_they_are_for(dtype):
+    """Positions beyond 256 are no bfloat16 numbers."""
+    positions, f = torch.tensor([[3, 257, 4095, 100_001]]), rope_frequencies(64, 1e4)
+    for got, want in zip(rope_angles(positions, f, dtype, 1.25), rope_angles(positions, f, factor=1.25), strict=True):
+        assert torch.equal(got, want.to(dtype))
+
+
 def test_scalings_differ():
     f = {name: rope_frequencies(64, 1e4, s) for name, s in SCALINGS.items()}
     assert torch.equal(f["default"], rope_frequencies(64, 1e4))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import random
 import subprocess
@@ -305,3 +306,15 @@ def test_saving_over_an_old_tokenizer_leaves_one(ours, tmp_path):
     train_bpe([CHINESE, MIXED], 400).save(tmp_path)
     ours.save(tmp_path)
     assert Tokenizer.load(tmp_path).vocab_size == ours.vocab_size
+
+
+def test_patterns_are_those_that_transformers_holds():
+    """Written by others into their own code, or into the files that their converters make."""
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as qwen2
+    from transformers.models.qwen3_5.tokenization_qwen3_5 import PRETOKENIZE_REGEX as qwen3_5
+
+    llama3 = inspect.signature(TikTokenConverter.__init__).parameters["pattern"].default
+    assert (patterns.QWEN_PATTERN, patterns.QWEN35_PATTERN, patterns.LLAMA3_PATTERN) == (qwen2, qwen3_5, llama3)
+    assert (GGUF_PRE_TOKENIZER_SPLITS["gpt-4o"], GGUF_PRE_TOKENIZER_SPLITS["llama3"]) == (patterns.O200K_PATTERN, llama3)
