@@ -77,6 +77,25 @@ def test_two_models_side_by_side(capsys):
     assert "≠" not in capsys.readouterr().out
 
 
+def test_models_of_two_contexts_are_compared_at_the_shorter(capsys):
+    assert main(["inspect", "--compare", "qwen3-8b", "llama-3.1-8b"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "FLOPs a token at context" in line]
+    assert "40,960" in line and f"{pellucid.inspect('qwen3-8b').flops(40_960):,}" in line and f"{pellucid.inspect('llama-3.1-8b').flops(40_960):,}" in line
+
+
+def test_what_an_encoder_is_made_of(capsys):
+    """bert-base: 109,514,298 parameters, of which 23,835,648 are its three embeddings and 622,650 its head (less the tied matrix)."""
+    bert = pellucid.inspect("bert-base")
+    assert bert.parameters - bert.active_without_embeddings == (30522 + 512 + 2) * 768 + 768 * 768 + 3 * 768 + 30522
+    assert main(["inspect", "bert-base"]) == 0
+    assert "cache" not in capsys.readouterr().out  # it keeps nothing
+
+
+def test_the_tokenizer_of_a_well_known_model_is_sought_on_the_hub(capsys):
+    assert main(["inspect", "qwen3-8b", "--text", "hi"]) == 2
+    assert "Qwen/Qwen3-8B" in capsys.readouterr().err
+
+
 def test_the_tree_says_equal_layers_once():
     lines = tree(hybrid_spec())
     assert sum("Attn" in line for line in lines) == 1 and any("layers 0, 2" in line for line in lines)

@@ -64,8 +64,8 @@ def page(info: Inspection) -> list[str]:
     return [*lines, "", *tree(info.spec)]
 
 
-def facts_of(info: Inspection) -> dict[str, Any]:
-    """One line each, in the words of the field."""
+def facts_of(info: Inspection, at: int | None = None) -> dict[str, Any]:
+    """One line each, in the words of the field. at: the context whose FLOPs are told; None: the model's own."""
     from pellucid.plan.tree import ranges
 
     context = getattr(info.spec, "context", None)
@@ -76,7 +76,8 @@ def facts_of(info: Inspection) -> dict[str, Any]:
         "context": context,
     }
     if info.flops_per_token is not None:
-        facts |= {f"cache bytes a token ({info.cache_dtype})": info.kv_bytes_per_token}
+        if info.kinds:  # a decoder
+            facts |= {f"cache bytes a token ({info.cache_dtype})": info.kv_bytes_per_token}
         if info.state_bytes:
             facts["cache bytes a sequence, any length"] = info.state_bytes
         for kind in info.kinds if len(info.kinds) > 1 else []:
@@ -84,8 +85,8 @@ def facts_of(info: Inspection) -> dict[str, Any]:
                 f", {kind.state_bytes:,} a sequence" if kind.state_bytes else "")
         facts |= {"forward FLOPs a token, empty context": info.flops_per_token,
                   "training FLOPs a token, empty context": info.training_flops_per_token}
-        if context:
-            facts[f"forward FLOPs a token at context {context:,}"] = info.flops(context)
+        if at := at or context:
+            facts[f"forward FLOPs a token at context {at:,}"] = info.flops(at)
     if info.stored:
         facts["stored numbers"] = ", ".join(f"{name} {n:,}" for name, n in info.stored.items())
     if info.tokenizer:
@@ -110,7 +111,8 @@ def compare(config: Inspect) -> None:
 
 def compared(a: Inspection, b: Inspection) -> list[tuple[str, str, str]]:
     """(name, of a, of b) for every fact and every line of both trees; '-' where one has none."""
-    left, right = ({**facts_of(info), **flat(info.spec)} for info in (a, b))
+    shared = min((c for info in (a, b) if (c := getattr(info.spec, "context", None))), default=None)  # comparable at one length only
+    left, right = ({**facts_of(info, shared), **flat(info.spec)} for info in (a, b))
     return [(name, shown(left.get(name, "-")), shown(right.get(name, "-"))) for name in dict.fromkeys([*left, *right])]
 
 
@@ -138,11 +140,13 @@ def flat(spec: Any, name: str = "") -> dict[str, Any]:
 def show_text(model: str, text: str) -> None:
     """The text cut into tokens, in colour on a terminal."""
     import sys
+    from pathlib import Path
 
     from pellucid import events
+    from pellucid.models import known
     from pellucid.tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.load(model)
+    tokenizer = Tokenizer.load(known.hub_id(model) if not Path(model).exists() and model.lower() in known.names() else model)
     ids = tokenizer.encode(text)
     events.emit(events.Evaluation("inspect", "tokens", float(len(ids)), {"text": text, "ids": ids}))
     print(tokenizer.show(text, colour=sys.stdout.isatty()))

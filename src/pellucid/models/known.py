@@ -225,6 +225,11 @@ def find_config(name: str) -> Fields:
     raise BadInput(f"there is no well-known model {name!r}{nearest(wanted, names())}", next=f"known: {', '.join(names())}")
 
 
+def hub_id(name: str) -> str:
+    """Where a well-known model's files are, of which its tokenizer is one."""
+    return KNOWN[name.lower()][0]
+
+
 def nearest_name(name: str) -> str | None:
     close = difflib.get_close_matches(name.lower(), names(), n=1)
     return close[0] if close else None

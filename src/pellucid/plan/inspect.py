@@ -25,6 +25,8 @@ from pellucid.runtime import dtype_of
 from pellucid.tokenizers import Tokenizer
 
 AHEAD = "multi-token prediction"
+OUTER = {"embedding", "embed", "target_embed", "positions", "types", "head"}
+"""Words in the names of parts that are left out of `active_without_embeddings`."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Inspection:
 
     @property
     def active_without_embeddings(self) -> int:
-        return sum(part.active for part in self.parts if part.name not in ("embedding", "head", "positions"))
+        return sum(part.active for part in self.parts if OUTER.isdisjoint(part.name.split()))
 
     @property
     def kv_bytes_per_token(self) -> int:
