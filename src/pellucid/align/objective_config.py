@@ -116,7 +116,7 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         check_choices(self, "objective")
         _check_numbers(self)
-        check_unused(self, "objective", _needs(self))
+        check_unused(self, "objective", acting(self))
 
     @property
     def needs_reference(self) -> bool:
@@ -156,7 +156,8 @@ def _check_numbers(cfg: ObjectiveConfig) -> None:
         raise BadInput(f"objective: {wrong}", next="change the value named above")
 
 
-def _needs(cfg: ObjectiveConfig) -> dict[str, tuple[bool, str]]:
+def acting(cfg: ObjectiveConfig) -> dict[str, tuple[bool, str]]:
+    """For each choice that needs another one: whether it acts here, and what it needs."""
     clips = cfg.policy in ("clip", "cispo", "gmpo")
     any_kl = cfg.beta > 0 or cfg.reward_beta > 0
     corrects = cfg.correction != "none"

@@ -6,10 +6,11 @@ reward components) is not in here. `formula(recipe(name))` prints what a name re
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from pellucid.align.choices import changed
-from pellucid.align.objective_config import ObjectiveConfig
+from pellucid.align.objective_config import ObjectiveConfig, acting
 from pellucid.errors import BadInput, nearest
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -54,6 +55,18 @@ def recipe(name: str, **changes: Any) -> ObjectiveConfig:
     if name not in RECIPES:
         raise BadInput(f"no objective is called {name!r}{nearest(name, list(RECIPES))}",
                        next=f"use one of {', '.join(RECIPES)}")
-    cfg = changed(ObjectiveConfig, RECIPES[name], changes, "the objective")
+    cfg = changed(ObjectiveConfig, still_acting(RECIPES[name], changes), changes, "the objective")
     assert isinstance(cfg, ObjectiveConfig)
     return cfg
+
+
+def still_acting(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The recipe's choices without those that a change makes void: beta=0 leaves no use for its KL estimator.
+
+    (A choice that the person made and that has no effect is refused all the same.)
+    """
+    known = {f.name: f.default for f in fields(ObjectiveConfig)}
+    draft = object.__new__(ObjectiveConfig)  # unchecked: it may hold what is void
+    vars(draft).update(known | base | {k: v for k, v in changes.items() if k in known})
+    used = acting(draft)
+    return {name: value for name, value in base.items() if name in changes or used.get(name, (True, ""))[0]}

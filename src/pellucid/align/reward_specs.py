@@ -21,9 +21,11 @@ from typing import Any
 from urllib.parse import unquote
 
 from pellucid.align.checkers import CHECKERS
+from pellucid.align.reward_scoring import Judge
 from pellucid.align.rewards import Reward, RewardSet, model_reward, task_reward, verl_reward
 from pellucid.errors import BadInput, nearest
 from pellucid.tasks import Task, load_object
+from pellucid.tokenizers import Tokenizer
 
 _NUMBER = r"[-+]?[0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?"
 _SPEC = re.compile(rf"(?:(?P<name>[A-Za-z_][\w-]*)=)?(?P<source>[^?*@=]+)(?:\?(?P<options>[^*@]*))?"
@@ -31,8 +33,8 @@ _SPEC = re.compile(rf"(?:(?P<name>[A-Za-z_][\w-]*)=)?(?P<source>[^?*@=]+)(?:\?(?
 EXAMPLE = "for instance rewards.py:correct, or short=rewards.py:short*0.5@correct>=1"
 
 
-def reward_set(specs: Sequence[str], task: Task | None = None, **how: Any) -> RewardSet:
-    """The rewards of these specs, beside the task's own grades where there is a task.  Errors: BadInput.
+def reward_set(specs: Sequence[str], task: Task | None = None, models: Sequence[Reward] = (), **how: Any) -> RewardSet:
+    """The rewards of these specs and models, beside the task's own grades where there is a task.  Errors: BadInput.
 
     A spec may also be the name of one of the task's components, to weigh or condition it: `length*0.5@correct>=1`.
     """
@@ -47,7 +49,15 @@ def reward_set(specs: Sequence[str], task: Task | None = None, **how: Any) -> Re
                 conditions[found["source"]] = (found["on"], float(found["at_least"]))
         else:
             rewards.append(reward_of(spec))
-    return RewardSet(rewards, weights=weights, conditions=conditions, **how)
+    return RewardSet([*rewards, *models], weights=weights, conditions=conditions, **how)
+
+
+def model_of(spec: str, policy: Tokenizer, device: str = "cpu") -> Reward:
+    """A trained reward model as it is written: [NAME=]FOLDER[*WEIGHT][@OTHER>=THRESHOLD].  It takes the time it needs."""
+    found = _parsed(spec)
+    own: dict[str, Any] = {"on": found["on"], "at_least": float(found["at_least"])} if found["on"] else {}
+    return Reward(found["name"] or "reward_model", Judge.load(found["source"], policy, device), float(found["weight"] or 1.0),
+                  timeout=86_400.0, **own)
 
 
 def reward_of(spec: str) -> Reward:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pellucid import events
 from pellucid.align.dialogue import Replies
 from pellucid.align.examples import encode_prompt
 from pellucid.align.prompts import Row, content_of, schemas_of
@@ -28,6 +29,19 @@ from pellucid.nn import Decoder
 from pellucid.tasks import Completion, Problem, Task, dialogue_of
 from pellucid.tokenizers import Tokenizer
 from pellucid.train import Run
+
+
+@dataclass
+class Graded(events.Event):
+    """A rollout was graded. means, weights: by component; failed, seconds: by reward; metrics: what functions logged."""
+
+    kind = "graded"
+    completions: int
+    means: dict[str, float]
+    weights: dict[str, float]
+    failed: dict[str, int]
+    seconds: dict[str, float]
+    metrics: dict[str, float]
 
 
 @dataclass
@@ -136,6 +150,8 @@ class Rollouts:
         """n completions of each problem, all graded together; a component that nobody graded is not in `rewards`."""
         made = self._groups(problems, n, temperature, seed, self.limits)
         scores = self.rewards.score(batch_of(made), self.state)
+        events.emit(Graded(len(made) * n, {k: v for k, x in scores.components.items() if (v := float(x.nanmean())) == v}, scores.weights,
+                           scores.failed, scores.seconds, scores.metrics))
         for i, group in enumerate(made):
             group.rewards = [{name: value for name, values in scores.components.items()
                               if (value := float(values[i * n + j])) == value} for j in range(n)]

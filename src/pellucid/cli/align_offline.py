@@ -20,11 +20,11 @@ class OfflineOptions(OpensModel):
     """What the methods on given answers share."""
 
     model: Positional[str]
-    """Checkpoint to start from (and the reference): a folder or a Hub id.
-    起始检查点（同时是参考模型）：目录或 Hub id。"""
+    """Checkpoint to start from (and the reference): a folder or a Hub id. Also as --model.
+    起始检查点（同时是参考模型）：目录或 Hub id；也可写作 --model。"""
     data: Positional[str]
-    """Data set: a .jsonl, .json or .parquet file, a folder, or a Hub id; its format is recognised.
-    数据集：.jsonl、.json 或 .parquet 文件、目录或 Hub id；格式自动识别。"""
+    """Data set: a .jsonl, .json or .parquet file, a folder, or a Hub id; its format is recognised. Also as --data.
+    数据集：.jsonl、.json 或 .parquet 文件、目录或 Hub id；格式自动识别；也可写作 --data。"""
     out: Path = Path("runs/align")
     """Folder for the model and the resume state.
     结果与续训状态的目录。"""
@@ -226,6 +226,7 @@ class Job:
 
     def run(self, make: Callable[..., OfflineLoop[Any]], write: Callable[[Any, Path, Tokenizer], None]) -> None:
         from pellucid import events
+        from pellucid.align.recording import recorded
 
         c = self.config
         loop = make(self.settings(), checkpoint=c.out / "checkpoint", tokenizer=self.tokenizer, resume_hint="the same command with --resume")
@@ -233,7 +234,8 @@ class Job:
         name, before, _ = loop.evaluate()
         if c.resume and not loop.resume():
             events.note(f"nothing to resume in {c.out}: starting from {c.model}", "warning")
-        history = loop.run()
+        with recorded(c.out, loop):
+            history = loop.run()
         _, after, _ = loop.evaluate()
         write(self.model, c.out / "model", self.tokenizer)
         events.emit(events.StageEnd(self.stage, history.seconds, before, after, name, "", True))
@@ -252,11 +254,20 @@ class Job:
 
     def _show(self) -> None:
         """What a run would do."""
-        settings, first = self.settings(), self.items[0]
+        from pellucid import events
+        from pellucid.cli.align_dry import DryRun, example, legend, marked
+
+        settings, first, show = self.settings(), self.items[0], self.tokenizer
+        shown = {name: answer for name in ("chosen", "rejected", "answer") if (answer := getattr(first, name, None)) is not None}
+        micro = settings.micro or settings.batch
+        length = "by the clock" if settings.steps is None else f"{settings.steps} steps, {settings.steps * settings.batch / len(self.items):.2f} times " \
+            "through the data"
+        events.emit(DryRun(self.stage, self.formula, {
+            "batch": settings.batch, "micro": micro, "steps": settings.steps, "examples": len(self.items), "held_out": len(self.heldout)}, {},
+            [example(a.prompt, a.tokens, a.mask, show) | {"part": name} for name, a in shown.items()]))
         print(f"objective: {self.formula}")
-        print(f"step: {settings.batch} examples in micro-batches of {settings.micro or settings.batch}; "
-              f"{'by the clock' if settings.steps is None else f'{settings.steps} steps'}; {len(self.items)} examples")
-        for name in ("chosen", "rejected", "answer"):
-            if (answer := getattr(first, name, None)) is not None:
-                print(f"first example, {name}: prompt {self.tokenizer.decode(answer.prompt)!r}, "
-                      f"{answer.trained} trained tokens {self.tokenizer.decode(answer.tokens)!r}")
+        print(f"step: {settings.batch} examples in micro-batches of {micro} (memory only); {length}; {len(self.items)} examples")
+        print(f"the first example as the model sees it\n{legend()}")
+        for name, a in shown.items():
+            print(f"  {name}: {a.trained} trained tokens behind {len(a.prompt)}\n  "
+                  f"{marked(show, a.prompt + a.tokens, [False] * len(a.prompt) + (a.mask or [True] * len(a.tokens)))}")

@@ -83,9 +83,15 @@ def config_class_of(function: Callable[..., Any]) -> type:
 
 
 def parse(config_class: type[T], argv: list[str], verb: str) -> T:
-    """`argv` as an instance of the dataclass.  BadInput names the option that is nearest to a misspelt one."""
+    """`argv` as an instance of the dataclass.  BadInput names the option that is nearest to a misspelt one.
+
+    What stands in a place of its own may be given by its name as well (`MODEL` or `--model MODEL`), and a list in pieces
+    (`--reward a --reward b` is `--reward a b`); `ALIASES` of the class are other names of its options.
+    """
     import tyro
 
+    argv = gathered(config_class, argv)
+    config_class = by_name(config_class, argv)
     known = ["--help", *usage.flags(config_class)]
     for word in argv:
         if word == "--":
@@ -104,6 +110,49 @@ def parse(config_class: type[T], argv: list[str], verb: str) -> T:
             needed = [o.name for o in usage.options(config_class) if o.default is dataclasses.MISSING]
             why = messages.say("error.required", names=" ".join(needed))
         raise BadInput(messages.say("error.argument", verb=verb), why, messages.say("error.see", verb=verb)) from refused
+
+
+def gathered(config_class: type, argv: list[str]) -> list[str]:
+    """Aliases by their proper names, and the values of a repeated list behind its first mention."""
+    aliases = getattr(config_class, "ALIASES", {})
+    lists = {o.name for o in usage.options(config_class) if o.value.startswith("[") and not o.positional}
+    words: list[str] = []
+    values: dict[str, list[str]] = {}  # of the lists
+    current = None
+    for i, word in enumerate(argv):
+        if word == "--":
+            return [*_placed(words, values), *argv[i:]]
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            name = aliases.get(name.replace("_", "-"), name)
+            current = name.replace("_", "-") if name.replace("_", "-") in lists else None
+            if current is None:
+                words.append(name + equals + value)
+            else:
+                words += [] if current in values else [current]
+                values.setdefault(current, []).extend([value] if equals else [])
+                current = None if equals else current
+        elif current is not None:
+            values[current].append(word)
+        else:
+            words.append(word)
+    return _placed(words, values)
+
+
+def _placed(words: list[str], values: dict[str, list[str]]) -> list[str]:
+    return [w for word in words for w in (word, *values.get(word, ()))]
+
+
+def by_name(config_class: type[T], argv: list[str]) -> type[T]:
+    """The class with those fields as flags that have a place of their own and are named in `argv`."""
+    given = {word.split("=")[0] for word in argv}
+    named = [o.name.lower() for o in usage.options(config_class) if o.positional and f"--{o.name.lower()}" in given]
+    if not named:
+        return config_class
+    hints = typing.get_type_hints(config_class)  # without the mark of a place
+    flagged = type(config_class.__name__, (config_class,), {"__annotations__": {name: hints[name] for name in named},
+                                                            "__module__": config_class.__module__, "__doc__": config_class.__doc__})
+    return dataclasses.dataclass(frozen=True)(flagged)
 
 
 def _refusal(page: str) -> str:
