@@ -26,9 +26,12 @@ LONGEST_WAIT = 60.0  # seconds between two attempts, whatever the server asks fo
 
 
 class Teacher(Protocol):
-    """name: what traces say of their origin."""
+    """Answers problems."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What traces say of their origin."""
+        ...
 
     def answer(self, problems: Sequence[Problem], n: int, temperature: float, seed: int) -> list[list[Completion]]:
         """n completions of each problem."""

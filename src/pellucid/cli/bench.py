@@ -64,6 +64,10 @@ def parity(config: Bench) -> int:
     return _run("parity", config, [])
 
 
+def align(config: Bench) -> int:
+    return _run("align", config, [])
+
+
 def grow(config: BenchGrow) -> int:
     return _run("grow", config, ["--seeds", str(config.seeds), "--minutes", f"{config.minutes:g}"])
 
