@@ -143,6 +143,18 @@ def test_old_buffers_are_passed_over(folder):
         pellucid.load(folder)
 
 
+@pytest.mark.parametrize("spelling", ["dtype", "torch_dtype"])
+def test_auto_is_the_dtype_that_config_json_states(folder, spelling):
+    config = json.loads((folder / "config.json").read_text())
+    del config["dtype"]
+    (folder / "config.json").write_text(json.dumps({**config, spelling: "bfloat16"}))
+    assert {p.dtype for p in pellucid.load(folder, dtype="auto").parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in pellucid.load(folder).parameters()} == {torch.float32}
+    (folder / "config.json").write_text(json.dumps({**config, spelling: "int3"}))
+    with pytest.raises(BadInput, match="int3"):
+        pellucid.load(folder, dtype="auto")
+
+
 def test_missing_and_unused_may_be_let_through_but_not_shapes(folder, capsys):
     path = folder / "model.safetensors"
     tensors = load_file(path)

@@ -122,12 +122,13 @@ def test_dual_chunks_that_config_json_states(name, tmp_path):
     assert pellucid.load(tmp_path / "new").spec == model.spec
     AutoModelForCausalLM.from_pretrained(tmp_path / "new")  # which knows nothing of it, and opens the folder
     prompt = x[0, :60].tolist()
-    engine, request = Engine(model, eos=[], config=EngineConfig(cache_tokens=400, chunk=16)), Request(prompt, SamplingParams(max_tokens=1))
+    engine, request = Engine(model, eos=[], config=EngineConfig(cache_tokens=400, chunk=16)), Request(prompt, SamplingParams(max_tokens=1, logprobs=True))
     engine.add(request)
     while engine.busy:
         engine.step()
     with torch.no_grad():  # the prompt in pieces, of which the engine knows the length
-        assert request.output == [int(model(x[:, :60])[0, -1].argmax())]
+        want = model(x[:, :60])[0, -1].log_softmax(-1).max(-1)
+    assert request.output == [int(want.indices)] and request.logprobs == [pytest.approx(float(want.values), abs=1e-4)]
 
 
 @pytest.mark.parametrize(("stated", "said"), [

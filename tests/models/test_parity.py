@@ -68,6 +68,18 @@ def test_cache(pair, cuts):
     assert sum(t[:, :, :24].nbytes for entries in cache.entries for t in entries) == 2 * 24 * ours.spec.kv_bytes_per_token
 
 
+def test_left_padding_with_a_cache_in_chunks(pair):
+    """Rows of 30, 21 and 3 tokens in chunks that begin inside and outside of the padding."""
+    theirs, ours, _ = pair
+    x, first = tokens(3, 30, seed=5), torch.tensor([0, 9, 27])
+    mask = (torch.arange(30)[None] >= first[:, None]).long()
+    cache = KVCache(ours.spec, 3, 30, first=first)
+    with torch.no_grad():
+        got = torch.cat([ours(part, cache=cache) for part in x.split([7, 1, 12, 1, 1, 8], 1)], 1)
+        want = theirs(input_ids=x, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp_min(0)).logits
+        assert_equal(got[mask.bool()], want[mask.bool()])
+
+
 def test_loss_and_the_gradient_of_every_parameter(pair):
     theirs, ours, _ = pair
     x = tokens(2, 70)

@@ -131,6 +131,38 @@ def test_text_equals_transformers(template, name, tokenizers, folders):
             messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **switch)
 
 
+# Blocks on lines of their own, indented, and loops that are left early: white space and control as transformers has them.
+INDENTED = """  {% if messages[0].role == 'system' %}
+<<{{ messages[0].content }}>>
+    {% endif %}
+{% for message in messages %}
+    {% if message.role == 'tool' %}
+        {% break %}
+    {% endif %}
+  {% if message.role == 'system' %}
+    {% continue %}
+  {% endif %}
+    [{{ message.role }}] {{ message.content }}
+
+\t{% endfor %}
+{% generation %}
+end {{ 1 -}}
+   .
+{% endgeneration %}
+   {# a comment #}
+last {%+ if add_generation_prompt %} + {%- endif %}
+"""
+
+
+@pytest.mark.parametrize("roles", [["user"], ["system", "user", "assistant"], ["user", "tool", "assistant"], ["system", "user", "tool"]], ids=str)
+def test_white_space_and_loops_as_in_transformers(roles, ours):
+    messages = [{"role": role, "content": f"{role} says\n so"} for role in roles]
+    tok = Tokenizer(Source(ours.source.data, {}, {"default": INDENTED}))
+    for prompt in (False, True):
+        [want], _ = render_jinja_template([messages], chat_template=INDENTED, add_generation_prompt=prompt)
+        assert tok.render(messages, add_generation_prompt=prompt) == want
+
+
 def test_tool_descriptions_stay_as_they_are(ours):
     text = ours.render(conversation("one"), TOOLS)
     assert json.dumps(TOOLS[0], ensure_ascii=False) in text and "天 <x> & 'y'" in text

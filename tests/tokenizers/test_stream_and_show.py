@@ -10,6 +10,8 @@ from tokenizer_samples import CHINESE, EMOJI, MIXED, TEXTS, clip, wordpiece
 
 from pellucid.tokenizers import Tokenizer
 from pellucid.tokenizers.stream import StreamDecoder
+from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models, normalizers
 
 
 def test_never_half_a_character(ours):
@@ -88,6 +90,22 @@ def test_streams_of_words_and_of_clip(tmp_path):
             assert whole == tok.decode(ids)
             if "\ufffd" not in tok.decode(ids):
                 assert not any("\ufffd" in part for part in parts)
+
+
+def test_a_stream_that_ends_within_a_character_after_others(tmp_path):
+    """SentencePiece's way: what the vocabulary lacks is spelled in bytes, of which the last may be missing."""
+    vocab = {"<unk>": 0, "\u2581a": 1, "b": 2, "\u2581": 3, "a": 4, **{f"<0x{b:02X}>": 5 + b for b in range(256)}}
+    library = Library(models.BPE(vocab, [("\u2581", "a")], unk_token="<unk>", byte_fallback=True))
+    library.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    library.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tok = loaded(library, tmp_path)
+    ids = tok.encode("ab \u4e2db")
+    assert len(ids) == 7 and tok.decode(ids) == "ab \u4e2db"
+    stream = tok.stream()
+    assert [stream.add(i) for i in ids] == ["a", "b", " ", "", "", "\u4e2d", "b"] and stream.finish() == ""
+    parts = [stream.add(i) for i in ids[:5]]
+    assert parts == ["a", "b", " ", "", ""] and stream.finish() == tok.decode(ids[:5])[3:] != ""
+    assert [stream.add(ids[0]), stream.finish()] == ["a", ""]  # fresh again
 
 
 def test_facts(ours, tmp_path):

@@ -127,6 +127,7 @@ MUTANTS = [
     (MODELS + "weights.py", "codes.float().mul_(scales.repeat_interleave(side, 1)", "codes.float().div_(scales.repeat_interleave(side, 1)", f"{HUB} -k fp8"),
     (MODELS + "weights.py", "repeat_interleave(side, 0)[: codes.shape[0]]", "repeat(side, 1)[: codes.shape[0]]", f"{HUB} -k fp8"),
     (MODELS + "weights.py", "self.where.update({name: (path, name) for name in self._handle(path).keys()})", "self.where = {name: (path, name) for name in self._handle(path).keys()}", f"{PARITY} -k test_shards"),
+    (MODELS + "hub.py", 'unwrapped(fields).get("dtype") or unwrapped(fields).get("torch_dtype")', 'unwrapped(fields).get("dtype")', f"{HUB} -k auto"),
     (MODELS + "hub.py", "            init_weights(model)", "            pass", HUB),
     (MODELS + "hub.py", "weights.check(model, main_layers(model), allow_missing)  # before", "pass  # before", BAD),
 ]
