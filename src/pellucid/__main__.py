@@ -31,6 +31,8 @@ VERBS = {
     "train": Verb("", "make a model better on data", "用数据训练模型", {
         "pretrain": Verb("pellucid.cli.train:pretrain", "language modelling on raw text", "在原始文本上做语言建模"),
         "sft": Verb("pellucid.cli.train:sft", "supervised fine-tuning on conversations", "在对话数据上做监督微调"),
+        "distill": Verb("pellucid.cli.distill:distill", "a student learns from a teacher's verified answers or probabilities",
+                        "学生从教师验证正确的回答或其概率分布中学习"),
     }),
     "align": Verb("", "make a model better by rewards", "用奖励对齐模型", {
         "dpo": Verb("pellucid.cli.align_offline:dpo", "preferences in pairs: DPO and its family", "成对偏好：DPO 及其同族"),
@@ -61,6 +63,7 @@ VERBS = {
     "bench": Verb("", "measured comparisons with the tools one would otherwise use", "与常用工具的实测对比", {
         "grow": Verb("pellucid.cli.bench:grow", "the main job over several seeds", "多个随机种子重复主任务"),
         "train": Verb("pellucid.cli.bench:train", "training tokens/s", "训练速度（词元/秒）"),
+        "align": Verb("pellucid.cli.bench:align", "a step of GRPO, rollout and update", "GRPO 一步（采样与更新）"),
         "sample": Verb("pellucid.cli.bench:sample", "batched sampling tokens/s", "批量采样速度（词元/秒）"),
         "load": Verb("pellucid.cli.bench:load", "time and memory of loading a checkpoint", "加载检查点的时间与内存"),
         "forward": Verb("pellucid.cli.bench:forward", "dense, expert and latent-attention models, tokens/s", "稠密、专家与潜在注意力模型的速度（词元/秒）"),
