@@ -96,7 +96,7 @@ def pack_stream(encoded: Iterable[Sequence[int]], T: int, remainder: str = "drop
     rows = -(-len(inputs) // T) if remainder == "pad" else len(inputs) // T
     if not rows:
         raise BadInput(f"the text has {len(inputs)} tokens to train on, fewer than one row of {T}",
-                       next="give more text (--corpus), or a shorter context")
+                       next="give more text, or a shorter context")
     used = min(rows * T, len(inputs))
     starts[0:used:T] = True  # a row never continues the piece of the row before
     packed = _grid(inputs[:used], labels[:used], starts[:used], np.arange(used), rows, T, pad_id)

@@ -20,7 +20,7 @@ from pellucid.messages import add, three_parts
 
 add({
     "error.no_text": ("there is no file or folder {path}", "没有文件或目录 {path}"),
-    "error.no_text.next": ("check the path given to --corpus", "检查 --corpus 的路径"),
+    "error.no_text.next": ("check the path of the text", "检查文本路径"),
 })
 PIECE = 1 << 20  # characters
 KINDS: dict[str, tuple[str, ...]] = {
@@ -74,7 +74,7 @@ def _stream(path: Path, kinds: tuple[str, ...]) -> Iterator[Document]:
     if not found:
         suffixes = " ".join(s for kind in kinds for s in KINDS[kind])
         raise BadInput(f"no text found in {path}", f"{len(files)} files with a known suffix, all empty" if files else
-                       f"no file with a known suffix ({suffixes})", "give another --corpus, or rename the files")
+                       f"no file with a known suffix ({suffixes})", "give another path, or rename the files")
 
 
 def _open(file: Path, kind: str, name: str, alone: bool) -> Iterator[Document]:

@@ -63,7 +63,7 @@ def _smallest(pieces: list[Document], share: float) -> tuple[list[Document], lis
     order = sorted((fraction(piece.text), number) for number, piece in enumerate(pieces))
     if not order or order[0][0] == order[-1][0]:
         raise BadInput("the corpus is too small to hold some of it out", f"{_size(pieces)} characters, no two different "
-                       "paragraphs or lines", "give more text: --corpus DIR, or the default corpus")
+                       "paragraphs or lines", "give more text, or (in `pellucid grow`) the default corpus by leaving --corpus out")
     wanted, held, limit = share * _size(pieces), 0, order[0][0]
     for place, number in order:
         if held >= wanted or place == order[-1][0]:
