@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping, Sequence
+from inspect import signature
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
@@ -29,6 +31,8 @@ from pellucid.server.registry import Registry, Served, VectorModel
 from pellucid.server.responses import add_responses
 from pellucid.server.vectors import add_vectors
 
+# Newer FastAPI sends spans of its own as soon as OpenTelemetry is there; ours stand in server/access.py.
+QUIET: dict[str, Any] = {"telemetry": {"tracing": False, "metrics": False, "logs": False}} if "telemetry" in signature(FastAPI).parameters else {}
 Models = LLM | VectorModel | Mapping[str, LLM | VectorModel]
 
 
@@ -52,7 +56,7 @@ def create_app(
         yield
         await asyncio.to_thread(desk.registry.close)
 
-    app = FastAPI(title="pellucid", version=pellucid.__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
+    app = FastAPI(title="pellucid", version=pellucid.__version__, lifespan=lifespan, **QUIET, docs_url=None, redoc_url=None,
                   default_response_class=Json, responses={"default": {"description": "An error", "model": errors.ErrorBody}})
     app.state.desk = desk
     app.add_middleware(Guard, api_keys=[api_key] if isinstance(api_key, str) else list(api_key or ()), max_body=max_body)

@@ -154,6 +154,7 @@ class Registry:
         self.models: dict[str, Served | VectorModel] = {}
         for name, llm in models.items():
             if isinstance(llm, VectorModel):
+                llm.name = name
                 self.models[name] = llm
                 continue
             engine = AsyncLLM(llm, config=config, waiting=waiting, name=name)

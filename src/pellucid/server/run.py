@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import socket
 import threading
 import time
@@ -50,7 +51,17 @@ def server_of(app: FastAPI, grace: int = GRACE) -> uvicorn.Server:
 
 def serve_forever(app: FastAPI, listener: socket.socket, grace: int = GRACE) -> None:
     """Until Ctrl-C or SIGTERM; then no new connections are taken, and open answers may end within `grace` seconds."""
-    server_of(app, grace).run(sockets=[listener])
+    before = signal.signal(signal.SIGTERM, leave) if threading.current_thread() is threading.main_thread() else None
+    try:
+        server_of(app, grace).run(sockets=[listener])  # raises the signal again when all is drained
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def leave(*_: Any) -> None:
+    """To be stopped by SIGTERM is the ordinary end of a server."""
+    raise SystemExit(0)
 
 
 @contextlib.contextmanager
