@@ -10,11 +10,15 @@ import torch
 from tiny_policy import SPEC, Dials, policy, token_logprobs, tokenizer
 
 from pellucid import events
+from pellucid.align import recipe
+from pellucid.align.aggregation import count
 from pellucid.align.dialogue import as_messages, reply_ids, spans, turns_of
+from pellucid.align.objective import objective
 from pellucid.align.online import OnlineConfig, OnlineLoop
 from pellucid.align.rewards import batch_of
 from pellucid.align.rollout import Rollouts, trained_lengths
 from pellucid.align.rows import pack_completions
+from pellucid.align.update import Update
 from pellucid.data.packing import IGNORE, pack_samples
 from pellucid.engine.batch import Batch
 from pellucid.errors import BadInput
@@ -266,6 +270,73 @@ def test_rows_hold_labels_at_sampled_tokens_only():
 def config(**changes):
     fields = dict(steps=2, prompts=6, group=4, max_tokens=120, evaluations=0, seed=5, optim=OptimConfig("adamw", lr=1e-3))
     return OnlineConfig(**(fields | changes))
+
+
+def test_given_tokens_have_no_gradient_of_their_own(monkeypatch):
+    """The gradient of the loss at every output that predicts a given token is exactly zero, and at the others it is not."""
+    running = OnlineLoop(patient(), tokenizer(), Guess(), config(objective=recipe("grpo", beta=0.0)))
+    groups = running._rollout()
+    x, credit = running._judge(groups, running.resolved())
+    chosen = [k for k, (i, j) in enumerate(x.places) if credit.lengths[i, j] > 0]
+    update = Update(x, chosen, count(credit.lengths.flatten()))
+    assert x.tokens == int(trained_lengths(groups)[credit.live].sum())
+    caught, hidden = [], Decoder.hidden
+
+    def watch(self, *args, **kw):
+        out = hidden(self, *args, **kw)
+        out.retain_grad()
+        caught.append(out)
+        return out
+
+    monkeypatch.setattr(Decoder, "hidden", watch)
+    running.model.train()
+    logp, _, whose, at = update.forward(running.model, slice(0, len(update.rows)), 1.0)
+    loss, _ = objective(logp, None, None, x.advantages[at], whose, running.resolved(), update.counts)
+    loss.backward()
+    size = caught[0].grad.abs().sum(-1)
+    given = (update.rows.labels == IGNORE) & (update.rows.documents >= 0)
+    learning = torch.zeros_like(size, dtype=torch.bool)
+    learning[update.at >= 0] = x.advantages[update.at[update.at >= 0]] != 0
+    assert bool((size[given] == 0).all()) and bool((size[learning] > 0).all()) and int(learning.sum()) > 20
+    replies = sum(len(s.tokens) - s.trained for s in x.samples)
+    assert replies > 100 and int(given.sum()) == replies + sum(len(s.prompt) - 1 for s in x.samples)
+    assert (logp.detach() - x.sampler[at]).abs().max() < 1e-4  # each beside the sampler's own
+
+
+@pytest.mark.parametrize("method", ["ppo", "reinforce++", "gspo"])
+def test_advantages_of_a_dialogue_are_those_of_its_sampled_tokens_alone(method):
+    """A reply in the middle of an episode changes nothing: GAE and returns are carried over it (verl's fix of 2026)."""
+    cfg = recipe(method, reward_beta=0.0) if method != "gspo" else recipe(method)
+    running = OnlineLoop(patient(), tokenizer(), Guess(), config(objective=cfg))
+    groups = running._rollout()
+    x, credit = running._judge(groups, running.resolved())
+    assert any(s.mask for s in x.samples)
+    values = torch.zeros(x.tokens) if x.values is None else x.values
+    raw = []
+    for k in range(len(x.samples)):
+        here = (x.sequence == k).nonzero().flatten()
+        i, j = x.places[k]
+        v, tokens = [*values[here].double().tolist(), 0.0], len(here)
+        assert tokens == x.samples[k].trained
+        a = [0.0] * (tokens + 1)
+        for t in reversed(range(tokens)):  # by hand, over the model's own tokens
+            r = float(credit.total[i, j]) if t == tokens - 1 else 0.0
+            a[t] = (r + v[t + 1] - v[t]) + 0.95 * a[t + 1] if method == "ppo" else r + a[t + 1]
+        raw += [float(credit.advantages[i, j])] * tokens if method == "gspo" else a[:tokens]
+    expected = torch.tensor(raw, dtype=torch.float64)
+    if method != "gspo":
+        expected = (expected - expected.mean()) * (expected.var() + 1e-8).rsqrt()
+    assert float(expected.std()) > 0.1
+    torch.testing.assert_close(x.advantages.double(), expected, atol=1e-5, rtol=0)
+
+
+def test_turns_and_given_tokens_are_told():
+    seen = []
+    running = OnlineLoop(patient(), tokenizer(), Guess(), config(steps=1))
+    with events.subscribed(seen.append):
+        running.run()
+    (step,) = [e for e in seen if e.kind == "step"]
+    assert 1 < step.metrics["turns/mean"] <= 2 and 0.3 < step.metrics["turns/given_tokens"] < 0.95
 
 
 def test_it_learns_to_say_what_the_tool_told_it():

@@ -39,7 +39,7 @@ from pellucid.align.policy_losses import high_entropy_tokens
 from pellucid.align.prompts import Prompts
 from pellucid.align.reward_model import RewardModel
 from pellucid.align.rewards import RewardSet, task_reward
-from pellucid.align.rollout import Group, Rollouts, TrainerState, components, trained_lengths, truncated
+from pellucid.align.rollout import Group, Rollouts, TrainerState, components, dialogue_table, trained_lengths, truncated
 from pellucid.align.update import Experience, Update, pick
 from pellucid.errors import BadInput
 from pellucid.nn import Decoder
@@ -311,7 +311,8 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
                          "groups/sampled": float(len(groups))}
                 | tables.reward_table(parts, self._weights(groups)) | tables.advantage_table(worth, credit.factor)
                 | tables.length_table(trained_lengths(groups), truncated(groups), right)
-                | tables.diversity_table([[tuple(s.tokens) for s in g.samples] for g in groups]))
+                | tables.diversity_table([[tuple(s.tokens) for s in g.samples] for g in groups])
+                | dialogue_table(groups) | self.rollouts.metrics)
 
     def _show(self, groups: list[Group], credit: Credit, x: Experience) -> None:
         if not self.config.samples_shown or not bool(credit.live.any()) or self.budget.progress < self._next_show:

@@ -96,6 +96,7 @@ class Rollouts:
         self.max_tokens, self.max_batch, self.tools = max_tokens, max_batch, tools
         self.limits: dict[str, Any] = {name: x for name, x in (("top_p", top_p), ("top_k", top_k)) if x not in (None, 1.0)}
         self.state: Any = None  # handed to reward functions as `trainer_state`
+        self.metrics: dict[str, float] = {}  # of the latest groups: what rewards logged, and how often they failed
         self._cast: Decoder | None = None
         self._rewards = rewards
 
@@ -152,6 +153,7 @@ class Rollouts:
         scores = self.rewards.score(batch_of(made), self.state)
         events.emit(Graded(len(made) * n, {k: v for k, x in scores.components.items() if (v := float(x.nanmean())) == v}, scores.weights,
                            scores.failed, scores.seconds, scores.metrics))
+        self.metrics = scores.metrics | {f"reward/{name}/failed": failed / (len(made) * n) for name, failed in scores.failed.items() if failed}
         for i, group in enumerate(made):
             group.rewards = [{name: value for name, values in scores.components.items()
                               if (value := float(values[i * n + j])) == value} for j in range(n)]
@@ -183,6 +185,15 @@ def trained_lengths(groups: Sequence[Group]) -> Tensor:
 def truncated(groups: Sequence[Group]) -> Tensor:
     """(N, G) bool: completions that were cut at the limit of their length."""
     return torch.tensor([[s.finish_reason == "length" for s in g.samples] for g in groups])
+
+
+def dialogue_table(groups: Sequence[Group]) -> dict[str, float]:
+    """Of dialogues: their mean number of turns, and the share of their tokens that was given and not sampled."""
+    several = [(g, i) for g in groups if g.episodes for i in range(len(g.samples))]
+    if not several:
+        return {}
+    tokens, given = sum(len(g.samples[i].tokens) for g, i in several), sum(len(g.samples[i].tokens) - g.samples[i].trained for g, i in several)
+    return {"turns/mean": sum(len(g.turns(i)) for g, i in several) / len(several), "turns/given_tokens": given / max(tokens, 1)}
 
 
 def components(groups: Sequence[Group]) -> dict[str, Tensor]:
