@@ -36,6 +36,6 @@ def test_it_improves_on_held_out_problems(name):
     history = running.run()
     after = accuracy(running)
     assert before < 0.12
-    assert after > 0.35, [round(m["accuracy"], 2) for _, m in history.metrics]
+    assert after > 0.25, [round(m["accuracy"], 2) for _, m in history.metrics]
     if name == "ppo":
         assert sum(m["critic/explained"] for _, m in history.metrics[-10:]) / 10 > 0.2
