@@ -41,6 +41,8 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     with told_when_full(path):
+        if path.exists() and not path.is_dir():  # a person's file is no folder to replace
+            raise NotADirectoryError(errno.ENOTDIR, "a file", str(path))
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     aside = temporary.with_name(temporary.name + ".old")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import written
 
 import pellucid
-from pellucid.errors import BadInput
+from pellucid.errors import BadInput, PellucidError
 from pellucid.models import save
 
 LAYER = "model.layers.1."
@@ -201,8 +201,61 @@ def test_an_interrupted_save_leaves_the_old_folder(folder, monkeypatch, kind):
     assert not (folder.parent / "fresh").exists()
 
 
-def test_a_save_replaces_the_whole_folder(folder):
+def test_a_save_replaces_all_weights(folder):
     (folder / "consolidated.safetensors").write_bytes(b"the same weights under other names, as some Hub folders have")
     save(pellucid.load(folder), folder)
-    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]
     pellucid.load(folder)
+
+
+class Tokenizer:
+    def save(self, where):
+        (where / "tokenizer.json").write_text("new")
+
+
+def test_what_stands_beside_the_weights_stays(folder):
+    """A model that is saved where it came from keeps its tokenizer, its card, its modules; a new tokenizer replaces the old one's files."""
+    model = pellucid.load(folder)
+    for name in ("tokenizer.json", "vocab.json", "chat_template.jinja", "README.md", "generation_config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors"):
+        (folder / name).write_text("old")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text("old")
+    (folder / "cache").symlink_to(folder / "README.md")
+    save(model, folder)
+    kept = {"1_Pooling", "README.md", "cache", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "vocab.json"}
+    assert {p.name for p in folder.iterdir()} == kept and (folder / "1_Pooling" / "config.json").read_text() == "old"
+    assert (folder / "README.md").read_text() == (folder / "cache").read_text() == "old" and not (folder / "cache").is_symlink()
+    save(model, folder, tokenizer=Tokenizer())
+    assert {p.name for p in folder.iterdir()} == kept - {"chat_template.jinja", "vocab.json", "generation_config.json"}
+    save(model, folder, tokenizer=Tokenizer(), generation={"eos_token_id": 2})
+    assert {p.name for p in folder.iterdir()} == kept - {"chat_template.jinja", "vocab.json"}
+    assert (folder / "tokenizer.json").read_text() == "new" and json.loads((folder / "generation_config.json").read_text()) == {"eos_token_id": 2}
+
+
+def test_other_things_are_not_replaced_by_a_model(folder, tmp_path):
+    model = pellucid.load(folder)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(PellucidError, match=r"notes\.txt"):
+        save(model, tmp_path / "notes.txt")
+    (tmp_path / "papers").mkdir()
+    (tmp_path / "papers" / "a.pdf").write_text("mine")
+    with pytest.raises(BadInput, match=r"holds no model, but a\.pdf"):
+        save(model, tmp_path / "papers")
+    assert (tmp_path / "notes.txt").read_text() == (tmp_path / "papers" / "a.pdf").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    save(model, tmp_path / "empty")
+    assert pellucid.load(tmp_path / "empty").spec == model.spec
+
+
+def test_a_config_that_is_a_folder(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    for call in (pellucid.load, pellucid.inspect):
+        with pytest.raises(BadInput, match=r"config\.json cannot be read"):
+            call(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["fp8", ["fp8"], {"quant_method": None}, 7])
+def test_a_strange_quantization_is_no_obstacle_to_looking(folder, value):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": value}))
+    assert pellucid.inspect(folder).dtype == "float32"

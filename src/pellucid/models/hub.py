@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -48,6 +50,9 @@ add({
     "error.hub.why": ("{text}", "{text}"),
     "error.hub.next": ("check the name and the network, or give a local folder", "检查名称与网络，或给出本地目录"),
 })
+WEIGHTS = (r"\.(safetensors|bin|pt|pth|gguf)$", r"\.index\.json$")
+TOKENIZER = (r"^(tokenizer|vocab|merges|special_tokens_map|added_tokens|chat_template|generation_config)", r"\.tiktoken$", "^additional_chat_templates$")
+"""Names of files that a saved model, and a saved tokenizer, put out of date."""
 SHAPES: dict[type, type[nn.Module]] = {
     DecoderSpec: Decoder, EncoderSpec: Encoder, EncoderDecoderSpec: EncoderDecoder, DualEncoderSpec: DualEncoder}
 """Spec -> the module that is built from it."""
@@ -146,6 +151,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise BadInput(f"{folder} has no config.json", "it is not a Hugging Face checkpoint folder") from error
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read", str(error.strerror), "check what it is, and its permissions") from error
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or built to exhaust the parser
         raise BadInput(f"{path} is not readable JSON", str(error), "fetch the file again") from error
     if not isinstance(fields, dict):
@@ -170,11 +177,40 @@ def save(
 
     The folder appears whole or not at all. `generation`: fields of generation_config.json, e.g. eos_token_id.
     shard_bytes: weights beyond it are cut into several files with an index, one in memory at a time.
+    What a model's folder holds beside its weights (a tokenizer, a model card) stays unless it is written anew; a folder of
+    other things is refused.
     """
+    beside = files_beside(Path(folder), tokenizer is not None)
     with atomic_folder(folder) as new:
         write_model(model, new, generation, shard_bytes)
         if tokenizer is not None:
             tokenizer.save(new)
+        for path in beside:
+            if not (new / path.name).exists():
+                keep(path, new / path.name)
+
+
+def files_beside(folder: Path, new_tokenizer: bool) -> list[Path]:
+    """What stays in a folder whose model is replaced. BadInput if it holds no model, but something."""
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    if found and not (folder / "config.json").exists():
+        raise BadInput(f"{folder} holds no model, but {', '.join(path.name for path in found[:3])}",
+                       "saving puts a model's folder in its place", "choose a new folder, or an empty one")
+    gone = re.compile("|".join((*WEIGHTS, *(TOKENIZER if new_tokenizer else ()))))
+    return [path for path in found if not gone.search(path.name)]
+
+
+def keep(old: Path, new: Path) -> None:
+    """A file or folder once more, without copying what is large: as a second name of the same content."""
+    if old.is_dir():
+        shutil.copytree(old, new, copy_function=lambda a, b: keep(Path(a), Path(b)))
+        return
+    try:
+        if old.is_symlink():  # into the Hub's cache, whose content stays its own
+            raise OSError
+        os.link(old, new)
+    except OSError:
+        shutil.copy2(old, new)
 
 
 def write_model(

@@ -133,7 +133,8 @@ def inspect(target: str | os.PathLike[str], *, cache_dtype: str = "bfloat16") ->
     text = unwrapped(fields)
     width = dtype_of(cache_dtype).itemsize
     decoder = isinstance(spec, DecoderSpec)
-    quantized = (fields.get("quantization_config") or {}).get("quant_method")
+    quantization = fields.get("quantization_config")
+    quantized = quantization.get("quant_method") if isinstance(quantization, dict) else None
     return Inspection(
         name=str(target), spec=spec, shape=shape_of(spec).__name__, cache_dtype=cache_dtype,
         dtype=str(quantized or text.get("dtype") or text.get("torch_dtype") or "unknown"),
