@@ -3,7 +3,7 @@
     python experiments/methods.py --json experiments/results/methods.json --figure experiments/results/methods.svg
 
 The task is mini-ToolRL (`pellucid.tasks.toolrl`): a thought, then a call with three right fields. All methods start from the
-same policy (half of what it was shown has a thought, half a wrong field: about a quarter of its answers are right) and learn
+same policy (of what it was shown 30 % has a thought and 60 % a wrong field, so about one answer in eight is right) and learn
 from nothing but their own samples and the grader's verdict on them, 32 problems x 4 samples at a time:
 
     SFT           samples once, keeps the right ones, learns them (rejection sampling)
@@ -12,7 +12,7 @@ from nothing but their own samples and the grader's verdict on them, 32 problems
                   difference, and these samples count
 
 SFT on demonstrations is shown beside them: it is told the right answers, as many as the others may sample.
-Measured: greedy accuracy on 200 held-out problems, after so many samples and so many CPU seconds of this process (one thread;
+Measured: accuracy of one sample at temperature 1 on each of 400 held-out problems (greedily the start is all or nothing), after so many samples and so many CPU seconds of this process (one thread;
 measurements not counted). Learning rates were not tuned by method: 7e-4 for all, 2e-4 for DPO, whose loss is a sum over tokens.
 """
 
@@ -60,7 +60,7 @@ class Clock:
 
     def measure(self) -> tuple[str, float, dict[str, Any]]:
         self.spent += time.process_time() - self.since
-        value = evaluate(TASK, self.rollouts.for_evaluation(0), 200, 1, 1).pass_at_1
+        value = evaluate(TASK, self.rollouts.for_evaluation(0), 400, 1, 1, temperature=1.0).pass_at_1
         self.points.append((self.samples, round(self.spent, 2), value))
         self.since = time.process_time()
         return "pass@1", value, {}
@@ -140,20 +140,20 @@ METHODS: dict[str, Callable[[Decoder, int, int], Clock]] = {
 
 def at(points: list[tuple[int, float, float]], column: int, limit: float) -> float:
     """The last measurement within the limit of samples (0) or seconds (1)."""
-    return [p[2] for p in points if p[column] <= limit][-1]
+    return ([p[2] for p in points if p[column] <= limit] or [points[0][2]])[-1]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--figure", type=Path)
     chosen = parser.parse_args()
     runs: list[dict[str, Any]] = []
     for seed in range(chosen.seeds):
         seed_everything(seed)
-        start = warmed(TASK, lambda p, rng: TASK.warm_start(p, rng, 0.5, 0.5), 400, seed, spec())
+        start = warmed(TASK, lambda p, rng: TASK.warm_start(p, rng, 0.3, 0.6), 400, seed, spec())
         for name, method in METHODS.items():
             clock = method(start, chosen.steps, seed)
             runs.append({"method": name, "seed": seed, "points": clock.points})
@@ -174,7 +174,7 @@ def main() -> None:
     if chosen.figure:
         grid = [seconds * i / 24 for i in range(25)]
         by_time = {name: [[at(r["points"], 1, t) for t in grid] for r in runs if r["method"] == name] for name in METHODS}
-        figure.write(chosen.figure, f"Greedy accuracy on held-out problems by CPU seconds, {chosen.seeds} seeds", {"accuracy": by_time}, "s", x_end=seconds)
+        figure.write(chosen.figure, f"Sampled accuracy on held-out problems by CPU seconds, {chosen.seeds} seeds", {"accuracy": by_time}, "s", x_end=seconds)
 
 
 if __name__ == "__main__":
