@@ -42,7 +42,9 @@ from pellucid.align.rewards import RewardSet, task_reward
 from pellucid.align.rollout import Group, Rollouts, TrainerState, components, dialogue_table, trained_lengths, truncated
 from pellucid.align.update import Experience, Update, pick
 from pellucid.errors import BadInput
+from pellucid.models.lora import merge_into, with_merged, without_adapters
 from pellucid.nn import Decoder
+from pellucid.nn.lora import adapted
 from pellucid.optim import OptimConfig, Schedule
 from pellucid.tasks import Problem, Task
 from pellucid.tokenizers import Tokenizer
@@ -113,7 +115,9 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
                          resume_hint=resume_hint)
         cfg = config.objective
         self.task = task
-        self.rollouts = Rollouts(model, tokenizer, task, max_tokens=config.max_tokens, top_p=config.top_p, top_k=config.top_k,
+        self.adapted = bool(adapted(model))
+        self.plain = with_merged(model) if self.adapted else model  # samples: the engine reads weights, not adapters
+        self.rollouts = Rollouts(self.plain, tokenizer, task, max_tokens=config.max_tokens, top_p=config.top_p, top_k=config.top_k,
                                  rewards=rewards or RewardSet([task_reward(task, config.weights)]))
         self.rollouts.state = TrainerState(self)
         self.shown_groups: list[dict[str, Any]] = []  # the latest groups with rewards and advantages, for the report
@@ -124,12 +128,17 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
         self.beta = KLController(cfg.beta, cfg.kl_target, cfg.kl_horizon)
         self.reward_beta = KLController(cfg.reward_beta, cfg.kl_target, cfg.kl_horizon)
         self.bonus = EntropyController(cfg.entropy_coef, cfg.entropy_target)
-        # The reference is a copy of the GIVEN weights, never re-read from a file that may differ.
-        self.reference = copy.deepcopy(model).requires_grad_(False).eval() if cfg.needs_reference else None
+        self.reference = self._reference() if cfg.needs_reference else None
         self.critic = None
         if cfg.advantage == "gae":
-            start = critic_model(None if critic else copy.deepcopy(model), critic)
+            start = critic_model(None if critic else copy.deepcopy(self.plain), critic)
             self.critic = Critic(start, config.critic or config.optim, config.schedule, config.clip)
+
+    def _reference(self) -> Decoder:
+        """A copy of the GIVEN weights, never re-read from a file that may differ; with adapters, the model without them."""
+        if self.adapted:
+            return without_adapters(self.model)
+        return copy.deepcopy(self.model).requires_grad_(False).eval()
 
     @property
     def device(self) -> torch.device:
@@ -153,6 +162,8 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
             events.note(f"{c.stage}: no group of this step teaches anything; weights stay as they are")
         else:
             numbers |= self._update(x, credit, cfg, progress)
+        if self.adapted:
+            merge_into(self.plain, self.model)
         self.count()
         numbers["time/sampling"] = h.sampling_seconds / max(h.seconds, 1e-9)
         h.metrics.append((progress, numbers))
@@ -372,6 +383,8 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
 
     def read(self, folder: Path) -> None:
         super().read(folder)
+        if self.adapted:
+            merge_into(self.plain, self.model)
         if self.critic is not None:
             self.critic.restore(folder)
 

@@ -18,7 +18,9 @@ from pellucid import events
 from pellucid.errors import Interrupted
 from pellucid.messages import say, three_parts
 from pellucid.models.hub import fill, write_model
+from pellucid.models.lora import load_adapters, write_adapters
 from pellucid.nn import Decoder
+from pellucid.nn.lora import adapted
 from pellucid.optim import OptimConfig, Schedule, build_optimizer
 from pellucid.train.budget import Budget
 from pellucid.train.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
@@ -93,12 +95,12 @@ class Run(Generic[C, H]):
         raise NotImplementedError
 
     def write(self, folder: Path) -> None:
-        """The weights, into a folder."""
-        write_model(self.model, folder)
+        """The weights, into a folder; of a model with adapters, these."""
+        (write_adapters if adapted(self.model) else write_model)(self.model, folder)
 
     def read(self, folder: Path) -> None:
         """The inverse of `write`."""
-        fill(self.model, folder)
+        (load_adapters if adapted(self.model) else fill)(self.model, folder)
 
     # --- the loop -------------------------------------------------------------------------------------------------------
 
