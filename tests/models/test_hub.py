@@ -155,6 +155,28 @@ def test_auto_is_the_dtype_that_config_json_states(folder, spelling):
         pellucid.load(folder, dtype="auto")
 
 
+@pytest.mark.parametrize("name", ["qwen3-tied", "gemma3", "gpt2"])
+def test_files_that_contradict_what_config_json_says_of_the_head(name, tmp_path, capsys):
+    """A copy of the embedding changes nothing, another head is one of its own, and a head alone is the embedding: as in transformers."""
+    written(name, tmp_path / "in")
+    file, x = tmp_path / "in" / "model.safetensors", tokens(2, 20)
+    tensors = load_file(file)
+    embed = next(key for key in tensors if "wte" in key or "embed_tokens" in key)
+    other = torch.randn(tensors[embed].shape, generator=torch.Generator().manual_seed(3)) * 0.2
+    alone = {key: tensor for key, tensor in tensors.items() if key != embed}
+    for changed, tied in (({**tensors, "lm_head.weight": tensors[embed].clone()}, True), ({**tensors, "lm_head.weight": other}, False),
+                          ({**alone, "lm_head.weight": other}, True)):
+        save_file(changed, file, metadata={"format": "pt"})
+        ours = pellucid.load(tmp_path / "in")
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "in", attn_implementation="eager")
+        assert ours.spec.tied is tied
+        with torch.no_grad():
+            assert_equal(ours(x), theirs(input_ids=x).logits)
+        save(ours, tmp_path / "out")
+        with torch.no_grad():
+            assert_equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")(input_ids=x).logits, ours(x))
+
+
 def test_missing_and_unused_may_be_let_through_but_not_shapes(folder, capsys):
     path = folder / "model.safetensors"
     tensors = load_file(path)

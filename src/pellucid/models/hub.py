@@ -77,6 +77,7 @@ def load(
         dtype = unwrapped(fields).get("dtype") or unwrapped(fields).get("torch_dtype") or "float32"
     with ExitStack() as stack:
         weights = Weights(folder, stack, family_of(spec))
+        spec = tied_as_stored(spec, weights)
         model = blank(spec)
         if getattr(spec, "mtp", ()) and not weights.hold(model, "mtp.", main_layers(model)):
             events.note(f"{folder}: config.json states layers of multi-token prediction, and the weights hold none: left out", "info")
@@ -87,6 +88,20 @@ def load(
             init_weights(model)
         weights.fill(model, main_layers(model))
     return model.eval()
+
+
+def tied_as_stored(spec: Any, weights: Weights) -> Any:
+    """What transformers makes of files that contradict `tie_word_embeddings`: a head of its own, where one stands beside the
+    embedding and differs; and a head alone is the embedding too."""
+    if not (isinstance(spec, DecoderSpec) and spec.tied):
+        return spec
+    embed, head = (entry[0] for entry in (weights.family.names["embed.weight"], weights.family.names["head.weight"]) if isinstance(entry, tuple))
+    if head in weights and embed not in weights:
+        weights.where[embed] = weights.where[head]
+    elif head in weights and not torch.equal(weights.get(embed), weights.get(head)):
+        events.note(f"{weights.folder}: config.json ties the head to the embedding, but {head} differs from {embed}: not tied", "warning")
+        return replace(spec, tied=False)
+    return spec
 
 
 def spec_of(fields: dict[str, Any]) -> Any:

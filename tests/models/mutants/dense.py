@@ -128,6 +128,8 @@ MUTANTS = [
     (MODELS + "weights.py", "repeat_interleave(side, 0)[: codes.shape[0]]", "repeat(side, 1)[: codes.shape[0]]", f"{HUB} -k fp8"),
     (MODELS + "weights.py", "self.where.update({name: (path, name) for name in self._handle(path).keys()})", "self.where = {name: (path, name) for name in self._handle(path).keys()}", f"{PARITY} -k test_shards"),
     (MODELS + "hub.py", 'unwrapped(fields).get("dtype") or unwrapped(fields).get("torch_dtype")', 'unwrapped(fields).get("dtype")', f"{HUB} -k auto"),
+    (MODELS + "hub.py", "        return replace(spec, tied=False)", "        pass", f"{HUB} -k contradict"),
+    (MODELS + "hub.py", "weights.where[embed] = weights.where[head]", "pass", f"{HUB} -k contradict"),
     (MODELS + "hub.py", "            init_weights(model)", "            pass", HUB),
     (MODELS + "hub.py", "weights.check(model, main_layers(model), allow_missing)  # before", "pass  # before", BAD),
 ]
