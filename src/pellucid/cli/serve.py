@@ -88,6 +88,9 @@ class Serve(OpensModel):
     drafts: int = 0
     """Tokens proposed from the request's own text and checked in one pass (speculative decoding); the answers do not change.
     从请求自身文本中猜测、一次验证的词元数（投机解码）；不改变回答。"""
+    adapters: Path | None = None
+    """Folder of LoRA adapters (PEFT's format), one a subfolder: each is a model of its own name, and more can be loaded while it runs.
+    LoRA 适配器目录（PEFT 格式），每个子目录一个：各以其名作为模型，运行中可继续加载。"""
     tool_format: str | None = None
     """How the model writes tool calls: hermes, qwen3-coder, deepseek, deepseek-dsml, llama-json, pythonic, mistral, harmony; by default
     what its chat template shows.
@@ -124,13 +127,15 @@ def serve(config: Serve) -> None:
 
     keys = read_keys(config.api_key_file) if config.api_key_file else []
     names = names_of(config)
+    if config.adapters and not config.adapters.is_dir():
+        raise BadInput(f"there is no folder {config.adapters}", next="check the path given to --adapters")
     with bind(config.host, config.port) as listener:  # before the model is loaded: a taken port is told at once
         prepare(config, seed=None)
         models = {name: open_model(path, config.device, config.allow_missing) for name, path in zip(names, config.models)}
         engine = EngineConfig(cache_tokens=config.cache_tokens, prefix=config.prefix, order=config.order, running=config.running,
                               budget=config.budget, drafts=config.drafts)
         app = create_app(models, api_key=keys, waiting=config.waiting, engine=engine, max_tokens=config.max_tokens, timeout=config.timeout,
-                         max_body=config.max_body, form=config.tool_format, tracing=config.otel)
+                         max_body=config.max_body, form=config.tool_format, tracing=config.otel, adapters=config.adapters)
         url = url_of(listener)
         emit(Serving(f"{url}/v1", ", ".join(names), bool(keys)))
         print(f"{', '.join(names)}: {url}/v1   ({say('serve.stop')})\n  {example(url, names[0], bool(keys))}", file=sys.stderr)

@@ -24,6 +24,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from pellucid import events
+from pellucid.engine.adapters import Adapter
 from pellucid.engine.batch import check_length
 from pellucid.engine.core import Engine, EngineConfig
 from pellucid.engine.latency import Latencies
@@ -237,7 +238,7 @@ class AsyncLLM:
 
     async def submit(
         self, prompts: list[list[int]], params: list[SamplingParams], reader: Callable[[SamplingParams, int], Reader], *,
-        namespace: str = "", priority: int = 0, request_id: str = "",
+        namespace: str = "", priority: int = 0, adapter: Adapter | None = None, request_id: str = "",
     ) -> Job:
         """A job of n samples for each prompt, each read by what `reader(params, number)` makes. Raises QueueFull or Closed, and BadInput
         for what can never run."""
@@ -245,7 +246,7 @@ class AsyncLLM:
         for prompt, p in zip(prompts, params, strict=True):
             seed = secrets.randbits(62) if p.seed is None else p.seed
             for j in range(p.samples):
-                request = Request(prompt, p, seed + j, namespace, priority)
+                request = Request(prompt, p, seed + j, namespace, priority, adapter)
                 job.choices.append(Choice(request, reader(p, len(job.choices))))
         requests = [choice.request for choice in job.choices]
         if any(p.structured for p in params):  # a form may take a while to compile

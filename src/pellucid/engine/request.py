@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from pellucid.engine.params import SamplingParams
 
 if TYPE_CHECKING:
+    from pellucid.engine.adapters import Adapter
     from pellucid.engine.structured import Constraint
 
 
@@ -30,6 +31,7 @@ class Request:
     """tokens: the prompt, then what was generated, then drafts.  blocks: of the cache, in order; they hold at least `computed` tokens.
 
     namespace: requests share cached prefixes only within one (a tenant, an adapter).  priority: smaller is served first.
+    adapter: low-rank changes of the weights that it runs with; its namespace must be of this adapter alone.
     """
 
     prompt: list[int]
@@ -37,6 +39,7 @@ class Request:
     seed: int = 0
     namespace: str = ""
     priority: int = 0
+    adapter: Adapter | None = None
     number: int = 0  # of arrival
     tokens: list[int] = field(default_factory=list)
     computed: int = 0

@@ -7,11 +7,12 @@ part by itself. On a CPU, models of plain attention run by compiled kernels inst
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from pellucid.engine.adapters import applied
 from pellucid.engine.decode import unsuited
 from pellucid.engine.paged_cache import Pages, Rows, Saved
 from pellucid.engine.paged_step import PagedBatch, PagedStep
@@ -37,6 +38,7 @@ class Runner:
         self.free_places = list(range(places - 1, -1, -1))
         self.place_of: dict[Request, int] = {}
         self.swapped: dict[Request, Saved] = {}
+        self.observer: Callable[[list[Part], Tensor], None] | None = None  # gets every step's last hidden states
 
     @torch.inference_mode()
     def step(self, plan: Plan) -> dict[Request, Tensor]:
@@ -50,9 +52,7 @@ class Runner:
             self.pages.copy_in(blocks, self._place(request), self.swapped.pop(request))
         if not plan.parts:
             return {}
-        groups = segments_of(plan.parts)
-        order = [part for group in groups for part in group]
-        hidden = self._compiled(order) if self.compiled and self.compiled.suits(order) else self._flat(groups)
+        order, hidden = self._hidden(plan.parts)
         asked: list[Request] = []
         places: list[int] = []
         at = 0
@@ -61,6 +61,8 @@ class Runner:
             if part.samples:
                 asked.append(part.request)
                 places += range(at - 1 - part.request.drafts, at)
+        if self.observer is not None:
+            self.observer(order, hidden)
         self._score_prompts(order, hidden)
         if not asked:
             return {}
@@ -68,9 +70,24 @@ class Runner:
         logits = self._logits(rows)
         return dict(zip(asked, logits.split([1 + r.drafts for r in asked]), strict=True))
 
+    def _hidden(self, parts: Sequence[Part]) -> tuple[list[Part], Tensor]:
+        """The parts in the order of their rows, and the last hidden states (N, D). Requests of an adapter run apart, in one pass for
+        each adapter, through the model itself."""
+        order: list[Part] = []
+        states: list[Tensor] = []
+        for adapter in dict.fromkeys(part.request.adapter for part in parts):
+            groups = segments_of([part for part in parts if part.request.adapter is adapter])
+            mine = [part for group in groups for part in group]
+            with applied(self.model, adapter):
+                compiled = adapter is None and self.compiled is not None and self.compiled.suits(mine)
+                states.append(self._compiled(mine) if compiled else self._flat(groups))
+            order += mine
+        return order, states[0] if len(states) == 1 else torch.cat(states)
+
     def _logits(self, hidden: Tensor) -> Tensor:
         """hidden (N, D) -> (N, V); with compiled kernels a buffer that the next call writes over."""
-        return self.compiled.logits(hidden) if self.compiled else self.model.logits(hidden)
+        compiled = self.compiled is not None and len(hidden) <= self.compiled.batch  # rows of adapters were computed without it
+        return self.compiled.logits(hidden) if compiled else self.model.logits(hidden)  # type: ignore[union-attr]
 
     def _score_prompts(self, order: Sequence[Part], hidden: Tensor) -> None:
         """Log-probabilities of prompt tokens for those who ask, a few rows at a time: never prompt x vocabulary."""

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -22,6 +23,7 @@ from pellucid.engine.core import EngineConfig
 from pellucid.server import errors
 from pellucid.server.about import add_about
 from pellucid.server.access import Access
+from pellucid.server.adapters import add_adapters, add_all
 from pellucid.server.answers import Envelope, chat_answer, chat_events, text_answer, text_events
 from pellucid.server.errors import Json, Refused
 from pellucid.server.guard import Guard
@@ -39,7 +41,7 @@ Models = LLM | VectorModel | Mapping[str, LLM | VectorModel]
 def create_app(
     llm: Models, name: str = "model", *, api_key: str | Sequence[str] | None = None, waiting: int = 16,
     max_body: int = 4 << 20, max_tokens: int | None = None, timeout: float | None = None, engine: EngineConfig | None = None,
-    form: str | None = None, tracing: bool = False,
+    form: str | None = None, tracing: bool = False, adapters: Path | None = None,
 ) -> FastAPI:
     """An ASGI application that serves `llm` under the model name `name`, or several by their names.
 
@@ -47,6 +49,7 @@ def create_app(
     waiting: requests that may wait beside those that run; more get 429.  max_body: bytes of the largest request.
     max_tokens, timeout: tokens and seconds of one answer.  engine: how many run at a time, the cache, and so on.
     form: of tool calls; by default what the chat template shows.  tracing: OpenTelemetry spans.
+    adapters: folder whose LoRA adapters are served, those that lie there now and those that clients ask to load later.
     """
     limits = Limits(waiting, max_body, max_tokens, timeout)
     desk = Desk(Registry(dict(llm) if isinstance(llm, Mapping) else {name: llm}, waiting, engine, form), limits)
@@ -66,6 +69,9 @@ def create_app(
     add_completions(app, desk)
     add_responses(app, desk)
     add_vectors(app, desk)
+    add_adapters(app, desk, adapters)
+    if adapters is not None:
+        add_all(desk, adapters)
     return app
 
 

@@ -69,7 +69,7 @@ class Desk:
         state = request.scope["state"]
         try:
             job = await model.engine.submit(prompts, params, reader, namespace=namespace_of(model, body, state.get("tenant", "")),
-                                      priority=body.priority, request_id=state.get("request_id", ""))
+                                      priority=body.priority, adapter=model.adapter, request_id=state.get("request_id", ""))
         except BadInput as error:
             raise told(error, None, "invalid_value") from error
         state["model"], state["job"] = model.name, job
@@ -97,7 +97,7 @@ class Desk:
 
 def namespace_of(model: Served, body: Sampling, tenant: str) -> str:
     """Cached prefixes are shared within it alone: an adapter's entries differ, keys and salts ask for privacy."""
-    return "\0".join((model.adapter, tenant, body.cache_salt or "")).strip("\0")
+    return "\0".join((model.namespace, tenant, body.cache_salt or "")).strip("\0")
 
 
 async def unless_gone(answer: Awaitable[T], job: Job, request: Request) -> T:

@@ -50,7 +50,7 @@ def exposition(registry: Registry) -> str:
         lines += [f"# HELP {name} {text}", f"# TYPE {name} histogram"]
         for e in engines:
             lines += histogram(name, labels(e), getattr(e.latencies, field))
-    adapters = ({"model_name": m.parent or "", "adapter": m.name} for m in registry.models.values() if isinstance(m, Served) and m.adapter)
+    adapters = ({"model_name": m.parent or "", "adapter": m.name} for m in registry.models.values() if isinstance(m, Served) and m.adapter is not None)
     lines += family("vllm:lora_adapters_loaded", "gauge", "Adapters that can be asked for", ((label, 1) for label in adapters))
     return "\n".join(lines) + "\n"
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pellucid.engine import LLM
+from pellucid.engine.adapters import Adapter, read_adapter
 from pellucid.engine.async_llm import AsyncLLM
 from pellucid.engine.core import EngineConfig
 from pellucid.errors import BadInput
@@ -25,17 +28,20 @@ from pellucid.server.errors import Refused
 from pellucid.server.formats import FORMATS, Format, format_of
 from pellucid.tokenizers import Tokenizer
 
+MOST_NAMES = 256
+
 
 @dataclass
 class Served:
-    """A name that clients use.  adapter: of the low-rank adapter that its requests run with; parent: the name of its model."""
+    """A name that clients use.  adapter: low-rank changes of the weights that its requests run with; parent: the name of its model."""
 
     name: str
     engine: AsyncLLM
     form: Format
-    adapter: str = ""
+    adapter: Adapter | None = None
     parent: str | None = None
     root: str = ""
+    namespace: str = ""  # of cached prefixes: an adapter's differ from its model's, and from those of its last version
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -152,6 +158,7 @@ class Registry:
         if form is not None and form not in FORMATS:
             raise BadInput(f"no format of tool calls is called {form!r}", next=f"use one of {', '.join(FORMATS)}")
         self.models: dict[str, Served | VectorModel] = {}
+        self._versions = itertools.count(1)
         for name, llm in models.items():
             if isinstance(llm, VectorModel):
                 llm.name = name
@@ -163,7 +170,7 @@ class Registry:
 
     @property
     def engines(self) -> list[AsyncLLM]:
-        return [m.engine for m in self.models.values() if isinstance(m, Served) and not m.adapter]
+        return [m.engine for m in self.models.values() if isinstance(m, Served) and m.adapter is None]
 
     @property
     def pending(self) -> int:
@@ -181,6 +188,25 @@ class Registry:
             known = ", ".join(map(repr, self.models))
             raise Refused(404, f"the model {name!r} does not exist; this server has {known}", "model", "model_not_found")
         return self.models[name]
+
+    def add_adapter(self, name: str, path: Path, base: str | None = None) -> Served:
+        """Serves a LoRA adapter of the model `base` (by default the first one that generates) under a name of its own."""
+        if name in self.models:
+            raise Refused(400, f"the name {name!r} is taken", "lora_name", "invalid_value")
+        if len(self.models) >= MOST_NAMES:
+            raise Refused(400, f"{MOST_NAMES} models and adapters are loaded; unload one first", "lora_name", "invalid_value")
+        parent = self.find(base or next(m.name for m in self.models.values() if isinstance(m, Served)))
+        adapter = read_adapter(path, parent.llm.model, name)
+        served = Served(name, parent.engine, parent.form, adapter, parent.name, str(path), f"{name}#{next(self._versions)}")
+        self.models[name] = served
+        return served
+
+    def remove_adapter(self, name: str) -> None:
+        """Requests under way end with it."""
+        model = self.find_any(name)
+        if not isinstance(model, Served) or model.adapter is None:
+            raise Refused(400, f"{name!r} is a model, not an adapter", "lora_name", "invalid_value")
+        del self.models[name]
 
     def close(self) -> None:
         for engine in self.engines:

@@ -1,0 +1,145 @@
+"""LoRA adapters (arXiv 2106.09685) beside one model: requests with different ones, and with none, run in one engine.
+
+    adapter = read_adapter("my-lora", model)     # PEFT's adapter_config.json and adapter_model.safetensors
+    Request(prompt, params, namespace="my-lora", adapter=adapter)
+
+A linear layer computes x W^T + x A^T B^T, with small A and B. The weights stay as they are: an adapter is applied for the
+length of one forward pass. (For training adapters see nn/lora.py.) Read: LORA on linear layers, with rsLoRA's scaling and
+patterns of rank and alpha. Refused, by name: DoRA, trained biases, modules saved whole, adapters of embeddings, of the head
+and of experts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pellucid.errors import BadInput
+from pellucid.models.families import family_of
+from pellucid.models.hub import blank, local_folder, main_layers
+from pellucid.models.names import Piece, targets
+from pellucid.tokenizers.reading import read_json
+
+LEFT, RIGHT = ".lora_A.weight", ".lora_B.weight"
+PLAIN: dict[str, Any] = {"use_dora": False, "bias": "none", "modules_to_save": None, "lora_bias": False, "layer_replication": None,
+                         "target_parameters": None, "trainable_token_indices": None}
+"""What must be so, or left out."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What is added to a linear layer: A (r, in), B (out, r), already scaled. A layer of several stacked matrices (q, k, v) has the
+    A of each stacked, and B in blocks."""
+
+    A: Tensor
+    B: Tensor
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        """A forward hook."""
+        x = inputs[0]
+        return output + (x.to(self.A.dtype) @ self.A.mT @ self.B.mT).to(output.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """layers: by the name of the linear module that they change."""
+
+    name: str
+    layers: Mapping[str, LowRank]
+
+
+@contextlib.contextmanager
+def applied(model: nn.Module, adapter: Adapter | None) -> Iterator[None]:
+    """Inside, the model's own forward computes with the adapter. Not for two threads at once."""
+    changes = {} if adapter is None else adapter.layers
+    handles = [model.get_submodule(name).register_forward_hook(change) for name, change in changes.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def read_adapter(path: str | Path, model: nn.Module, name: str = "") -> Adapter:
+    """BadInput where it is no adapter, asks for what is not supported, or does not fit the model."""
+    folder = local_folder(path, weights=False)
+    config = read_json(folder / "adapter_config.json")
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise BadInput(f"{folder} holds no LoRA adapter", "there is no adapter_config.json with peft_type LORA",
+                       "give a folder that PEFT's save_pretrained wrote")
+    if strange := [key for key, plain in PLAIN.items() if config.get(key) not in (plain, None, [], {})]:
+        raise BadInput(f"the adapter {folder.name} uses {', '.join(strange)}", "only plain low-rank changes of linear layers are supported")
+    try:
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{folder} holds no readable adapter_model.safetensors", str(error), "fetch the adapter again") from error
+    return Adapter(name or folder.name, placed(tensors, config, model, folder.name))
+
+
+def placed(tensors: dict[str, Tensor], config: dict[str, Any], model: nn.Module, name: str) -> dict[str, LowRank]:
+    """Each pair A, B at the rows of our module that its matrix fills."""
+    family = family_of(model.spec)
+    spots: dict[str, list[tuple[str, tuple[int, ...], Piece]]] = defaultdict(list)
+    for ours, parameter, piece in targets(blank(model.spec), family.names, main_layers(model)):
+        spots[piece.name].append((ours, tuple(parameter.shape), piece))
+    found: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    left = set(tensors)
+    weight = next(model.parameters())
+    for key in sorted(k for k in tensors if k.endswith(LEFT)):
+        stem = key.removesuffix(LEFT)
+        module = stem.removeprefix("base_model.model.")
+        hub = f"{module}.weight"
+        for pattern, replacement in family.renames:
+            hub = re.sub(pattern, replacement, hub)
+        pieces = spots.get(hub, [])
+        fits = pieces and all(len(shape) == 2 and piece.expert is None and ours.startswith("layers.") for ours, shape, piece in pieces)
+        if not fits or stem + RIGHT not in tensors:
+            continue
+        left -= {key, stem + RIGHT}
+        ours, shape, piece = pieces[0]
+        A, B = tensors[key], tensors[stem + RIGHT]
+        rows = [spread(B * scale_of(config, module, len(A)), piece, shape) for _, _, piece in pieces]
+        if any(r is None for r in rows) or A.shape != (B.shape[1], shape[1]):
+            raise BadInput(f"{module} of the adapter {name} is {tuple(A.shape)} and {tuple(B.shape)}", f"the model's matrix is {piece.shape}",
+                           "use the adapter with the model that it was trained on")
+        found[ours.removesuffix(".weight")].append((A, torch.stack([r for r in rows if r is not None]).sum(0)))
+    if left or not found:
+        raise BadInput(f"the adapter {name} does not fit this model", f"no place for {', '.join(sorted(left)[:4]) or 'anything'}"
+                       + (" ..." if len(left) > 4 else ""), "use it with the model that it was trained on")
+    dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
+    return {module: LowRank(torch.cat([A for A, _ in pairs]).to(weight.device, dtype), torch.cat([B for _, B in pairs], 1).to(weight.device, dtype))
+            for module, pairs in found.items()}
+
+
+def spread(B: Tensor, piece: Piece, shape: tuple[int, ...]) -> Tensor | None:
+    """B (rows of the Hub's matrix, r) as (rows of ours, r), zero where other matrices stand; None where it does not fit."""
+    out = torch.zeros(shape[0], B.shape[1])
+    try:
+        ours, theirs = piece.ours(out), piece.theirs(B.float().mT if piece.transposed else B.float())
+        if ours.shape != theirs.shape:
+            return None
+        ours.copy_(theirs)
+    except RuntimeError:  # rows that no view can cut so
+        return None
+    return out
+
+
+def scale_of(config: dict[str, Any], module: str, rank: int) -> float:
+    """alpha / r, or alpha / sqrt(r) (rsLoRA, arXiv 2312.03732), with the alpha that a pattern gives this module."""
+    alpha = config.get("lora_alpha") or 8
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            alpha = value
+            break
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
