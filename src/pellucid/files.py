@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -73,15 +74,24 @@ def told_when_full(path: str | os.PathLike[str]) -> Iterator[None]:
     """A full disk, a read-only place or a file where a folder should be, as an error that says so."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        number = _system_error(error)
+        if number in (errno.ENOSPC, errno.EDQUOT):
             raise PellucidError(
                 f"could not write {path}", "the disk is full",
                 "free some space, then run the same command with --resume; earlier files are intact") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if number in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise PellucidError(f"could not write {path}", "no permission to write there",
                                 "choose another folder with --out") from error
-        if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        if number in (errno.ENOTDIR, errno.EEXIST):
             raise PellucidError(f"could not write {path}", "a part of its path is a file, not a folder",
                                 "choose another folder with --out") from error
         raise
+
+
+def _system_error(error: Exception) -> int | None:
+    """Its errno; safetensors, written in Rust, wraps the system's error in a text that ends in "(os error 28)"."""
+    if isinstance(error, OSError):
+        return error.errno
+    told = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return int(told[1]) if told else None

@@ -138,3 +138,14 @@ def test_a_kill_in_the_middle_leaves_the_old_state(tmp_path: Path, what: str, at
     assert len(kept) == 1  # under its own name, or (killed between the two renames) beside it, whole
     if at == 1:
         assert kept[0] in (path, path / "weights")
+
+
+def test_weights_on_a_full_disk(tmp_path: Path):
+    """What safetensors raised when it wrote to a small tmpfs: no OSError."""
+    from safetensors import SafetensorError
+
+    with pytest.raises(PellucidError) as told, files.atomic_folder(tmp_path / "model"):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert told.value.why == "the disk is full" and not list(tmp_path.iterdir())
+    with pytest.raises(SafetensorError), files.told_when_full(tmp_path):
+        raise SafetensorError("something else")
