@@ -50,7 +50,11 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         with told_when_full(path):
             yield temporary
-        os.chmod(temporary, 0o777 & ~_umask())
+        mask = _umask()
+        os.chmod(temporary, 0o777 & ~mask)
+        for file in temporary.rglob("*"):  # safetensors makes files that only their owner can read
+            if file.is_file() and not file.is_symlink():
+                os.chmod(file, 0o666 & ~mask)
         if path.exists():
             os.replace(path, aside)
         os.replace(temporary, path)

@@ -149,3 +149,15 @@ def test_weights_on_a_full_disk(tmp_path: Path):
     assert told.value.why == "the disk is full" and not list(tmp_path.iterdir())
     with pytest.raises(SafetensorError), files.told_when_full(tmp_path):
         raise SafetensorError("something else")
+
+
+def test_files_of_a_folder_have_ordinary_permissions(tmp_path: Path):
+    import torch
+    from safetensors.torch import save_file
+
+    with files.atomic_folder(tmp_path / "model") as folder:
+        (folder / "deeper").mkdir()
+        (folder / "config.json").write_text("{}")
+        save_file({"x": torch.ones(4)}, folder / "deeper" / "model.safetensors")
+    made = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "model").rglob("*")}
+    assert made["model.safetensors"] == made["config.json"] and made["deeper"] == (tmp_path / "model").stat().st_mode & 0o777
