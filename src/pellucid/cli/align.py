@@ -7,6 +7,7 @@ preset of the objective (`align/recipes.py`); the verbs themselves are in `align
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -123,9 +124,12 @@ class Online(OpensModel):
     lr: float = 2e-6
     """Learning rate (about 4e-4 for a model of a million parameters).
     学习率（百万参数的模型约 4e-4）。"""
+    lora: int | None = None
+    """Train adapters of this rank only; the reference is the model without them, so that it takes no memory.
+    只训练此秩的 LoRA 适配器；参考模型即关闭适配器的原模型，不另占内存。"""
     problems: int = 100
-    """Held-out problems or prompts of each evaluation.
-    每次评测的留出题数。"""
+    """Most held-out problems or prompts of each evaluation.
+    每次评测最多的留出题数。"""
     out: Path | None = None
     """Folder for the model, the log and the resume state; by default runs/METHOD.
     结果、日志与续训状态的目录；默认 runs/方法名。"""
@@ -236,7 +240,9 @@ def online(config: Online, method: str) -> None:
     from pellucid.align import formula
     from pellucid.align.online import OnlineLoop
     from pellucid.align.recording import recorded
+    from pellucid.cli.align_page import report_of
     from pellucid.models import load, save
+    from pellucid.models.lora import LoraConfig, attach, save_adapters
     from pellucid.tokenizers import Tokenizer
 
     settings, task = settings_of(config, method), prompts_of(config)
@@ -244,26 +250,43 @@ def online(config: Online, method: str) -> None:
     rewards = rewards_of(config, task, tokenizer, str(device))
     settings = with_what_is_graded(config, settings, rewards)
     model = load(config.model, device=str(device), allow_missing=config.allow_missing)
+    if config.lora is not None:
+        attach(model, LoraConfig(config.lora, alpha=2.0 * config.lora), config.seed or 0)
     if config.dry_run:
         from pellucid.cli.align_dry import show_online
 
         show_online(config, settings, task, rewards, model, tokenizer)
         return
     events.note(formula(settings.objective))
-    out = config.out or Path("runs") / method
-    loop = OnlineLoop(model, tokenizer, task, settings, rewards=rewards, evaluate=lambda: measured(loop, config.problems),  # type: ignore[arg-type]
+    out, problems = config.out or Path("runs") / method, config.problems if config.data else held_out(task, config.problems)
+    loop = OnlineLoop(model, tokenizer, task, settings, rewards=rewards, evaluate=lambda: measured(loop, problems),  # type: ignore[arg-type]
                       checkpoint=out / "checkpoint", resume_hint="the same command with --resume")
     loop.rollouts.tools = {"auto": None, "describe": True, "omit": False}[config.tools]
-    name, before, _ = measured(loop, config.problems)  # of the given weights: before a resumed run's own are read
+    name, before, _ = measured(loop, problems)  # of the given weights: before a resumed run's own are read
     if config.resume and not loop.resume():
         events.note(f"nothing to resume in {out}: starting from {config.model}", "warning")
     with recorded(out, loop):
         history = loop.run()
-    save(model, out / "model", tokenizer=tokenizer)
-    after = history.evaluations[-1][1] if history.evaluations else measured(loop, config.problems)[1]
+    save(loop.plain, out / "model", tokenizer=tokenizer)  # with adapters: merged, and the adapters apart for PEFT
+    if config.lora is not None:
+        save_adapters(model, out / "adapters", config.model)
+    after = history.evaluations[-1][1] if history.evaluations else measured(loop, problems)[1]
     events.emit(events.StageEnd(method, history.seconds, before, after, name, "", True))
     shown = (f"{before:.1%} -> {after:.1%}" if name.startswith(("pass@1", "correct")) else f"{before:.4f} -> {after:.4f}")
-    print(f"held-out {'accuracy' if name == 'pass@1' else name} {shown}; model in {out / 'model'}")
+    print(f"held-out {'accuracy' if name == 'pass@1' else name} {shown}; model in {out / 'model'}; report in {report_of(out)}")
+
+
+def held_out(task: Task, most: int) -> int:
+    """How many different problems a task holds out, at most so many: some have few."""
+    from pellucid import events
+
+    rng, found = random.Random(1), set()
+    for _ in range(100 * most + 1000):
+        found.add(task.sample(rng, "heldout").prompt)
+        if len(found) == most:
+            return most
+    events.note(f"{task.name} holds out {len(found)} different problems; they are all measured")
+    return held_out(task, len(found))
 
 
 def measured(loop: OnlineLoop, problems: int) -> tuple[str, float, dict[str, Any]]:

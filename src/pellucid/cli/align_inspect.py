@@ -99,7 +99,9 @@ def show_group(console: Any, group: Record, config: Inspect) -> None:
     console.print()
     console.print(Text(f"step {group['step']}  {printable(group['prompt'])}", style="bold"))
     rows = group["completions"][: config.completions]
-    console.print(table_of(group, rows))
+    console.print(rewards_of(group, rows))
+    console.print()
+    console.print(advantages_of(rows))
     left = len(group["completions"]) - len(rows) + group.get("left_out", 0)
     if left:
         console.print(f"{left} more completions of this group; --completions shows more")
@@ -110,29 +112,43 @@ def show_group(console: Any, group: Record, config: Inspect) -> None:
         console.print(Text("  " + extremes(row, config.by), style="dim"))
 
 
-def table_of(group: Record, rows: list[Record]) -> Table:
-    """One completion a row: its components, their total, and its advantage in four ways."""
-    from rich.table import Table
+def rewards_of(group: Record, rows: list[Record]) -> Table:
+    """One completion a row, with its components; those in brackets are measured and not rewarded."""
     from rich.text import Text
 
     from pellucid.cli.display import number, printable
 
-    parts = list(dict.fromkeys(k for r in rows for k in r["rewards"]))
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    table.add_column("")
-    table.add_column("completion", max_width=44, no_wrap=True, overflow="ellipsis")
     weights = group["weights"]
-    for name in parts:
-        weight = f" x{weights[name]:g}" if weights.get(name, 0) != 1 and name in weights else ""
-        table.add_column(name + weight if name in weights else f"({name})", justify="right")
-    for name in ("total", *WAYS.values(), "tokens", "clipped", "entropy", "kl"):
-        table.add_column(name, justify="right")
+    parts = list(dict.fromkeys(k for r in rows for k in r["rewards"]))
+    named = [f"({k})" if not weights.get(k) else k if weights[k] == 1 else f"{k} x{weights[k]:g}" for k in parts]
+    table = columns(*named, "total", "tokens")
+    for i, r in enumerate(rows, 1):
+        table.add_row(str(i), *(number(r["rewards"].get(k)) for k in parts), number(r["total"]), str(r["length"]) + ("" if r["finished"] else " cut"),
+                      Text(printable(r["text"])))
+    return table
+
+
+def advantages_of(rows: list[Record]) -> Table:
+    """What each completion is worth in four ways, and what the step did to its tokens."""
+    from pellucid.cli.display import number
+
+    table = columns(*WAYS.values(), "clipped", "entropy", "kl", text="")
     for i, r in enumerate(rows, 1):
         clipped = [c for c in r["clip"] if c is not None]
-        means = [mean(r[name]) for name in ("entropy", "kl")]
-        table.add_row(str(i), Text(printable(r["text"])), *(number(r["rewards"].get(name)) for name in parts), number(r["total"]),
-                      *(signed(r["advantages"].get(way)) for way in WAYS), str(r["length"]) + ("" if r["finished"] else " cut"),
-                      f"{sum(c != 0 for c in clipped) / len(clipped):.0%}" if clipped else "-", *map(number, means))
+        table.add_row(str(i), *(signed(r["advantages"].get(way)) for way in WAYS), f"{sum(c != 0 for c in clipped) / len(clipped):.0%}" if clipped else "-",
+                      *(number(mean(r[name])) for name in ("entropy", "kl")), "")
+    return table
+
+
+def columns(*names: str, text: str = "completion") -> Table:
+    """Numbers under their names; then the text, which takes what room is left."""
+    from rich.table import Table
+
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    table.add_column("")
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column(text, no_wrap=True, overflow="ellipsis")
     return table
 
 

@@ -227,6 +227,7 @@ class Job:
     def run(self, make: Callable[..., OfflineLoop[Any]], write: Callable[[Any, Path, Tokenizer], None]) -> None:
         from pellucid import events
         from pellucid.align.recording import recorded
+        from pellucid.cli.align_page import report_of
 
         c = self.config
         loop = make(self.settings(), checkpoint=c.out / "checkpoint", tokenizer=self.tokenizer, resume_hint="the same command with --resume")
@@ -239,7 +240,7 @@ class Job:
         _, after, _ = loop.evaluate()
         write(self.model, c.out / "model", self.tokenizer)
         events.emit(events.StageEnd(self.stage, history.seconds, before, after, name, "", True))
-        print(f"{name} {before:.1%} -> {after:.1%}; model in {c.out / 'model'}")
+        print(f"{name} {before:.1%} -> {after:.1%}; model in {c.out / 'model'}; report in {report_of(c.out)}")
 
     def settings(self) -> OfflineConfig:
         from pellucid.align.offline import OfflineConfig
@@ -255,19 +256,37 @@ class Job:
     def _show(self) -> None:
         """What a run would do."""
         from pellucid import events
-        from pellucid.cli.align_dry import DryRun, example, legend, marked
+        from pellucid.cli.align_dry import DryRun, example, legend, marked, sizes
 
         settings, first, show = self.settings(), self.items[0], self.tokenizer
         shown = {name: answer for name in ("chosen", "rejected", "answer") if (answer := getattr(first, name, None)) is not None}
         micro = settings.micro or settings.batch
         length = "by the clock" if settings.steps is None else f"{settings.steps} steps, {settings.steps * settings.batch / len(self.items):.2f} times " \
             "through the data"
+        needed = self._memory(micro * (2 if "chosen" in shown else 1))
         events.emit(DryRun(self.stage, self.formula, {
-            "batch": settings.batch, "micro": micro, "steps": settings.steps, "examples": len(self.items), "held_out": len(self.heldout)}, {},
+            "batch": settings.batch, "micro": micro, "steps": settings.steps, "examples": len(self.items), "held_out": len(self.heldout)}, needed,
             [example(a.prompt, a.tokens, a.mask, show) | {"part": name} for name, a in shown.items()]))
         print(f"objective: {self.formula}")
         print(f"step: {settings.batch} examples in micro-batches of {micro} (memory only); {length}; {len(self.items)} examples")
+        print(f"memory of all tensors, about (the process itself takes some 0.3 GiB more): {sizes(needed)}")
         print(f"the first example as the model sees it\n{legend()}")
         for name, a in shown.items():
             print(f"  {name}: {a.trained} trained tokens behind {len(a.prompt)}\n  "
                   f"{marked(show, a.prompt + a.tokens, [False] * len(a.prompt) + (a.mask or [True] * len(a.tokens)))}")
+
+    def _memory(self, answers: int) -> dict[str, int]:
+        """Of a micro-batch of so many answers of the data's mean length, by the model's shape: no weight is read."""
+        import torch
+
+        from pellucid.align.estimate import learning, with_peak
+        from pellucid.models.hub import local_folder, read_config, spec_of
+        from pellucid.nn import Decoder
+
+        with torch.device("meta"):
+            model = Decoder(spec_of(read_config(local_folder(self.config.model))))
+        every = [a for x in self.items for name in ("chosen", "rejected", "answer") if (a := getattr(x, name, None)) is not None]
+        parts = learning(model, self.config.optimizer, answers * sum(map(len, every)) // len(every))
+        if isinstance(self.config, Dpo) and self.config.reference == "live":
+            parts["reference"] = parts["weights"]
+        return with_peak(parts)

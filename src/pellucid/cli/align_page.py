@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pellucid.align.alarms import in_both_languages
 from pellucid.files import write_atomic
 from pellucid.grow import charts
 from pellucid.grow.charts import Label, Series, Text, escaped, finite, number, words
@@ -40,6 +39,14 @@ STRIPS = (("ratio", Text("ratio after the step", "更新后的比率"), 1.0), ("
 WAYS = {"used": Text("used", "所用"), "grpo": Text("GRPO", "GRPO"), "dr-grpo": Text("Dr. GRPO", "Dr. GRPO"), "gdpo": Text("GDPO", "GDPO")}
 
 
+def report_of(folder: Path) -> Path:
+    """Writes `report.html` of a run folder into it."""
+    from pellucid.align.recording import read_run
+
+    write_page(read_run(folder), folder / "report.html", folder.name)
+    return folder / "report.html"
+
+
 def write_page(run: RunRecord, file: Path, name: str) -> None:
     write_atomic(file, render(run, name, language()))
 
@@ -66,6 +73,8 @@ def _headline(run: RunRecord) -> Text:
 
 
 def _alarms(run: RunRecord) -> str:
+    from pellucid.align.alarms import in_both_languages
+
     rows = ""
     for alarm in run.alarms:
         text, remedy = (Text(*pair) for pair in in_both_languages(alarm))

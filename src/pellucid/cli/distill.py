@@ -127,9 +127,9 @@ class Distill(OpensModel):
 
 def distill(config: Distill) -> None:
     from pellucid import events
-    from pellucid.align.recording import read_run, recorded
+    from pellucid.align.recording import recorded
     from pellucid.align.rollout import Rollouts
-    from pellucid.cli.align_page import write_page
+    from pellucid.cli.align_page import report_of
     from pellucid.cli.eval import task_of
     from pellucid.models import load, save
     from pellucid.tasks import evaluate as measure
@@ -170,8 +170,7 @@ def distill(config: Distill) -> None:
     save(model, config.out / "model", tokenizer=tokenizer)
     after = history.evaluations[-1][1]
     events.emit(events.StageEnd(loop.config.stage, history.seconds, before, after, "greedy accuracy on held-out problems", "", True))
-    write_page(read_run(config.out), config.out / "report.html", config.out.name)
-    print(f"held-out accuracy {before:.1%} -> {after:.1%}; model in {config.out / 'model'}; report in {config.out / 'report.html'}")
+    print(f"held-out accuracy {before:.1%} -> {after:.1%}; model in {config.out / 'model'}; report in {report_of(config.out)}")
 
 
 def _check(config: Distill) -> float:
