@@ -41,6 +41,7 @@ from pellucid.models import load, save
 from pellucid.nn import Decoder, init_weights
 from pellucid.runtime import choose_threads, peak_memory_bytes
 
+SHAPES = {"1M": (8, 8), "5M": (8, 8), "30M": (4, 4)}  # prompts in a step, completions of each
 Prepared = tuple[dict[str, Any], Callable[[], int], Callable[[], dict[str, Any]]]
 LR = 1e-6
 
@@ -169,22 +170,23 @@ def theirs(what: dict[str, Any]) -> int:
 
 
 def compare(size: str, chosen: Any) -> dict[str, Any]:
-    shape = {"prompts": chosen.prompts, "group": chosen.group, "length": chosen.length}
+    prompts, group = chosen.shape or SHAPES[size]
+    shape = {"prompts": prompts, "group": group, "length": chosen.length}
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(size, Path(folder) / "model", chosen.prompt_tokens, 64)
         common = shape | {"threads": chosen.threads, "folder": str(Path(folder) / "model"), "scratch": str(Path(folder) / "trl")}
         asked = {"pellucid float32": ("pellucid", "float32"), "trl float32": ("trl", "float32"), "pellucid bf16": ("pellucid", "bf16"),
                  "trl bf16": ("trl", "bf16")}
         contestants = {name: Contestant(__file__, common | {"kind": kind, "dtype": dtype}) for name, (kind, dtype) in asked.items()
-                       if chosen.bf16 or dtype == "float32"}
+                       if size in chosen.bf16 or dtype == "float32"}
         got, want = (contestants[n].ready["loss"] for n in ("pellucid float32", "trl float32"))
         if not math.isclose(got, want, abs_tol=1e-4):
             raise SystemExit(f"the two do not compute the same: {got} and {want} nats a token before the first step")
         rates = contest(contestants, chosen.rounds, chosen.seconds)
         ends = {name: c.end() for name, c in contestants.items()}
-    tokens = chosen.prompts * chosen.group * chosen.length
-    table(f"{size} ({parameters(size) / 1e6:.2f}M parameters), a step of {chosen.prompts} x {chosen.group} completions of {chosen.length} tokens", rates)
-    pairs = {f"{d} steps/s over trl's": (f"pellucid {d}", f"trl {d}") for d in (("float32", "bf16") if chosen.bf16 else ("float32",))}
+    tokens = prompts * group * chosen.length
+    table(f"{size} ({parameters(size) / 1e6:.2f}M parameters), a step of {prompts} x {group} completions of {chosen.length} tokens", rates)
+    pairs = {f"{d} steps/s over trl's": (f"pellucid {d}", f"trl {d}") for d in (("float32", "bf16") if size in chosen.bf16 else ("float32",))}
     found = ratios(rates, pairs)
     for name, end in ends.items():
         print(f"  {name:20s} {tokens / rates[name]['median']:6.2f} s a step, peak {end['peak_mib']:.0f} MiB ({end['peak_mib'] - end['before_mib']:.0f} above imports and weights)")
@@ -195,11 +197,10 @@ def compare(size: str, chosen: Any) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     parser = options(__doc__, rounds=4, seconds=100.0)
     parser.add_argument("--sizes", nargs="+", default=["1M", "30M"])
-    parser.add_argument("--prompts", type=int, default=8, help="prompts in a step")
-    parser.add_argument("--group", type=int, default=8, help="completions of each")
+    parser.add_argument("--shape", type=int, nargs=2, help="prompts in a step, and completions of each (default: 8 8; 4 4 at 30M)")
     parser.add_argument("--length", type=int, default=64, help="tokens of a completion")
     parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--bf16", action="store_true", help="both in bfloat16 as well")
+    parser.add_argument("--bf16", nargs="*", default=["1M"], help="sizes at which both also run in bfloat16")
     chosen = parser.parse_args(argv)
     if chosen.contestant:
         choose_threads(chosen.contestant["threads"])
@@ -208,7 +209,11 @@ def main(argv: list[str] | None = None) -> int:
     from importlib.metadata import version
 
     result["machine"]["trl"] = version("trl")
-    result["sizes"] = {size: compare(size, chosen) for size in chosen.sizes}
+    result["sizes"] = {}
+    for size in chosen.sizes:
+        result["sizes"][size] = compare(size, chosen)
+        if chosen.json:  # what is measured stays, should the next size be stopped
+            finish(result, chosen.json)
     return finish(result, chosen.json)
 
 
