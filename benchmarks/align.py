@@ -100,7 +100,7 @@ def ours(what: dict[str, Any]) -> Prepared:
 
     return {"loss": likelihood(logits, ids)}, call, lambda: {
         "peak_mib": round(memory(), 1), "before_mib": round(before, 1), "sampled": loop.history.sampled / loop.history.steps,
-        "sampling_share": round(loop.history.sampling_seconds / loop.history.seconds, 3)}
+        "sampling_seconds_a_step": round(loop.history.sampling_seconds / loop.history.steps, 4)}
 
 
 def likelihood(logits: torch.Tensor, ids: list[int]) -> float:
