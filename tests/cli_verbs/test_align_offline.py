@@ -52,6 +52,7 @@ def test_a_dry_run_says_what_would_happen_and_does_nothing(model: Path, pairs: P
     assert main(["align", "dpo", str(model), str(pairs), "--dry-run", "--out", str(tmp_path / "o"), "--batch", "8"]) == 0
     out = capsys.readouterr().out
     assert "-log σ" in out and "8 examples" in out and "good yes" in out and "what is" in out
+    assert "⟦ good yes<" in out and "⟦ bad no<" in out and "peak" in out and "optimizer" in out
     assert not (tmp_path / "o").exists()
 
 

@@ -168,6 +168,22 @@ def test_rewards_stand_beside_a_tasks_own_grades(at: Path, tmp_path: Path):
     assert end.metric == "pass@1"
 
 
+def test_adapters_are_trained_alone_and_saved_merged_and_apart(at: Path, tmp_path: Path):
+    code, _ = run(at, "grpo", *both(at), "--lora", "4", "--steps", "2", out=tmp_path)
+    assert code == 0
+    given, merged = (dict(pellucid.load(p).named_parameters()) for p in (at / "model", tmp_path / "model"))
+    changed = {name for name in given if not bool((given[name] == merged[name]).all())}
+    assert changed and not any("norm" in name or "embed" in name for name in changed)
+    assert {p.name for p in (tmp_path / "adapters").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_a_task_of_few_problems_is_measured_on_all_of_them(at: Path, tmp_path: Path):
+    notes: list[Any] = []
+    with events.subscribed(notes.append):
+        assert align.held_out(pellucid.tasks.make("lookup"), 100) < 60 == align.held_out(pellucid.tasks.make("sorting"), 60)
+    assert "holds out" in notes[0].text
+
+
 def test_a_dialogue_with_tools_runs(at: Path, tmp_path: Path):
     code, seen = run(at, "grpo", "--task", "lookup", "--max-tokens", "40", "--tools", "omit", "--steps", "1", data=False, out=tmp_path)
     assert code == 0 and [e.step for e in seen if e.kind == "step"] == [1]

@@ -55,7 +55,7 @@ def show_online(config: Online, settings: OnlineConfig, task: Any, rewards: Rewa
     events.emit(DryRun(settings.stage, told, facts, needed, examples))
     print(f"objective\n{_indented(told)}\n\na step")
     print(_indented("\n".join(sentences(settings, facts))))
-    print(f"\nmemory, about\n{_indented(sizes(needed))}\n\nrewards")
+    print(f"\nmemory of all tensors, about (the process itself takes some 0.3 GiB more)\n{_indented(sizes(needed))}\n\nrewards")
     for name in rewards.names:
         condition = f", where {rewards.conditions[name][0]} >= {rewards.conditions[name][1]:g}" if name in rewards.conditions else ""
         print(f"  {name}: weight {rewards.weights[name]:g}{condition}{' (measured, not trained on)' if not rewards.weights[name] else ''}")
