@@ -132,6 +132,27 @@ def test_refusals(models, task_file, tmp_path, capsys):
     assert code == 2 and "differ in vocabulary" in err and "--method traces" in err and not (tmp_path / "x").exists()
 
 
+def test_alarms_are_told_while_the_run_goes_on(capsys):
+    """On plain lines and in the live view."""
+    import io
+
+    from rich.console import Console
+
+    from pellucid.align.alarms import Alarms
+    from pellucid.cli.display import PlainLines
+    from pellucid.cli.live import LiveView
+
+    plain, live = io.StringIO(), io.StringIO()
+    view = LiveView(Console(file=live, force_terminal=True, width=200))
+    with events.subscribed(PlainLines(plain)), events.subscribed(view), events.subscribed(Alarms()):
+        for i in range(20):
+            events.emit(events.Step("rl", i + 1, (i + 1) / 20, None, {"engine/gap_mean": 0.5, "engine/ess": 0.4}))
+    view.close()
+    told = [line for line in plain.getvalue().splitlines() if line.startswith("alarm")]
+    assert len(told) == 1 and "step=16" in told[0] and "remedy=" in told[0]
+    assert live.getvalue().count("->") == 1
+
+
 # ---- inspect ------------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,6 @@
 """The event stream for people: a live view on a terminal, one plain `key=value` line per interval elsewhere.
 
-Both are subscribers that read event fields by `kind` (stage_begin, stage_end, step, evaluation, sample, note); they
+Both are subscribers that read event fields by `kind` (stage_begin, stage_end, step, evaluation, sample, alarm, traces, note); they
 know no room, and kinds that they do not know leave them silent.
 """
 
@@ -83,6 +83,10 @@ def line_fields(event: Any) -> dict[str, Any]:
             return {"stage": event.stage, "name": term(event.name), "value": event.value}
         case "sample":
             return {"stage": event.stage, "prompt": event.prompt, "completion": event.completion, **event.rewards}
+        case "alarm":
+            return {"stage": event.stage, "step": event.step, "level": event.level, "text": event.text, "remedy": event.remedy}
+        case "traces":
+            return {"problems": f"{event.problems}/{event.of}", "kept": event.kept, "correct": event.correct, "answers": event.answers}
         case "note":
             return {"level": event.level, "text": event.text}
         case _:

@@ -91,6 +91,8 @@ class LiveView:
                 self._latest.append(Text.assemble((f"{term(event.name)} ", "bold"), number(event.value)))
             case "sample":
                 self._latest.append(sample_line(event))
+            case "alarm":  # stays above the view: it is why one would stop the run
+                return Text(f"! {event.text}\n  -> {event.remedy}", style="bold red" if event.level == "warning" else "yellow")
             case "note":
                 line = Text(printable(event.text), style="yellow" if event.level == "warning" else "dim")
                 if self._live is None:
