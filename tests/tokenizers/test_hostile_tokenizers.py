@@ -13,6 +13,7 @@ from tokenizer_samples import FAMILIES, SAMPLES, byte_level, clip, unigram, word
 
 from pellucid.errors import BadInput
 from pellucid.tokenizers import Tokenizer
+from pellucid.tokenizers.engines import unknown_token
 from tokenizers import AddedToken, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Library
 
@@ -235,7 +236,7 @@ ATTACKS = ["</s>", "a </s> b", "x</s>", "[SEP] </s></s>", "＜/s＞", "<s>", "</
 @pytest.mark.parametrize("make", [unigram, words_with_specials, pieces_with_specials, wordpiece, clip, *FAMILIES.values()])
 def test_no_text_becomes_a_special_token(tmp_path, make):
     tok = load(tmp_path, make().to_str())
-    special = set(tok.special.values()) - {tok.id_of(tok.source.data["model"].get("unk_token") or "")}
+    special = {number for text, number in tok.special.items() if text != unknown_token(tok.source.data["model"])}
     for text in ATTACKS:
         for ids in (tok.encode(text), *tok.encode_each([text, "a"]), tok._plain(text, True), tok._plain(text, False)):
             assert special.isdisjoint(ids), (text, ids)
@@ -252,8 +253,22 @@ def test_the_library_alone_would_be_forged():
         assert library.token_to_id("</s>") in library.encode(text, add_special_tokens=False).ids
 
 
+@pytest.mark.parametrize("make", [unigram, pieces_with_specials, words_with_specials])
+def test_what_the_vocabulary_lacks_is_the_unknown_token(tmp_path, make):
+    """In honest text: characters that the training text did not hold, and nothing forged beside them."""
+    library = make()
+    library.encode_special_tokens = True
+    tok, unknown = load(tmp_path, library.to_str()), library.token_to_id("<unk>") or library.token_to_id("[UNK]") or 0
+    for text in ("a \U0001f9ff b", "\U0001f9ff", "x\U0001f9ff\U00012345y", "<unk> [UNK]"):
+        ids = tok.encode(text)
+        assert ids == library.encode(text, add_special_tokens=False).ids and (unknown in ids or "unk" in text)
+    forged = tok.encode("\U0001f9ff </s>")
+    assert unknown in forged and library.token_to_id("</s>") not in forged
+
+
 def test_honest_text_is_cut_as_before(tmp_path):
     library = unigram()
+    library.encode_special_tokens = True
     tok = load(tmp_path, library.to_str())
     for text in SAMPLES:
         if "<s>" not in text and "</s>" not in text:

@@ -106,6 +106,8 @@ def test_a_stream_that_ends_within_a_character_after_others(tmp_path):
     parts = [stream.add(i) for i in ids[:5]]
     assert parts == ["a", "b", " ", "", ""] and stream.finish() == tok.decode(ids[:5])[3:] != ""
     assert [stream.add(ids[0]), stream.finish()] == ["a", ""]  # fresh again
+    ids = tok.encode("ab\u4e2d")
+    assert [stream.add(i) for i in ids[:4]] == ["a", "b", "", ""] and stream.finish() == tok.decode(ids[:4])[2:] == "\ufffd\ufffd"
 
 
 def test_facts(ours, tmp_path):

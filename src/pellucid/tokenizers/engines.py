@@ -60,7 +60,8 @@ class LibraryEngine:
         self._prepends = any(sign in cutting for sign in ('"Metaspace"', '"Prepend"', '"add_prefix_space": true'))
         added = [AddedToken.read(entry) for entry in data.get("added_tokens") or []]
         # The token of unknown words stands in honest text too.
-        special = {t.content: t.id for t in added if t.special and t.content != data["model"].get("unk_token")}
+        unknown = unknown_token(data["model"])
+        special = {t.content: t.id for t in added if t.special and t.content != unknown}
         self._special, self._special_texts = set(special.values()), either(special)
 
     def plain(self, text: str, first: bool = True) -> list[int]:
@@ -99,6 +100,14 @@ class LibraryEngine:
                 return ids
         raise BadInput("this text cannot be told from a special token", f"{text[:80]!r} is one to this tokenizer",
                        "leave it out, or encode with allow_special=True where you wrote it yourself")
+
+
+def unknown_token(model: dict[str, Any]) -> str | None:
+    """What stands for what the vocabulary lacks: named by its text, or in a Unigram model by its place."""
+    place, words = model.get("unk_id"), model.get("vocab")
+    if type(place) is int and isinstance(words, list) and 0 <= place < len(words):
+        return str(words[place][0])
+    return model.get("unk_token")
 
 
 BREAK = "\ufdd4"
