@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pellucid import events
 from pellucid.engine.adjust import Adjuster, Place
+from pellucid.engine.drafting import PredictionHead, is_stateful
 from pellucid.engine.hash_chain import HashChain
 from pellucid.engine.planning import depth_first
 from pellucid.engine.prefix_cache import NoReuse, PrefixCache
@@ -31,7 +32,7 @@ from pellucid.engine.stopping import StopTexts
 from pellucid.engine.structured import Grammars
 from pellucid.errors import BadInput
 from pellucid.nn import Decoder
-from pellucid.nn.count import cache_entries, count
+from pellucid.nn.count import cache_entries
 from pellucid.runtime import Choice, available_memory_bytes
 from pellucid.tokenizers import Tokenizer
 
@@ -42,7 +43,7 @@ ORDERS: dict[str, Callable[[], Order]] = {"first-come": lambda: first_come, "lon
 @dataclass
 class EngineStep(events.Event):
     """One step of the engine.  prompt, hit: tokens of the prompts admitted in it, and of those that the prefix cache held.
-    planning, seconds: of the scheduler, and of the whole step."""
+    planning, seconds: of the scheduler, and of the whole step.  proposed, accepted: drafts of speculative decoding."""
 
     kind = "engine_step"
     step: int
@@ -58,6 +59,8 @@ class EngineStep(events.Event):
     blocks: int
     planning: float
     seconds: float
+    proposed: int = 0
+    accepted: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,9 @@ class EngineConfig:
     swap: bool = False
     """Preempted requests keep their cache in host memory instead of computing it again."""
     drafts: int = 0
-    """Tokens proposed from the request's own text and checked in one pass (speculative decoding); 0: none."""
+    """Tokens proposed at a time and checked in one pass (speculative decoding); 0: none."""
+    proposer: str = "lookup"
+    """Where proposals come from: lookup (what followed the last tokens before), mtp (the model's own layer of multi-token prediction)."""
     speculate_up_to: int = 8
     """No proposals while more requests than this run: a fuller batch has better use for the budget."""
 
@@ -107,7 +112,9 @@ class Engine:
         self.runner = Runner(model, self.cache.blocks, size, c.running)
         self.scheduler = Scheduler(self.cache, budget=c.budget, places=c.running, chunk=c.chunk, context=model.spec.limit,
                                    order=ORDERS[c.order](), swap=c.swap)
-        self.proposer = proposer or (PromptLookup() if c.drafts else None)
+        self.proposer = proposer or self._choose_proposer(c)
+        if isinstance(self.proposer, PredictionHead):
+            self.runner.observer = self.proposer.observe
         if self.proposer is not None and is_stateful(model):
             raise BadInput("speculative decoding needs a cache that can forget its last tokens",
                            "this model's linear attention keeps one state, which a refused token has changed", "leave --drafts at 0")
@@ -119,6 +126,13 @@ class Engine:
         self.steps = 0
         self.totals = dict.fromkeys(("prompt_tokens", "hit_tokens", "generated_tokens", "computed_tokens", "preemptions",
                                      "proposed_tokens", "accepted_tokens"), 0)
+
+    def _choose_proposer(self, c: EngineConfig) -> Proposer | None:
+        if c.proposer not in ("lookup", "mtp"):
+            raise BadInput(f"proposer {c.proposer!r} is not known", next="use lookup or mtp")
+        if c.proposer == "mtp" and c.drafts:
+            return PredictionHead(self.model, self.cache.blocks * self.cache.size, c.running)
+        return PromptLookup() if c.drafts else None
 
     @property
     def busy(self) -> bool:
@@ -160,6 +174,7 @@ class Engine:
     def step(self) -> list[tuple[Request, list[int]]]:
         """Computes one step; the requests that received tokens, with them. `finish_reason` says which of them are done."""
         start = time.perf_counter()
+        before = self.totals["proposed_tokens"], self.totals["accepted_tokens"]
         self._propose()
         plan = self.scheduler.plan()
         planned = time.perf_counter()
@@ -172,7 +187,7 @@ class Engine:
             if r in self.ended:
                 self.scheduler.finish(r, self.ended.pop(r))
                 self._forget(r)
-        self._tell(plan, given, planned - start, time.perf_counter() - start)
+        self._tell(plan, given, planned - start, time.perf_counter() - start, before)
         return given
 
     def _propose(self) -> None:
@@ -185,11 +200,11 @@ class Engine:
             drafts = drafts[: max(0, r.params.max_tokens - r.generated - 1)]
             r.tokens += drafts
             r.drafts = len(drafts)
-            self.totals["proposed_tokens"] += len(drafts)
 
     def _sample(self, logits: dict[Request, Tensor]) -> list[tuple[Request, list[int]]]:
         """Draws at every place that was computed, and keeps what stands (see engine/speculation.py)."""
         places = [(r, j) for r in logits for j in range(1 + r.drafts)]
+        self.totals["proposed_tokens"] += len(places) - len(logits)
         drawn, logprobs, tops = self._draw(places, torch.cat(list(logits.values())))
         given, at = [], 0
         for r in logits:
@@ -278,7 +293,8 @@ class Engine:
 
     # --- what is shown ------------------------------------------------------------------------------------------------
 
-    def _tell(self, plan: Plan, given: list[tuple[Request, list[int]]], planning: float, seconds: float) -> None:
+    def _tell(self, plan: Plan, given: list[tuple[Request, list[int]]], planning: float, seconds: float,
+              before: tuple[int, int]) -> None:
         self.steps += 1
         t = self.totals
         t["generated_tokens"] += sum(len(tokens) for _, tokens in given)
@@ -289,7 +305,8 @@ class Engine:
         t["hit_tokens"] += hit
         events.emit(EngineStep(
             self.steps, plan.tokens, sum(len(tokens) for _, tokens in given), len(self.scheduler.running), len(self.scheduler.waiting),
-            len(plan.admitted), sum(len(r.prompt) for r in new), hit, len(plan.preempted), self.cache.available(), self.cache.blocks, planning, seconds))
+            len(plan.admitted), sum(len(r.prompt) for r in new), hit, len(plan.preempted), self.cache.available(), self.cache.blocks, planning, seconds,
+            t["proposed_tokens"] - before[0], t["accepted_tokens"] - before[1]))
 
     def snapshot(self) -> dict[str, Any]:
         """The engine's real state, as plain data: queue, running requests with their block tables, totals."""
@@ -311,11 +328,6 @@ def make_cache(kind: str, model: Decoder, blocks: int, size: int) -> PrefixCache
     raise BadInput(f"prefix cache {kind!r} is not known", next="use one of chain, radix, radix-cost, none")
 
 
-def is_stateful(model: Decoder) -> bool:
-    """Whether a layer keeps a state that is not a list of tokens' entries."""
-    return any(count(layer.mixer, model.spec.dim).state for layer in model.spec.layers)
-
-
 def choose_room(model: Decoder, config: EngineConfig) -> Choice:
     """Tokens of cache, with the reason: what was asked, or half of the free memory, or 64 full contexts."""
     if config.cache_tokens is not None:
@@ -331,4 +343,4 @@ def choose_room(model: Decoder, config: EngineConfig) -> Choice:
     return Choice(max(config.block, free // 2 // token), f"half of the free memory, {free / 2**31:.1f} GiB, at {token} bytes a token")
 
 
-__all__ = ["Engine", "EngineConfig", "State"]
+__all__ = ["Engine", "EngineConfig", "State", "is_stateful"]

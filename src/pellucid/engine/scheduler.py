@@ -129,7 +129,8 @@ class Scheduler:
     def plan(self) -> Plan:
         plan, left = Plan(), self.budget
         for request in sorted(self.running, key=lambda r: (r.priority, r.number)):
-            if left and request.state is State.RUNNING and (count := min(request.behind, left, self.chunk)):
+            most = left if request.drafts else min(left, self.chunk)  # drafts are no part of a prompt
+            if left and request.state is State.RUNNING and (count := min(request.behind, most)):
                 if request.drafts and count < request.behind:  # no budget for guesses
                     self._drop_drafts(request)
                     count = min(request.behind, left)

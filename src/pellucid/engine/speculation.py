@@ -5,6 +5,9 @@ an equality: the engine draws at every proposed place as it would have drawn any
 are what it drew. The tokens are the same as without proposals, one for one, also when sampled; the usual rule
 (arXiv 2211.17192: accept with min(1, p/q), else draw from the rest) only keeps the distribution. For a proposer that names
 one token per place both accept with the same probability, p of that token.
+
+A proposer that is a model (drafting.py) draws with the same numbers as the engine will: where its distribution is close, so
+are the tokens.
 """
 
 from __future__ import annotations
