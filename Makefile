@@ -46,7 +46,7 @@ clean:
 # What `pellucid` needs to run, and what its tests need besides. The stamps make a second call instant.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing pellucid and what it needs into $(VENV) (once; a few minutes) ..."
-	@$(PIP) -e ".[fast,serve,data]"
+	@$(PIP) -e ".[fast,serve,structured,data]"
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt tests/references.txt | $(BIN)/python
