@@ -169,11 +169,11 @@ def test_a_correction_stands_between_the_sampler_and_the_weights_of_the_step():
                  optim=OptimConfig("adamw", lr=0.01))
     running = loop(cfg)
     first = running.step(0.0)
-    assert first["correction/mean"] == pytest.approx(1.0, abs=1e-4)
+    assert first["correction/mean"] == pytest.approx(1.0, abs=1e-4) == first["correction/ess/to_64"]
     before = copy.deepcopy(running.model)
     second = running.step(0.4)
     x = running.latest[2]
-    assert abs(second["correction/mean"] - 1) > 1e-4 and second["engine/gap_mean"] > 1e-3
+    assert abs(second["correction/mean"] - 1) > 1e-4 and second["correction/ess/to_64"] < 1 - 1e-4 and second["engine/gap_mean"] > 1e-3
     (proximal,) = Update(x, range(len(x.samples)), Counts(0, 0)).logprobs(before, 32, 1.0)
     torch.testing.assert_close(x.old, proximal, atol=1e-5, rtol=0)
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pellucid.align import ObjectiveConfig, assign_credit, recipe
+from pellucid.align import ObjectiveConfig, assign_credit, recipe, token_advantages, value_loss
 from pellucid.align.aggregation import Counts
 from pellucid.align.metrics import merge
 from pellucid.align.objective import objective_padded
@@ -29,6 +29,7 @@ ONLINE = {
     "gspo": ObjectiveConfig(ratio="sequence", clip_low=0.3, clip_high=0.4),
     "corrected": ObjectiveConfig(correction="mask", correction_level="sequence-mean", entropy_coef=0.1, aggregation="token-mean"),
 }
+TOKENS = {"ppo": recipe("ppo"), "rf++": recipe("reinforce++", truncated="keep")}
 PAIRS = {name: preference_recipe(name) for name in ("dpo", "ipo", "rpo", "simpo", "mpo")}
 CUT = (slice(0, 1), slice(1, 3))  # prompts of each rank: one, and two
 G, T = 4, 6
@@ -77,7 +78,27 @@ def preference(name, part, gathered, total):
     return loss.detach(), grad.view(-1, G, T), {k: float(v) for k, v in metrics.items()}
 
 
-CASES = [(online, name) for name in ONLINE] + [(preference, name) for name in PAIRS]
+def by_token(name, part, gathered, total):
+    """PPO and REINFORCE++: the whitening of advantages is over the tokens of all ranks, and so is the critic's mean."""
+    cfg = TOKENS[name]
+    logp, old, ref, sampler, mask, lengths, rewards = rollout()
+    critic, mine = sampler.flip(0), slice(*part.indices(3))
+    credit = assign_credit({k: gathered(v[mine]) for k, v in rewards.items()}, gathered(lengths[mine]), cfg)
+    counts = total(assign_credit({k: v[mine] for k, v in rewards.items()}, lengths[mine], cfg).counts)
+    assert counts == credit.counts
+    on, p, r, v = (gathered(y[mine]).flatten(0, 1) for y in (mask, old, ref, critic))
+    row = torch.arange(3 * G)[:, None].expand(on.shape)
+    values, targets = token_advantages(credit.advantages.flatten(), row[on], cfg, old=p[on], ref=r[on], critic=v[on])
+    own = slice(mine.start * G, mine.stop * G)
+    advantages, returns = (torch.zeros(on.shape).masked_scatter(on, y if y is not None else values)[own] for y in (values, targets))
+    x, here = logp[mine].flatten(0, 1).requires_grad_(), on[own]
+    loss, metrics = objective_padded(x, p[own], None, advantages, here, cfg, counts)
+    judged = value_loss(x + v[own], returns, v[own], cfg.value_clip)[here].sum() / counts.tokens
+    (grad,) = torch.autograd.grad(loss + cfg.value_coef * judged, x)
+    return (loss + cfg.value_coef * judged).detach(), grad.view(-1, G, T), {k: float(v) for k, v in metrics.items()}
+
+
+CASES = [(by_token, name) for name in TOKENS] + [(online, name) for name in ONLINE] + [(preference, name) for name in PAIRS]
 
 
 def worker(rank, port, file):

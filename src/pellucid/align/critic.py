@@ -7,7 +7,7 @@ of its own. The value of token t is read where t is predicted, so it knows the a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from pellucid.align.aggregation import token_weights
 from pellucid.align.reward_model import RewardModel
 from pellucid.align.update import Update
 from pellucid.align.value import value_loss
+from pellucid.nn import Decoder
 from pellucid.optim import OptimConfig, Schedule, build_optimizer
 from pellucid.train import Stepper
 
@@ -81,14 +82,10 @@ class Critic:
         self.stepper.optimizer.load_state_tensors(named, {k.removeprefix("optimizer/"): v for k, v in tensors.items()})
 
 
-def critic_model(policy: Any, start: RewardModel | None = None) -> RewardModel:
-    """The weights that a critic starts from. policy: a copy that becomes the trunk, with a head of zeros."""
-    if start is not None:
-        return start
-    model = RewardModel.of(policy)
+def critic_of(policy: Decoder) -> RewardModel:
+    """The policy's weights, copied, under a head of zeros."""
+    model = RewardModel.of(copy.deepcopy(policy))
     with torch.no_grad():
         model.score.weight.zero_()
     return model
 
-
-__all__: Sequence[str] = ("Critic", "critic_model")

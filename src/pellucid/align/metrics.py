@@ -61,9 +61,6 @@ MEANING: dict[str, str] = {
     "length/right": "mean length of right answers",
     "length/wrong": "mean length of wrong answers; a growing gap is length bias",
     "diversity/distinct": "mean fraction of different completions within a group; 1/G means all the same",
-    "turns/mean": "mean number of the model's turns in a dialogue",
-    "turns/given_tokens": "fraction of a dialogue's tokens that tools and users wrote: read, not trained on",
-    "reward/*/failed": "fraction of completions that a reward could not grade; they count as not graded",
     "engine/gap_mean": "mean |log p| difference between sampler and trainer for the same tokens; rounding error only",
     "engine/gap_max": "largest such difference",
     "engine/ess": "effective sample size of the sampler -> trainer weights, as a fraction; 1 is perfect agreement",
@@ -74,6 +71,9 @@ MEANING: dict[str, str] = {
 }
 
 LOOP_MEANING: dict[str, str] = {
+    "turns/mean": "mean number of the model's turns in a dialogue",
+    "turns/given_tokens": "fraction of a dialogue's tokens that tools and users wrote: read, not trained on",
+    "reward/*/failed": "fraction of completions that a reward could not grade; they count as not graded",
     "accuracy": "fraction of right completions", "format": "fraction of completions in the asked form",
     "accuracy/any": "fraction of problems of which some completion of the group is right: pass@G",
     "groups/live": "fraction of sampled groups that enter the step",

@@ -29,8 +29,9 @@ from pellucid import events
 from pellucid.align import metrics as tables
 from pellucid.align.aggregation import Counts, count
 from pellucid.align.controllers import EntropyController, KLController
+from pellucid.align.corrections import importance_weights
 from pellucid.align.credit import Credit, assign_credit, live_in, token_advantages
-from pellucid.align.critic import Critic, critic_model
+from pellucid.align.critic import Critic, critic_of
 from pellucid.align.kl import kl_penalty
 from pellucid.align.objective import objective
 from pellucid.align.objective_config import ObjectiveConfig
@@ -131,8 +132,7 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
         self.reference = self._reference() if cfg.needs_reference else None
         self.critic = None
         if cfg.advantage == "gae":
-            start = critic_model(None if critic else copy.deepcopy(self.plain), critic)
-            self.critic = Critic(start, config.critic or config.optim, config.schedule, config.clip)
+            self.critic = Critic(critic or critic_of(self.plain), config.critic or config.optim, config.schedule, config.clip)
 
     def _reference(self) -> Decoder:
         """A copy of the GIVEN weights, never re-read from a file that may differ; with adapters, the model without them."""
@@ -274,7 +274,7 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
                 if chosen:
                     batch = Update(x, chosen, count(credit.lengths[part].flatten(), cfg.empty))
                     self._one_update(batch, old, cfg, progress, seen)
-        numbers = seen.table() | {"lr": self.stepper.optimizer.lr, "update/skipped": float(self.stepper.skipped)}
+        numbers = seen.table() | self._corrections(x, seen, cfg) | {"lr": self.stepper.optimizer.lr, "update/skipped": float(self.stepper.skipped)}
         return numbers | self._controlled(x, credit, numbers)
 
     def _one_update(self, batch: Update, old: Tensor | None, cfg: ObjectiveConfig, progress: float, seen: _Seen) -> None:
@@ -288,7 +288,7 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
                                       sampler=x.sampler[at], entropy=entropy if bonus else None, keep=pick(x.keep, at))
             parts.append(numbers)
             assert entropy is not None
-            seen.add(entropy=entropy.detach(), trainer=logp.detach() if x.old is None else x.old[at], sampler=x.sampler[at])
+            seen.add(at=at, entropy=entropy.detach(), trainer=logp.detach() if x.old is None else x.old[at], sampler=x.sampler[at])
             return loss
 
         result = self.stepper.step(batch.micro(c.micro_rows), share, progress)
@@ -296,6 +296,18 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
         if self.critic is not None:
             seen.critic.append(self.critic.step(batch, c.micro_rows, progress, coefficient=cfg.value_coef, clip=cfg.value_clip))
             seen.value_clip = cfg.value_clip
+
+    @staticmethod
+    def _corrections(x: Experience, seen: _Seen, cfg: ObjectiveConfig) -> dict[str, float]:
+        """How the correction's weights spread, by the length of their completions."""
+        if cfg.correction == "none":
+            return {}
+        trainer = torch.full_like(x.sampler, torch.nan)
+        trainer[torch.cat(seen.tokens["at"])] = torch.cat(seen.tokens["trainer"]).to(trainer.dtype)
+        on = ~trainer.isnan()
+        weights = importance_weights(trainer[on], x.sampler[on], x.sequence[on], level=cfg.correction_level, mode=cfg.correction,
+                                     low=cfg.correction_low, high=cfg.correction_high)
+        return tables.correction_table(weights, x.sequence[on])
 
     def _controlled(self, x: Experience, credit: Credit, numbers: dict[str, float]) -> dict[str, float]:
         """Lets the coefficients follow what was measured; they act in the next step."""
@@ -365,10 +377,10 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
 
     def restore(self, state: dict[str, Any]) -> None:
         self.shown_groups, self._next_show = state.get("groups", []), state.get("next_show", 0.0)
-        for name, saved in state["controllers"].items():
+        for name, saved in state.get("controllers", {}).items():
             setattr(self, name, type(getattr(self, name))(**saved))
         self.ahead.clear()
-        for saved in state["ahead"]:
+        for saved in state.get("ahead", []):
             self._go_back(saved["source"])  # the problems are drawn again, the samples are read
             problems: list[Problem] = []
             while len(problems) < len(saved["groups"]):
