@@ -188,9 +188,9 @@ def test_chat_on_a_terminal(folder: Path):
 
     pid, screen = pty.fork()
     if pid == 0:
-        slow = ("import sys, time; import pellucid.engine.batch as b; run = b.Batch.run\n"
-                "def slowly(self):\n  for x in run(self):\n    time.sleep(0.05); yield x\n"
-                "b.Batch.run = slowly\nfrom pellucid.__main__ import main\n"
+        slow = ("import sys, time; from pellucid.engine.core import Engine; step = Engine.step\n"
+                "def slowly(self):\n  time.sleep(0.05); return step(self)\n"
+                "Engine.step = slowly\nfrom pellucid.__main__ import main\n"
                 f"sys.exit(main(['chat', {str(folder)!r}, '--max-tokens', '200', '--threads', '1']))")
         os.execve(sys.executable, [sys.executable, "-c", slow], {**os.environ, "TERM": "xterm", "LC_ALL": "C.UTF-8"})
     seen: list[str] = []

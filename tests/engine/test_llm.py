@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_decoders import SPEC, Scripted, decoder
 
+from pellucid import events
 from pellucid.engine import LLM, SamplingParams
 from pellucid.errors import BadInput
 
@@ -125,8 +126,8 @@ def test_a_stream_of_random_bytes_is_what_generate_decodes(llm, seed):
 def test_closing_a_stream_stops_the_work(says):
     llm = says(LONG)
     steps = []
-    forward = llm.model.hidden
-    llm.model.hidden = lambda *args, **how: steps.append(1) or forward(*args, **how)
+    forward = llm.model.run
+    llm.model.run = lambda *args, **how: steps.append(1) or forward(*args, **how)
     stream = llm.stream(PROMPT, SamplingParams(max_tokens=400))
     for _ in range(3):
         next(stream)
@@ -186,6 +187,76 @@ def test_chat_continues_the_template_and_no_message_opens_a_turn(llm, tokenizer)
     assert request.prompt_token_ids.count(tokenizer.end_of_turn_id) == 1
 
 
+def test_the_best_of_several_are_returned(llm):
+    params = SamplingParams(max_tokens=12, temperature=1.2, seed=3, n=8, logprobs=2)
+    (every,) = llm.generate(PROMPT, params)
+    (chosen,) = llm.generate(PROMPT, replace(params, n=3, best_of=8))
+    by_mean = sorted(every.outputs, key=lambda c: -sum(c.logprobs) / len(c.logprobs))[:3]
+    assert [c.token_ids for c in chosen.outputs] == [c.token_ids for c in by_mean] and [c.index for c in chosen.outputs] == [0, 1, 2]
+    (quiet,) = llm.generate(PROMPT, replace(params, n=3, best_of=8, logprobs=False))
+    assert [(c.token_ids, c.logprobs, c.top_logprobs) for c in quiet.outputs] == [(c.token_ids, None, None) for c in by_mean]
+    assert all(len(top) == 2 and top[0][1] >= top[1][1] for c in chosen.outputs for top in c.top_logprobs)
+
+
+def test_log_probabilities_of_the_prompt(llm):
+    ids = [5, 9, 100, 3, 3, 7]
+    (out,) = llm.generate(ids, SamplingParams(max_tokens=2, prompt_logprobs=3))
+    logp = llm.model(torch.tensor([ids]))[0, :-1].log_softmax(-1).detach()
+    assert out.prompt_logprobs == pytest.approx(logp.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist(), abs=1e-4)
+    assert [[t for t, _ in top] for top in out.prompt_top_logprobs] == logp.topk(3).indices.tolist()
+    assert llm.generate(ids, SamplingParams(max_tokens=2))[0].prompt_logprobs is None
+
+
+def test_a_draft_model_changes_nothing_but_the_number_of_steps(llm, model, tokenizer):
+    params = [SamplingParams(max_tokens=20, temperature=t, seed=4) for t in (0.0, 1.0)]
+    want, steps = llm.generate([PROMPT] * 2, params), []
+    with events.subscribed(steps.append):
+        assert LLM(model, tokenizer, draft=model).generate([PROMPT] * 2, params) == want
+    assert sum(e.accepted for e in steps if e.kind == "engine_step") > 10
+    with pytest.raises(BadInput, match="draft model"):
+        LLM(model, tokenizer, draft=decoder(replace(SPEC, vocab=99))).generate(PROMPT, params[0])
+
+
+def test_beams(llm):
+    greedy = llm.beam_search([PROMPT, [4]], 1, 8)
+    assert [g.outputs[0].token_ids for g in greedy] == [c.outputs[0].token_ids for c in llm.generate([PROMPT, [4]], SamplingParams(max_tokens=8))]
+    (found,) = llm.beam_search(PROMPT, 4, 8, n=2)
+    assert len(found.outputs) == 2 and found.outputs[0].score >= found.outputs[1].score >= greedy[0].outputs[0].score - 1e-4
+    with pytest.raises(BadInput):
+        llm.beam_search(PROMPT, 4, 96)
+
+
+def test_scores(llm):
+    ids, more = [5, 9, 100], [[3, 3, 7], [8]]
+    found = llm.score(ids, more, how="likelihood")
+    for second, value in zip(more, found, strict=True):
+        logp = llm.model(torch.tensor([ids + second]))[0, len(ids) - 1 : -1].log_softmax(-1)
+        assert value == pytest.approx(float(logp.gather(1, torch.tensor(second)[:, None]).mean().detach()), abs=1e-4)
+    assert llm.score(["hello"], ["hello"], how="embedding") == pytest.approx([1.0], abs=1e-5)
+    with pytest.raises(BadInput, match="2 first texts"):
+        llm.score(["a", "b"], ["c"])
+    with pytest.raises(BadInput, match="not known"):
+        llm.score("a", ["b"], how="magic")
+    with pytest.raises(BadInput, match="several tokens"):
+        llm.score("a", ["b"])  # this small vocabulary has no token "yes"
+
+
+def test_yes_and_no_are_read_in_one_place(tokenizer):
+    from pellucid.tokenizers import patterns, train_bpe
+
+    words = train_bpe(["yes\nno\nyes\nno"] * 9, 268, patterns.QWEN_PATTERN)
+    llm = LLM(decoder(replace(SPEC, vocab=words.vocab_size, context=1024)), words)
+    yes, no = (words.encode(w)[0] for w in ("yes", "no"))
+    documents = ["a cat", "dogs " * 9, ""]
+    for document, value in zip(documents, llm.score("what is a cat?", documents, instruction="find cats"), strict=True):
+        prompt = llm.chat_ids([
+            {"role": "system", "content": 'Judge whether the Document meets the requirements based on the Query and the Instruct provided. '
+                                          'Note that the answer can only be "yes" or "no".'},
+            {"role": "user", "content": f"<Instruct>: find cats\n<Query>: what is a cat?\n<Document>: {document}"}], thinking=False)
+        p = llm.model(torch.tensor([prompt]))[0, -1].softmax(-1)
+        assert value == pytest.approx(float((p[yes] / (p[yes] + p[no])).detach()), abs=1e-4)
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -193,7 +264,7 @@ def test_chat_continues_the_template_and_no_message_opens_a_turn(llm, tokenizer)
                                           ([280], 4), ([-1], 4)], ids=str)
 def test_impossible_requests_are_refused_before_any_work(tokenizer, prompt, most):
     model = decoder(SPEC)
-    model.hidden = None  # any work would fail with a TypeError
+    model.run = None  # any work would fail with a TypeError
     llm = LLM(model, tokenizer)
     params = SamplingParams(max_tokens=most)
     with pytest.raises(BadInput) as caught:

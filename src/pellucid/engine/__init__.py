@@ -1,9 +1,10 @@
-"""Generation: a contiguous cache, a batch-wide sampler, `LLM`."""
+"""Generation: the engine of continuous batching, a static batch for rollouts, `LLM` and `AsyncLLM`."""
 
 from pellucid.engine.async_llm import AsyncLLM
 from pellucid.engine.batch import Batch, Sample, run_all
 from pellucid.engine.llm import LLM, Chunk, Completion, RequestOutput
-from pellucid.engine.params import SamplingParams
+from pellucid.engine.params import SamplingParams, StructuredOutput
 from pellucid.engine.translate import Translation, translate
 
-__all__ = ["LLM", "AsyncLLM", "Batch", "Chunk", "Completion", "RequestOutput", "Sample", "SamplingParams", "Translation", "run_all", "translate"]
+__all__ = ["LLM", "AsyncLLM", "Batch", "Chunk", "Completion", "RequestOutput", "Sample", "SamplingParams",
+           "StructuredOutput", "Translation", "run_all", "translate"]

@@ -9,24 +9,37 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from pellucid.engine.batch import Batch, Sample, check_length, run_all
+from pellucid.engine.batch import check_length
+from pellucid.engine.beam import Search, run_searches
+from pellucid.engine.core import Engine, EngineConfig, choose_room
+from pellucid.engine.drafting import DraftModel
 from pellucid.engine.params import SamplingParams
+from pellucid.engine.request import Request
+from pellucid.engine.stopping import cut
 from pellucid.errors import BadInput
 from pellucid.models import embed_texts, load
 from pellucid.models.embedding import read_recipe
 from pellucid.models.hub import local_folder, read_config
 from pellucid.nn import Decoder
-from pellucid.quant import is_int8, quantize
+from pellucid.quant import bits_of, quantize
 from pellucid.runtime import choose_device
 from pellucid.tokenizers import Tokenizer
 
 Prompt = str | list[int]
+
+# The prompt of Qwen3-Reranker (arXiv 2506.05176).
+JUDGE = ('Judge whether the Document meets the requirements based on the Query and the Instruct provided. '
+         'Note that the answer can only be "yes" or "no".')
+TASK = "Given a web search query, retrieve relevant passages that answer the query"
+QUESTION = "<Instruct>: {}\n<Query>: {}\n<Document>: {}"
 
 
 @dataclass
@@ -38,12 +51,18 @@ class Completion:
     token_ids: list[int]
     logprobs: list[float] | None
     finish_reason: str
+    top_logprobs: list[list[tuple[int, float]]] | None = None
+    score: float | None = None  # of a beam search: the sum of the log-probabilities over length ** length_penalty
 
 
 @dataclass
 class RequestOutput:
+    """prompt_logprobs: of the prompt's tokens behind the first; prompt_top_logprobs: the most probable ones in their places."""
+
     prompt_token_ids: list[int]
     outputs: list[Completion]
+    prompt_logprobs: list[float] | None = None
+    prompt_top_logprobs: list[list[tuple[int, float]]] | None = None
 
 
 @dataclass
@@ -56,11 +75,16 @@ class Chunk:
 
 
 class LLM:
-    """A decoder with its tokenizer. `model` may be a folder, a Hub id, or a `Decoder` (then give the tokenizer)."""
+    """A decoder with its tokenizer. `model` may be a folder, a Hub id, or a `Decoder` (then give the tokenizer).
+
+    config: of the engine that answers.  max_batch: requests that run at a time, if the config does not say.  draft: a smaller model
+    of the same vocabulary that proposes tokens (folder, Hub id or `Decoder`); what is written is the same without it.
+    """
 
     def __init__(
         self, model: str | os.PathLike[str] | Decoder, tokenizer: Tokenizer | None = None, *, dtype: str = "float32",
-        device: str = "cpu", max_batch: int = 512, allow_missing: bool = False,
+        device: str = "cpu", max_batch: int = 512, allow_missing: bool = False, config: EngineConfig | None = None,
+        draft: str | os.PathLike[str] | Decoder | None = None,
     ):
         if isinstance(model, Decoder):
             if tokenizer is None:
@@ -71,30 +95,111 @@ class LLM:
             self.model = open_model(model, dtype, device, allow_missing)
             self.folder = local_folder(model)
             self.tokenizer = tokenizer or Tokenizer.load(model)
-        self.max_batch = max_batch
+        self.max_batch, self.config = max_batch, config or EngineConfig(running=max_batch, budget=2048, drafts=0 if draft is None else 4)
+        self.draft = draft if draft is None or isinstance(draft, Decoder) else open_model(draft, dtype, device, allow_missing)
 
     @property
     def context(self) -> int:
         return getattr(self.model.spec, "limit", self.model.spec.context)
 
+    def engine(self, tokens: int | None = None, **options: Any) -> Engine:
+        """A new engine for this model.  tokens: of its cache, if the config does not say.  options: of the config, that differ."""
+        config = replace(self.config, **options)
+        if config.cache_tokens is None and tokens is not None:
+            config = replace(config, cache_tokens=min(tokens, choose_room(self.model, config).value))
+        proposer = None
+        if self.draft is not None and config.drafts:
+            proposer = DraftModel(self.draft, self.model.spec.vocab, config.cache_tokens or 65536, config.running)
+        return Engine(self.model, self.tokenizer.eos_ids, config, self.tokenizer, proposer)
+
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """One RequestOutput a prompt, in order; all of them run in the same batches. Default: greedy, 256 tokens."""
-        single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
-        ids = [self._ids(p) for p in ([prompts] if single else prompts)]  # type: ignore[arg-type, list-item]
+        ids = self._all_ids(prompts)
         each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(ids)
         if len(each) != len(ids):
             raise ValueError(f"{len(ids)} prompts but {len(each)} sampling parameters")
-        samples = [self._samples(p, q) for p, q in zip(ids, each)]
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            flat = [s for group in samples for s in group]
-            run_all(self.model, flat, self.tokenizer.eos_ids, self._stopped, self.max_batch)
-        finally:
-            self.model.train(was_training)
-        return [RequestOutput(p, [self._completion(i, s) for i, s in enumerate(g)]) for p, g in zip(ids, samples)]
+        groups = [self._requests(p, q) for p, q in zip(ids, each, strict=True)]
+        if not groups:
+            return []
+        engine = self._engine_for([r for group in groups for r in group])
+        for group in groups:
+            for r in group:
+                engine.add(r, None if r is group[0] else group[0])
+        with self._evaluating():
+            while engine.busy:
+                engine.step()
+        return [self._output(p, q, group) for p, q, group in zip(ids, each, groups, strict=True)]
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], beams: int = 4, max_tokens: int = 256, *, n: int | None = None, length_penalty: float = 1.0,
+        early_stopping: bool = False, ignore_eos: bool = False,
+    ) -> list[RequestOutput]:
+        """The `n` (default: all) best of the continuations that a search with so many beams finds, the best first; see engine/beam.py."""
+        ids = self._all_ids(prompts)
+        for p in ids:
+            check_length(len(p), max_tokens, self.context)
+        searches = [Search(p, beams, max_tokens, () if ignore_eos else self.tokenizer.eos_ids, length_penalty, early_stopping) for p in ids]
+        with self._evaluating():
+            run_searches(self.engine(sum((len(p) + max_tokens + 32) * beams for p in ids), running=max(1, len(ids) * beams)), searches)
+        return [RequestOutput(s.prompt, [
+            Completion(i, self._text(b.tokens, b.reason == "stop"), b.tokens, None, b.reason, score=b.score) for i, b in enumerate(s.done[:n])])
+            for s in searches]
+
+    def score(
+        self, first: Prompt | Sequence[Prompt], second: Sequence[Prompt], *, how: str = "yes-no", instruction: str = TASK, batch_size: int = 64,
+    ) -> list[float]:
+        """How well each of `second` fits its `first` (one for all, or one each). What the numbers say is `how`:
+
+        yes-no: p(yes) / (p(yes) + p(no)) as the answer to whether the document `second` meets the query `first`, in the prompt
+            that Qwen3-Reranker was trained with (arXiv 2506.05176); `instruction` says what meeting means.
+        likelihood: the mean log-probability of second's tokens behind first.
+        embedding: the cosine of the vectors of `embed`.
+        Cross-encoders are no decoders: `pellucid.models.classify_texts`.
+        """
+        firsts: list[Prompt] = [first] * len(second) if is_one(first) else list(first)  # type: ignore[list-item, arg-type]
+        if len(firsts) != len(second):
+            raise BadInput(f"{len(firsts)} first texts but {len(second)} second ones", next="give one first text, or as many as second ones")
+        pairs = list(zip(firsts, second, strict=True))
+        if how == "likelihood":
+            return self._likelihoods([(self._ids(a), self._ids(b)) for a, b in pairs])
+        texts = [tuple(t if isinstance(t, str) else self.tokenizer.decode(t) for t in pair) for pair in pairs]
+        if how == "yes-no":
+            return self._yes(texts, instruction)
+        if how == "embedding":
+            a, b = (self.embed([pair[i] for pair in texts], batch_size) for i in (0, 1))
+            return (a * b).sum(-1).tolist()  # type: ignore[no-any-return]
+        raise BadInput(f"a score by {how!r} is not known", next="use yes-no, likelihood or embedding")
+
+    def _likelihoods(self, pairs: list[tuple[list[int], list[int]]]) -> list[float]:
+        if any(not a or not b for a, b in pairs):
+            raise BadInput("a text to be scored has no tokens", "there is nothing to be likely")
+        outputs = self.generate([a + b for a, b in pairs], SamplingParams(max_tokens=1, prompt_logprobs=0)) if pairs else []
+        return [sum((o.prompt_logprobs or [])[len(a) - 1 :]) / len(b) for o, (a, b) in zip(outputs, pairs, strict=True)]
+
+    def _yes(self, texts: Sequence[tuple[str, ...]], instruction: str) -> list[float]:
+        words = [self.tokenizer.encode(word) for word in ("no", "yes")]
+        if any(len(word) != 1 for word in words):
+            raise BadInput("this tokenizer writes yes or no as several tokens", "their probabilities cannot be read in one place",
+                           "score by likelihood or embedding")
+        prompts = [self.chat_ids([{"role": "system", "content": JUDGE}, {"role": "user", "content": QUESTION.format(instruction, *pair)}], thinking=False)
+                   for pair in texts]
+        for p in prompts:
+            check_length(len(p), 1, self.context)
+        device, head = self.model.embed.weight.device, self.model.head_weight[[word[0] for word in words]]
+        scores, order = [0.0] * len(prompts), sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        with self._evaluating(), torch.inference_mode():
+            for start in range(0, len(order), 16):
+                some = order[start : start + 16]
+                longest = len(prompts[some[-1]])
+                tokens, mask = torch.zeros(2, len(some), longest, dtype=torch.int64)
+                for row, i in enumerate(some):
+                    tokens[row, : len(prompts[i])], mask[row, : len(prompts[i])] = torch.tensor(prompts[i]), 1
+                hidden = self.model.hidden(tokens.to(device), mask=mask.to(device))[torch.arange(len(some)), mask.sum(1) - 1]
+                for i, value in zip(some, (hidden @ head.T.to(hidden.dtype)).float().softmax(-1)[:, 1].tolist(), strict=True):
+                    scores[i] = value
+        return scores
 
     def embed(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
         """texts -> (N, D) float32 of length 1, with the pooling that the folder states, else of each text's last token. Encoders,
@@ -106,8 +211,16 @@ class LLM:
         self, messages: list[dict[str, Any]], params: SamplingParams | None = None, *, tools: list[dict[str, Any]] | None = None,
         thinking: bool | None = None,
     ) -> RequestOutput:
-        """The answer to a conversation in OpenAI's message format, through the tokenizer's chat template."""
+        """The answer to a conversation in OpenAI's message format, through the tokenizer's chat template. A structured answer may be
+        thought about first where the template thinks."""
+        params = params or SamplingParams()
+        if params.structured is not None and thinking is not False and self._thinks:
+            params = replace(params, structured=replace(params.structured, thinking=True))
         return self.generate([self.chat_ids(messages, tools, thinking)], params)[0]
+
+    @property
+    def _thinks(self) -> bool:
+        return any("<think>" in template for template in self.tokenizer.source.templates.values())
 
     def chat_ids(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, thinking: bool | None = None) -> list[int]:
         """The prompt of the next assistant turn; nothing that a message says can become a special token."""
@@ -115,24 +228,34 @@ class LLM:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Chunk]:
         """The answer piece by piece. Closing the iterator stops the work. What is wrong with the request raises here."""
-        (sample,) = self._samples(self._ids(prompt), replace(params or SamplingParams(), n=1))
-        return self._stream(sample)
+        (request,) = self._requests(self._ids(prompt), replace(params or SamplingParams(), n=1, best_of=None))
+        engine = self._engine_for([request])
+        engine.check(request)
+        return self._stream(engine, request)
 
-    def _stream(self, sample: Sample) -> Iterator[Chunk]:
+    def _stream(self, engine: Engine, request: Request) -> Iterator[Chunk]:
         decoder, shown, text, held = self.tokenizer.stream(), 0, "", []
-        longest_stop = max((len(s) for s in sample.params.stop), default=0)
-        for _ in Batch(self.model, [sample], self.tokenizer.eos_ids, self._stopped).run():
-            token = sample.tokens[-1]
-            held.append(token)
-            done = sample.finish_reason
-            if not (done == "stop" and token in self.tokenizer.eos_ids):
-                text += decoder.add(token)
-            if done:
-                text = cut(text + decoder.finish(), sample.params.stop)
-            ready = text if done else text[: max(shown, len(text) - longest_stop)]  # a stop text may be under way
-            if len(ready) > shown or done:
-                yield Chunk(ready[shown:], held, done)
-                shown, held = len(ready), []
+        ends, stops = {*self.tokenizer.eos_ids, *request.params.stop_token_ids}, request.params.stop
+        longest_stop = max((len(s) for s in stops), default=0)
+        engine.add(request)
+        while engine.busy:
+            with self._evaluating():
+                given = engine.step()
+            for _, tokens in given:
+                held += tokens
+                done = request.finish_reason
+                text += "".join(decoder.add(t) for i, t in enumerate(tokens) if not (done == "stop" and i == len(tokens) - 1 and t in ends))
+                if done:
+                    text = cut(text + decoder.finish(), stops)
+                ready = text if done else text[: max(shown, len(text) - longest_stop)]  # a stop text may be under way
+                if len(ready) > shown or done:
+                    yield Chunk(ready[shown:], held, done)
+                    shown, held = len(ready), []
+
+    # --- prompts, requests, answers -------------------------------------------------------------------------------------
+
+    def _all_ids(self, prompts: Prompt | Sequence[Prompt]) -> list[list[int]]:
+        return [self._ids(p) for p in ([prompts] if is_one(prompts) else prompts)]  # type: ignore[arg-type, list-item]
 
     def _ids(self, prompt: Prompt) -> list[int]:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
@@ -142,37 +265,62 @@ class LLM:
                                f"its ids go from 0 to {self.model.spec.vocab - 1}", "use the model's own tokenizer")
         return ids
 
-    def _samples(self, ids: list[int], params: SamplingParams) -> list[Sample]:
+    def _requests(self, ids: list[int], params: SamplingParams) -> list[Request]:
+        """A request a sample."""
         check_length(len(ids), params.max_tokens, self.context)
         seed = params.seed if params.seed is not None else secrets.randbits(62)
-        return [Sample(ids, params, seed + j) for j in range(params.n)]
+        if params.best_of is not None and params.top is None:
+            params = replace(params, logprobs=True)  # what the best are chosen by
+        return [Request(ids, params, seed + j) for j in range(params.samples)]
 
-    def _stopped(self, sample: Sample) -> bool:
-        """Whether a stop text has appeared. Only the tail is decoded: a stop text of n characters has at most 4n bytes."""
-        tail = sample.tokens[-(4 * max(map(len, sample.params.stop)) + 4) :]
-        text = self.tokenizer.decode(tail)
-        return any(s in text for s in sample.params.stop)
+    def _engine_for(self, requests: Sequence[Request]) -> Engine:
+        """With places and a cache for as many of the longest of them as run at a time."""
+        block = self.config.block
+        longest = sorted((-(-r.limit // block) * block for r in requests), reverse=True)[: self.config.running]
+        return self.engine(max(sum(longest), 1), running=max(len(longest), 1))
 
-    def _completion(self, index: int, s: Sample) -> Completion:
-        ended = bool(s.tokens) and s.tokens[-1] in self.tokenizer.eos_ids and s.finish_reason == "stop"
-        text = cut(self.tokenizer.decode(s.tokens[:-1] if ended else s.tokens), s.params.stop)
-        return Completion(index, text, s.tokens, s.logprobs if s.params.logprobs else None, s.finish_reason or "cancelled")
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(was_training)
+
+    def _output(self, ids: list[int], params: SamplingParams, group: list[Request]) -> RequestOutput:
+        if params.best_of is not None:
+            group = sorted(group, key=lambda r: -sum(r.logprobs) / max(1, len(r.logprobs)))[: params.n]
+        first = group[0]
+        asked = params.prompt_logprobs is not None
+        return RequestOutput(ids, [self._completion(i, r, params) for i, r in enumerate(group)],
+                             first.prompt_logprobs if asked else None, first.prompt_tops if asked else None)
+
+    def _completion(self, index: int, r: Request, params: SamplingParams) -> Completion:
+        tokens = r.output
+        ended = bool(tokens) and r.finish_reason == "stop" and tokens[-1] in (*self.tokenizer.eos_ids, *params.stop_token_ids)
+        return Completion(index, cut(self._text(tokens, ended), params.stop), tokens, r.logprobs if params.top is not None else None,
+                          r.finish_reason or "cancelled", r.tops if params.top else None)
+
+    def _text(self, tokens: list[int], ended: bool) -> str:
+        """ended: the last token is what ended it."""
+        return self.tokenizer.decode(tokens[:-1] if ended else tokens)
+
+
+def is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
+    """A text, or the ids of one."""
+    return isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
 
 
 def open_model(
     path_or_id: str | os.PathLike[str], dtype: str = "float32", device: str = "cpu", allow_missing: bool = False,
 ) -> Decoder:
-    """The model of a folder or Hub id as it is to run: with INT8 products where the folder holds INT8 weights."""
+    """The model of a folder or Hub id as it is to run: with INT8 or INT4 products where the folder holds such weights."""
     folder = local_folder(path_or_id)
-    if not is_int8(read_config(folder)):
+    bits = bits_of(read_config(folder))
+    if bits is None:
         return load(folder, dtype=dtype, device=device, allow_missing=allow_missing)  # type: ignore[no-any-return]
     if choose_device(device).value.type != "cpu" and device != "auto":
-        raise BadInput(f"INT8 models do not run on {device} yet", "their products are made for the CPU",
+        raise BadInput(f"INT{bits} models do not run on {device} yet", "their products are made for the CPU",
                        "use --device cpu, or the float checkpoint")
-    return quantize(load(folder))
-
-
-def cut(text: str, stops: Sequence[str]) -> str:
-    """`text` up to the first stop text."""
-    ends = [i for i in (text.find(s) for s in stops) if i >= 0]
-    return text[: min(ends)] if ends else text
+    return quantize(load(folder), bits=bits)
