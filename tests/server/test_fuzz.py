@@ -67,7 +67,7 @@ def fuzz(url: str, examples: int) -> dict[int, int]:
 
 def test_requests_made_from_the_document(url: str):
     seen = fuzz(url, 8)
-    assert seen.get(200, 0) > 10 and seen.get(400, 0) > 10, seen
+    assert seen.get(200, 0) > 4 and seen.get(400, 0) > 10, seen
     assert httpx.get(f"{url}/health").json()["pending"] == 0
 
 

@@ -267,6 +267,8 @@ def test_rerank_and_score(url: str, llm: LLM):
     pairs = httpx.post(f"{url}/v1/score", json={"model": "tiny", "text_1": ["one two"] * 3, "text_2": documents}).json()
     assert pairs["data"] == scores["data"]
     assert httpx.post(f"{url}/v1/score", json={"model": "tiny", "text_1": ["a", "b"], "text_2": documents}).status_code == 400
+    likely = httpx.post(f"{url}/v1/score", json={"model": "tiny", "text_1": "one two", "text_2": documents, "how": "likelihood"}).json()
+    assert [d["score"] for d in likely["data"]] == pytest.approx(llm.score("one two", documents, how="likelihood"), abs=1e-4)
 
 
 # --- about -----------------------------------------------------------------------------------------------------------------

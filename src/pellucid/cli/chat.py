@@ -16,7 +16,7 @@ from pellucid.events import Event, emit
 
 if TYPE_CHECKING:
     from pellucid.engine import LLM, SamplingParams
-    from pellucid.server import Piece
+    from pellucid.server.formats import Piece
     from pellucid.tasks import Tool
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
@@ -123,10 +123,15 @@ class Conversation:
 
     def _answer(self, turn: Turn) -> Iterator[Piece]:
         """One answer of the model, added to the messages even when it is cut off."""
-        from pellucid.server import AnswerParser
+        from pellucid.server.formats import format_of
+        from pellucid.server.parser import AnswerParser
 
-        parser, pieces = AnswerParser(), []
         ids, params = self._prompt()
+        tokenizer = self.llm.tokenizer
+        form = format_of(" ".join(tokenizer.source.templates.values()))
+        schemas = {name: t.schema.get("function", {}).get("parameters", {}) for name, t in self.tools.items()}
+        opened = tokenizer.decode(ids[-8:]).rstrip().endswith(form.think[0])  # some templates open the thought themselves
+        parser, pieces = AnswerParser(opened, form=form, schemas=schemas), []
         stream = self.llm.stream(ids, params)
         try:
             for chunk in stream:

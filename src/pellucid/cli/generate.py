@@ -5,11 +5,15 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pellucid.cli.base import OpensModel, Positional, prepare
 from pellucid.cli.failures import is_terminal
 from pellucid.errors import BadInput
 from pellucid.events import Event, emit
+
+if TYPE_CHECKING:
+    from pellucid.engine.params import StructuredOutput
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,18 @@ class Generate(OpensModel):
     top_k: int | None = None
     """Keep the k most probable tokens.
     只保留概率最高的 k 个词元。"""
+    min_p: float | None = None
+    """Keep tokens with at least this share of the top token's probability.
+    只保留概率不低于最高概率此比例的词元。"""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens that the text holds already become less likely.
+    大于 1 时降低已出现词元的概率。"""
+    json_schema: Path | None = None
+    """File with a JSON Schema: the answer is JSON that satisfies it.
+    JSON Schema 文件：回答必为满足它的 JSON。"""
+    regex: str | None = None
+    """The answer matches this regular expression from beginning to end.
+    回答从头到尾匹配此正则表达式。"""
     n: int = 1
     """Samples for each prompt.
     每个提示的采样数。"""
@@ -67,10 +83,11 @@ class Generated(Event):
 def generate(config: Generate) -> None:
     from pellucid.engine import LLM, SamplingParams
 
-    prompts = _prompts(config)
+    prompts, form = _prompts(config), _form(config)
     prepare(config, seed=None)
-    params = SamplingParams(max_tokens=config.max_tokens, temperature=config.temperature, top_p=config.top_p,
-                            top_k=config.top_k, n=config.n, seed=config.seed, stop=config.stop)
+    params = SamplingParams(max_tokens=config.max_tokens, temperature=config.temperature, top_p=config.top_p, top_k=config.top_k, n=config.n,
+                            min_p=config.min_p, repetition_penalty=config.repetition_penalty, seed=config.seed, stop=config.stop,
+                            structured=form)
     llm = LLM(config.model, device=config.device, allow_missing=config.allow_missing)
     ids = [llm.chat_ids([{"role": "user", "content": p}]) if config.chat else llm.tokenizer.encode(p) for p in prompts]
     if len(ids) == config.n == 1 and not config.json:
@@ -82,6 +99,21 @@ def generate(config: Generate) -> None:
         for c in output.outputs:
             emit(Generated(prompt, c.index, c.text, len(c.token_ids), c.finish_reason))
             print(_shown(c.text))
+
+
+def _form(config: Generate) -> StructuredOutput | None:
+    """What the answer must be."""
+    from pellucid.engine.params import StructuredOutput
+
+    if config.json_schema is None and config.regex is None:
+        return None
+    schema = None
+    if config.json_schema is not None:
+        try:
+            schema = config.json_schema.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadInput(f"cannot read {config.json_schema}", str(error), "check the path given to --json-schema") from error
+    return StructuredOutput(json_schema=schema, regex=config.regex)
 
 
 def _shown(text: str) -> str:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 import time as clock
 from collections import deque
@@ -91,7 +92,9 @@ class Watch:
         self._seen: dict[str, Seen] = {}
         self._asked: dict[str, Future[Seen]] = {}
         self._lock = threading.Lock()
-        self._live = Live(get_renderable=self.render, console=self.console, refresh_per_second=self.rate, transient=True)
+        own = self.console.file in (sys.stdout, sys.stderr)  # what others print meanwhile goes above the view
+        self._live = Live(get_renderable=self.render, console=self.console, refresh_per_second=self.rate, transient=True,
+                          redirect_stdout=own, redirect_stderr=own)
         self._subscription = subscribed(self._take)
 
     def __enter__(self) -> Watch:

@@ -213,6 +213,10 @@ class AsyncLLM:
         """(N, D), between two steps of the engine."""
         return await self.call(lambda: self.llm.embed(texts))
 
+    async def score(self, first: Prompt | Sequence[Prompt], second: Sequence[Prompt], *, how: str = "yes-no") -> list[float]:
+        """How well each of `second` fits its `first`; see `LLM.score`. Between two steps of the engine."""
+        return await self.call(lambda: self.llm.score(first, second, how=how))
+
     async def call(self, function: Callable[[], T]) -> T:
         """function() in the engine's thread, between two steps: it may read or change what the engine holds."""
         return await asyncio.wrap_future(self.call_soon(function))

@@ -86,8 +86,8 @@ class Served:
     async def embed(self, texts: list[str]) -> Tensor:
         return await self.engine.embed(texts)
 
-    async def judge(self, first: list[str], second: list[str]) -> list[float]:
-        raise NotImplementedError
+    async def judge(self, first: list[str], second: list[str], how: str) -> list[float]:
+        return await self.engine.score(first, second, how=how)
 
     def as_dict(self) -> dict[str, Any]:
         return about(self) | {"root": self.root or self.name, "parent": self.parent}
@@ -127,7 +127,7 @@ class VectorModel:
             raise Refused(400, f"{self.name} judges pairs of texts; ask /v1/rerank or /v1/score", "model", "invalid_value")
         return await asyncio.to_thread(self._alone, lambda: embed_texts(self.module, texts, tokenizer=self.tokenizer, recipe=self.recipe))
 
-    async def judge(self, first: list[str], second: list[str]) -> list[float]:
+    async def judge(self, first: list[str], second: list[str], how: str = "") -> list[float]:
         logits = await asyncio.to_thread(self._alone, lambda: classify_texts(self.module, first, second, tokenizer=self.tokenizer))
         return torch.sigmoid(logits[:, 0]).tolist()
 

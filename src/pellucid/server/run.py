@@ -32,6 +32,7 @@ def bind(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(2048)  # from here on clients wait instead of being refused, while models are loaded
     except (OSError, OverflowError) as error:
         listener.close()
         raise BadInput(*three_parts("error.listen", host=host, port=port, text=error)) from error

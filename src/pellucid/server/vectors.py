@@ -15,7 +15,8 @@ from fastapi import FastAPI, Request
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from pellucid.server.errors import Refused
+from pellucid.errors import BadInput
+from pellucid.server.errors import Refused, told
 from pellucid.server.jobs import Desk
 from pellucid.server.protocol import Body
 from pellucid.server.registry import Served, VectorModel
@@ -39,8 +40,14 @@ class Document(Body):
     text: str
 
 
+How = Literal["yes-no", "likelihood", "embedding"]
+
+
 class RerankRequest(Body):
+    """how: what a generating model's score is, see `LLM.score` (yes-no is Qwen3-Reranker's); by default the cosine of the texts' vectors."""
+
     model: str
+    how: How | None = None
     query: str = Field(min_length=1)
     documents: list[str | Document] = Field(min_length=1, max_length=MOST_TEXTS)
     top_n: int | None = Field(None, ge=1)
@@ -53,9 +60,10 @@ class RerankRequest(Body):
 
 
 class ScoreRequest(Body):
-    """One text_1 is compared with every text_2; as many as there are of those, pair by pair."""
+    """One text_1 is compared with every text_2; as many as there are of those, pair by pair. how: as for rerank."""
 
     model: str
+    how: How | None = None
     text_1: str | list[str] = Field(min_length=1)
     text_2: str | list[str] = Field(min_length=1)
     user: str | None = None
@@ -92,7 +100,7 @@ def add_vectors(app: FastAPI, desk: Desk) -> None:
     async def rerank(body: RerankRequest, request: Request) -> dict[str, Any]:
         model = desk.registry.find_any(body.model)
         request.scope["state"]["model"] = body.model
-        scores, tokens = await score(model, [body.query] * len(body.texts), body.texts)
+        scores, tokens = await score(model, [body.query] * len(body.texts), body.texts, body.how)
         order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[: body.top_n]
         shown = [{"document": {"text": body.texts[i]}} if body.return_documents else {} for i in order]
         results = [{"index": i, "relevance_score": scores[i], **more} for i, more in zip(order, shown)]
@@ -102,7 +110,7 @@ def add_vectors(app: FastAPI, desk: Desk) -> None:
     async def scores(body: ScoreRequest, request: Request) -> dict[str, Any]:
         model = desk.registry.find_any(body.model)
         request.scope["state"]["model"] = body.model
-        found, tokens = await score(model, *body.pairs_of())
+        found, tokens = await score(model, *body.pairs_of(), body.how)
         data = [{"index": i, "object": "score", "score": value} for i, value in enumerate(found)]
         return {"id": f"score-{secrets.token_hex(12)}", "object": "list", "created": int(time.time()), "model": body.model, "data": data,
                 "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
@@ -139,12 +147,18 @@ async def embed(model: Model, texts: list[str]) -> Tensor:
     return torch.cat([await model.embed(texts[i : i + PORTION]) for i in range(0, len(texts), PORTION)])
 
 
-async def score(model: Model, first: list[str], second: list[str]) -> tuple[list[float], int]:
+async def score(model: Model, first: list[str], second: list[str], how: How | None) -> tuple[list[float], int]:
     """How well each pair fits, and the tokens read: by a model that judges pairs, else by the cosine of the texts' vectors."""
     distinct = list(dict.fromkeys(first))
     tokens = await asyncio.to_thread(measured, model, [*distinct, *second], "documents")
-    if model.judges:
-        return [p for i in range(0, len(first), PORTION) for p in await model.judge(first[i : i + PORTION], second[i : i + PORTION])], tokens
+    if isinstance(model, VectorModel) and how is not None:
+        raise Refused(400, "an encoder has one way to score; leave `how` out", "how", "invalid_value")
+    if how in ("yes-no", "likelihood") or model.judges:
+        parts = [slice(i, i + PORTION) for i in range(0, len(first), PORTION)]
+        try:
+            return [p for part in parts for p in await model.judge(first[part], second[part], how or "")], tokens
+        except BadInput as error:
+            raise told(error, "how", "invalid_value") from error
     vectors = await embed(model, [*distinct, *second])
     place = {text: i for i, text in enumerate(distinct)}
     left, right = vectors[[place[text] for text in first]], vectors[len(distinct):]
