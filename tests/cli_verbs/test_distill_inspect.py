@@ -99,12 +99,11 @@ def test_traces_then_training_on_held_out_problems(models, task_file, tmp_path, 
 
 
 def test_on_policy_and_by_logits(models, task_file, tmp_path, capsys):
-    code, out, err = distill(capsys, models, task_file, tmp_path / "a", "--method", "on-policy", "--steps", "160", "--json")
+    code, out, err = distill(capsys, models, task_file, tmp_path / "a", "--method", "on-policy", "--steps", "12", "--estimate", "top-k", "--json")
     assert code == 0, err
-    end = told(out, "stage_end")[-1]
-    assert end["after"] > end["before"] + 0.3
-    first, last = (told(out, "step")[i]["metrics"] for i in (0, -1))
-    assert last["divergence"] < first["divergence"]
+    steps = [e["metrics"] for e in told(out, "step")]
+    assert len(steps) == 12 and {e["on_policy"] for e in steps} == {1.0} and (tmp_path / "a" / "model").is_dir()
+    assert sum(e["divergence"] for e in steps[-4:]) < sum(e["divergence"] for e in steps[:4])  # test_distill.py has a whole run
     code, out, err = distill(capsys, models, task_file, tmp_path / "b", "--method", "logits", "--problems", "60", "--steps", "40", "--json")
     assert code == 0, err
     end = told(out, "stage_end")[-1]
