@@ -1,4 +1,4 @@
-"""`pellucid quantize`: INT8 weights, and what they cost."""
+"""`pellucid quantize`: INT8 or INT4 weights, and what they cost."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ add({
 
 @dataclass(frozen=True)
 class Quantize(Common):
-    """Write a model with INT8 weights and measure size, speed and bits per byte before and after.
-    写出 INT8 权重的模型，并比较前后的大小、速度与每字节比特。
+    """Write a model with INT8 or INT4 weights and measure size, speed and bits per byte before and after.
+    写出 INT8 或 INT4 权重的模型，并比较前后的大小、速度与每字节比特。
 
     $ pellucid quantize runs/grow/model --out runs/grow/model-int8
     """
@@ -31,8 +31,11 @@ class Quantize(Common):
     """Checkpoint: a folder or a Hub id.
     检查点：目录或 Hub id。"""
     out: Path = Path("runs/model-int8")
-    """Folder of the INT8 model.
-    INT8 模型的目录。"""
+    """Folder of the quantized model.
+    量化模型的目录。"""
+    bits: int = 8
+    """Bits of a weight: 8, or 4 (matrices in groups of 32; embedding and head stay in INT8).
+    每个权重的位数：8，或 4（矩阵按 32 个一组；嵌入与输出头仍为 INT8）。"""
     corpus: Path | None = None
     """Text for bits per byte; by default the held-out part of Python's own documentation.
     计算每字节比特的文本；默认为 Python 自带文档的留出部分。"""
@@ -59,10 +62,11 @@ def quantize(config: Quantize) -> None:
     prepare(replace(config, device="cpu"))  # INT8 products are made for the CPU
     task_of(config.tasks or ("countdown",))  # a misspelt task is told before the work
     folder = local_folder(config.model)
-    quant.compress(folder, config.out)
-    models = {"float32": load(folder), "int8": open_model(config.out)}  # what was written is what is measured
+    quant.compress(folder, config.out, config.bits)
+    name = f"int{config.bits}"
+    models = {"float32": load(folder), name: open_model(config.out)}  # what was written is what is measured
     tokenizer = Tokenizer.load(folder)
-    measured = quant.measure(models["float32"], models["int8"], step_of=lambda m: choose_step(m).value)
+    measured = quant.measure(models["float32"], models[name], step_of=lambda m: choose_step(m).value)
     text = Eval(model=config.model, corpus=config.corpus)
     measured["bits_per_byte"] = {name: text_bits(text, m, tokenizer)[0] for name, m in models.items()}
     if config.tasks:
@@ -84,17 +88,18 @@ def accuracy(config: Quantize, model: Decoder, tokenizer: Tokenizer) -> float:
 
 
 def table(measured: dict[str, Any]) -> list[str]:
-    """Lines of: what, float32, bfloat16 where it was measured, INT8, and INT8 / float32."""
+    """Lines of: what, float32, bfloat16 where it was measured, the quantized one, and that one / float32."""
     rows: list[tuple[str, dict[str, float], str]] = [("MB", {k: v / 1e6 for k, v in measured["bytes"].items()}, ",.2f"),
                                                       ("bits per byte", measured["bits_per_byte"], ".4f")]
     if "accuracy" in measured:
         rows.append((say("quantize.accuracy"), measured["accuracy"], ".1%"))
     rows += [(say("quantize.speed", batch=b), speeds, ",.0f") for b, speeds in measured["tokens_per_second"].items()]
-    names = ("float32", "bfloat16", "int8")
-    lines = [aligned("", [*names, "int8 / float32"])]
+    small = next(name for name in measured["bytes"] if name != "float32")
+    names = ("float32", "bfloat16", small)
+    lines = [aligned("", [*names, f"{small} / float32"])]
     for what, values, form in rows:
         cells = [format(values[name], form) if name in values else "-" for name in names]
-        ratio = values["int8"] / values["float32"] if values["float32"] else float("nan")
+        ratio = values[small] / values["float32"] if values["float32"] else float("nan")
         lines.append(aligned(what, [*cells, f"{ratio:.3f}"]))
     return lines
 

@@ -23,7 +23,7 @@ from pellucid.nn.linear import RMSNorm
 from pellucid.ops import choose_jit, rope_angles
 from pellucid.ops.compiled import same_threads
 from pellucid.ops.rope import rope_frequencies
-from pellucid.quant import Int8Linear
+from pellucid.quant import Int4Linear, Int8Linear
 from pellucid.runtime import Choice, keep_freed_memory
 
 Step = Callable[[Tensor, KVCache], Tensor]
@@ -33,7 +33,7 @@ KNOWN = {"heads", "kv_heads", "head_dim", "rope", "qkv_bias", "out_bias", "qk_no
          "ffn", "vocab", "dim", "layers", "eps", "tied", "context", "family", "extra", "mtp"}
 
 
-PLAIN = {Decoder, Block, Attention, FeedForward, Linear, RMSNorm, Int8Linear, nn.Embedding, nn.ModuleList}
+PLAIN = {Decoder, Block, Attention, FeedForward, Linear, RMSNorm, Int8Linear, Int4Linear, nn.Embedding, nn.ModuleList}
 
 
 def choose_step(model: Decoder) -> Choice:
@@ -136,7 +136,7 @@ class CompiledStep:
             array(self.attended))
 
     def _product(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """layer(x), written into a buffer where the layer is a plain matrix; INT8 layers bring their own."""
+        """layer(x), written into a buffer where the layer is a plain matrix; quantized layers bring their own."""
         if type(layer) is not Linear:
             return layer(x)  # type: ignore[no-any-return]
         out = self._buffer(f"{id(layer)}", layer.weight.shape[0])[: len(x)]

@@ -22,6 +22,7 @@ from pellucid import events
 from pellucid.errors import BadInput
 from pellucid.models.families import Family
 from pellucid.models.names import Piece, targets
+from pellucid.ops.int4 import int4_decode, int4_unpack
 from pellucid.ops.mxfp4 import mxfp4_decode
 from pellucid.runtime import forget_pages
 
@@ -88,7 +89,14 @@ class Weights:
         if name not in self.where and f"{name}_blocks" in self.where:
             *lead, rows, groups, half = self.stored_shape(f"{name}_blocks")
             return (*lead, 2 * groups * half, rows)
-        return self.stored_shape(name)
+        found = self.stored_shape(name)
+        return (*found[:-1], 2 * found[-1]) if self._is_int4(name) else found
+
+    def _is_int4(self, name: str) -> bool:
+        """Two codes to a byte (see ops/int4.py)."""
+        path, stored = self.where[name]
+        part = self._handle(path).get_slice(stored)
+        return f"{name}_scale" in self.where and part.get_dtype() == "U8" and len(part.get_shape()) == 2
 
     def companions(self, name: str) -> set[str]:
         """Tensors that belong to this one: its scales, or codes and scales."""
@@ -103,7 +111,15 @@ class Weights:
             return self._tiles(name, tensor)
         if tensor.is_floating_point() and f"{name}_scale" not in self.where:
             return tensor
-        return self._rows_scaled(name, tensor)
+        return self._groups_scaled(name, tensor) if self._is_int4(name) else self._rows_scaled(name, tensor)
+
+    def _groups_scaled(self, name: str, packed: Tensor) -> Tensor:
+        """INT4 codes with one scale for each group of a row (see quant/)."""
+        scale, (rows, half) = self.stored(f"{name}_scale"), packed.shape
+        if scale.dim() != 2 or len(scale) != rows or not scale.shape[1] or 2 * half % scale.shape[1] or not scale.is_floating_point():
+            raise BadInput(f"{name}_scale is {tuple(scale.shape)} for {rows} rows of {2 * half} codes",
+                           "there should be a scale for each group of a row", "quantize the checkpoint again")
+        return int4_decode(int4_unpack(packed), scale)
 
     def _rows_scaled(self, name: str, codes: Tensor) -> Tensor:
         """INT8 codes with one scale a row (see quant/)."""

@@ -1,19 +1,25 @@
-"""Quantization: INT8 weights with 8-bit activations, and what they cost."""
+"""Quantization: INT8 weights with 8-bit activations, INT4 weights in groups, and what they cost."""
 
-from pellucid.quant.folder import compress, is_int8
+from pellucid.quant.folder import bits_of, compress, is_int8
+from pellucid.quant.int4 import Int4Linear, choose_int4, int4_linear_reference, quantize_groups
 from pellucid.quant.int8 import Int8Linear, int8_linear_reference, is_quantized, quantize, quantize_rows, stored_bytes
 from pellucid.quant.kernels import choose_kernel
 from pellucid.quant.measure import measure
 
 __all__ = [
+    "Int4Linear",
     "Int8Linear",
+    "bits_of",
+    "choose_int4",
     "choose_kernel",
     "compress",
+    "int4_linear_reference",
     "int8_linear_reference",
     "is_int8",
     "is_quantized",
     "measure",
     "quantize",
+    "quantize_groups",
     "quantize_rows",
     "stored_bytes",
 ]

@@ -1,15 +1,18 @@
-"""INT8 checkpoint folders: each matrix as int8 codes under its own name, its row scales as `<name>_scale`.
+"""INT8 and INT4 checkpoint folders: each matrix as codes under its own name, its scales as `<name>_scale`.
+
+int8 codes have a scale for each row; 4-bit codes lie two to a byte (ops/int4.py), with a scale for each group of a row.
 
 Made from a float folder, tensor by tensor: no model is built, so a checkpoint larger than memory can be quantized.
 Everything else (names, config.json, tokenizer) stays as it is in the Hugging Face folder; config.json gains
 `quantization_config`. Reading multiplies codes by scales, which is exact (see `quantize_rows`), so `quantize` of the
-model that was read gives the file's codes again.
+model that was read gives the file's numbers again.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,25 +24,34 @@ from torch import Tensor
 
 from pellucid.errors import BadInput
 from pellucid.files import atomic_folder, write_atomic
-from pellucid.quant.int8 import quantize_rows
+from pellucid.ops.int4 import int4_pack
+from pellucid.quant.int4 import GROUP, quantize_groups
+from pellucid.quant.int8 import check_bits, quantize_rows
 
-METHOD = "pellucid-int8"
-DESCRIPTION = {"quant_method": METHOD, "bits": 8, "weights": "symmetric, one scale a row", "scale_suffix": "_scale"}
+METHODS = {8: "pellucid-int8", 4: "pellucid-int4"}
+WEIGHTS = {8: "symmetric, one scale a row", 4: f"symmetric, one scale for {GROUP} in a row; embedding and head as int8 with one scale a row"}
+EIGHT = re.compile(r"embed|lm_head|wte|wpe|\.gate\.weight$")  # what stays in INT8: tables, heads, routers
 KEPT = {".json", ".jinja", ".txt", ".model", ".tiktoken"}  # tokenizer, generation settings; weights are written anew
 
 
-def is_int8(config: dict[str, Any]) -> bool:
-    """Whether config.json describes a folder that `compress` wrote."""
+def bits_of(config: dict[str, Any]) -> int | None:
+    """8 or 4 where config.json describes a folder that `compress` wrote."""
     about = config.get("quantization_config")
-    return isinstance(about, dict) and about.get("quant_method") == METHOD
+    method = about.get("quant_method") if isinstance(about, dict) else None
+    return next((bits for bits, name in METHODS.items() if name == method), None)
 
 
-def compress(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> int:
-    """The float checkpoint in folder `source` as an INT8 folder `out`; returns the bytes of its tensors.
+def is_int8(config: dict[str, Any]) -> bool:
+    return bits_of(config) == 8
+
+
+def compress(source: str | os.PathLike[str], out: str | os.PathLike[str], bits: int = 8) -> int:
+    """The float checkpoint in folder `source` as an INT8 or INT4 folder `out`; returns the bytes of its tensors.
 
     `out` appears whole or not at all; an earlier model folder there is replaced, any other folder is refused.
     """
     source, out = Path(source), Path(out)
+    check_bits(bits)
     check_folders(source, out)
     config = read_config(source)
     skipped = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
@@ -48,7 +60,7 @@ def compress(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> int
         if name in skipped:
             continue
         if tensor.ndim == 2 and tensor.is_floating_point():
-            tensors[name], tensors[f"{name}_scale"] = quantize_rows(tensor)
+            tensors[name], tensors[f"{name}_scale"] = rounded(name, tensor, bits)
         else:
             tensors[name] = tensor
     with atomic_folder(out) as new:
@@ -58,15 +70,27 @@ def compress(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> int
             elif entry.name == "additional_chat_templates":
                 shutil.copytree(entry, new / entry.name)
         save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
-        body = config | {"dtype": "float32", "quantization_config": DESCRIPTION}
+        body = config | {"dtype": "float32", "quantization_config": description(bits)}
         write_atomic(new / "config.json", json.dumps(body, indent=2) + "\n")
     return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def rounded(name: str, weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """What stands in the file: codes, and their scales."""
+    if bits == 8 or EIGHT.search(name) or weight.shape[1] % GROUP:
+        return quantize_rows(weight)
+    codes, scale = quantize_groups(weight)
+    return int4_pack(codes), scale
+
+
+def description(bits: int) -> dict[str, Any]:
+    return {"quant_method": METHODS[bits], "bits": bits, "weights": WEIGHTS[bits], "scale_suffix": "_scale"}
 
 
 def check_folders(source: Path, out: Path) -> None:
     """Refuse to write over what is read, or over a folder that holds no model."""
     if out.exists() and (not out.is_dir() or out.resolve() == source.resolve()):
-        raise BadInput(f"cannot write the INT8 model to {out}", "it is the source itself" if out.is_dir() else "it is a file",
+        raise BadInput(f"cannot write the quantized model to {out}", "it is the source itself" if out.is_dir() else "it is a file",
                        "choose another folder with --out")
     if out.is_dir() and any(out.iterdir()) and not (out / "config.json").exists():
         raise BadInput(f"{out} holds something else than a model", "it would be replaced as a whole",

@@ -1,4 +1,4 @@
-"""INT8 models: 8-bit weights with a scale for each row, activations rounded to 8 bits as they come.
+"""Quantized models, and INT8 layers: 8-bit weights with a scale for each row, activations rounded to 8 bits as they come.
 
     W (N, K) ~ codes (N, K) int8 * scale (N, 1)         x (M, K) ~ a (M, K) int8 / factor
     y = (a @ codes^T) * scale / factor + bias           (integers inside: exact, whatever the order of the sum)
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pellucid.errors import BadInput, PellucidError
 from pellucid.nn import Decoder, Linear
+from pellucid.quant.int4 import GROUP, Int4Linear, quantize_groups
 from pellucid.quant.kernels import Kernel, choose_kernel
 
 Activations = Literal["token", "tensor"]
@@ -96,6 +97,11 @@ class Int8Linear(nn.Module):
         codes, scale = self.kernel.unpack(self.packed)
         return codes.float() * scale[:, None]
 
+    @property
+    def stored_bytes(self) -> int:
+        """In a file: a byte a weight, four a row."""
+        return self.outputs * (self.inputs + 4)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Int8Linear:
         return Int8Linear(self.codes, self.scale, self.bias, self.parts, self.activations, self.kernel)
 
@@ -104,26 +110,32 @@ class Int8Linear(nn.Module):
 
 
 @torch.no_grad()
-def quantize(model: Decoder, activations: Activations = "token", kernel: str = "auto") -> Decoder:
-    """A copy of `model` (eval mode, float32 around INT8 products); the model itself is left as it is.
+def quantize(model: Decoder, activations: Activations = "token", kernel: str = "auto", bits: int = 8) -> Decoder:
+    """A copy of `model` (eval mode, float32 around the products); the model itself is left as it is.
 
     All matrices become `Int8Linear`, the head too. The embedding is rounded in the same way and kept as float32 rows to
     gather from; a tied head has its codes, so the file holds them once. Norms and biases stay. `kernel`: "auto", or the
-    name of one of `quant.kernels`.
+    name of one of `quant.kernels`. bits=4: matrices whose rows divide into groups become `Int4Linear`; embedding and
+    head, and the matrices that do not, stay in INT8.
     """
     if activations not in get_args(Activations):
         raise BadInput(f"unknown activations {activations!r}", next=f"one of {', '.join(get_args(Activations))}")
+    check_bits(bits)
     if is_quantized(model):
-        raise BadInput("the model has INT8 weights already", next="quantize the checkpoint it was made from")
+        raise BadInput("the model is quantized already", next="quantize the checkpoint it was made from")
     chosen: Kernel = choose_kernel(kernel).value
 
     def layer(codes: Tensor, scale: Tensor, bias: Tensor | None = None, parts: tuple[int, ...] | None = None) -> Int8Linear:
         return Int8Linear(codes.cpu(), scale.cpu(), bias, parts, activations, chosen)
 
+    def small_layer(m: Linear) -> nn.Module:
+        if bits == 4 and m is not model.head and m.weight.shape[1] % GROUP == 0:
+            return Int4Linear(*quantize_groups(m.weight.cpu()), m.bias, m.parts)
+        return layer(*quantize_rows(m.weight), m.bias, m.parts)
+
     codes, scale = quantize_rows(model.embed.weight)
     # deepcopy takes what its memo holds instead of copying: no float copy of a matrix is ever made
-    memo: dict[int, Any] = {id(m): layer(*quantize_rows(m.weight), m.bias, m.parts)
-                            for m in model.modules() if isinstance(m, Linear)}
+    memo: dict[int, Any] = {id(m): small_layer(m) for m in model.modules() if isinstance(m, Linear)}
     memo[id(model.embed)] = nn.Embedding.from_pretrained(codes.float() * scale)
     small = copy.deepcopy(model, memo)
     if small.head is None:
@@ -132,16 +144,20 @@ def quantize(model: Decoder, activations: Activations = "token", kernel: str = "
     return small.float().cpu().requires_grad_(False).eval()
 
 
+def check_bits(bits: int) -> None:
+    if bits not in (4, 8):
+        raise BadInput(f"weights of {bits} bits are not known", next="use 8 or 4")
+
+
 def is_quantized(model: nn.Module) -> bool:
-    return any(isinstance(m, Int8Linear) for m in model.modules())
+    return any(isinstance(m, (Int8Linear, Int4Linear)) for m in model.modules())
 
 
 def stored_bytes(model: Decoder) -> int:
-    """Bytes of the model's tensors in its file: for INT8 layers (and the embedding beside them) a byte a weight and
-    four a row."""
+    """Bytes of the model's tensors in its file; the embedding beside INT8 and INT4 layers is INT8 too."""
     if not is_quantized(model):
         return sum(p.numel() * p.element_size() for p in model.parameters())
-    layers = [m for m in model.modules() if isinstance(m, Int8Linear) and not (model.spec.tied and m is model.head)]
-    shapes = [(m.outputs, m.inputs) for m in layers] + [tuple(model.embed.weight.shape)]
+    layers = [m for m in model.modules() if isinstance(m, (Int8Linear, Int4Linear)) and not (model.spec.tied and m is model.head)]
+    rows, columns = model.embed.weight.shape
     rest = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if name != "embed.weight")
-    return rest + sum(rows * (columns + 4) for rows, columns in shapes)
+    return rest + rows * (columns + 4) + sum(m.stored_bytes for m in layers)

@@ -1,4 +1,4 @@
-"""What INT8 saves and how fast it is, beside the same model in float32 and bfloat16 on this machine."""
+"""What INT8 or INT4 saves and how fast it is, beside the same model in float32 and bfloat16 on this machine."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pellucid.nn import Decoder, KVCache
+from pellucid.quant.int4 import Int4Linear, choose_int4
 from pellucid.quant.int8 import Int8Linear, quantize, stored_bytes
 from pellucid.quant.kernels import choose_kernel
 
@@ -26,7 +27,7 @@ def measure(
     model: Decoder, small: Decoder | None = None, seconds: float = 3.0, batches: tuple[int, ...] = (1, 64),
     step_of: Callable[[Decoder], Step] | None = None,
 ) -> dict[str, Any]:
-    """Size and decoding speed of a float32 model and its INT8 form.
+    """Size and decoding speed of a float32 model and its INT8 form, or the INT4 one ("int4" then stands for "int8").
 
     Returns plain values: "bytes" {float32, int8}, "size_ratio", "kernel", "relative_error" (of one product, over all
     layers), "tokens_per_second" {batch: {float32, bfloat16, int8}}, "speedup" {batch: int8 / float32}. Takes about
@@ -34,17 +35,22 @@ def measure(
     `step_of`: how a model decodes one token, as in `engine.decode` (default: its own forward).
     """
     small = quantize(model) if small is None else small
-    variants = {"float32": plain(model, torch.float32), "bfloat16": plain(model, torch.bfloat16), "int8": small}
+    name = name_of(small)
+    variants = {"float32": plain(model, torch.float32), "bfloat16": plain(model, torch.bfloat16), name: small}
     speeds = {str(b): decode_speeds(variants, b, seconds / len(batches), step_of or plain_step) for b in batches}
-    sizes = {"float32": stored_bytes(variants["float32"]), "int8": stored_bytes(small)}
+    sizes = {"float32": stored_bytes(variants["float32"]), name: stored_bytes(small)}
     return {
         "bytes": sizes,
-        "size_ratio": sizes["int8"] / sizes["float32"],
-        "kernel": choose_kernel().reason,
+        "size_ratio": sizes[name] / sizes["float32"],
+        "kernel": choose_kernel().reason if name == "int8" else choose_int4().reason,
         "relative_error": product_error(model, small),
         "tokens_per_second": speeds,
-        "speedup": {b: s["int8"] / s["float32"] for b, s in speeds.items()},
+        "speedup": {b: s[name] / s["float32"] for b, s in speeds.items()},
     }
+
+
+def name_of(small: Decoder) -> str:
+    return "int4" if any(isinstance(m, Int4Linear) for m in small.modules()) else "int8"
 
 
 def plain(model: Decoder, dtype: torch.dtype) -> Decoder:
@@ -94,11 +100,11 @@ def decoder_round(model: Decoder, batch: int, step: Step, steps: int = 8) -> Cal
 
 
 def product_error(model: Decoder, small: Decoder, rows: int = 16) -> float:
-    """||INT8 product - float32 product|| / ||float32 product|| on normal activations, the mean over all layers."""
+    """||quantized product - float32 product|| / ||float32 product|| on normal activations, the mean over all layers."""
     matrices = dict(model.named_modules())
     errors = []
     for name, layer in small.named_modules():
-        if isinstance(layer, Int8Linear):
+        if isinstance(layer, (Int8Linear, Int4Linear)):
             source = matrices[name] if getattr(matrices.get(name), "weight", None) is not None else model.embed
             weight = source.weight.detach().to("cpu", torch.float32)
             x = torch.randn(rows, layer.inputs, generator=torch.Generator().manual_seed(0))
