@@ -226,10 +226,12 @@ def test_an_entropy_bonus_keeps_the_entropy_up():
 
 def test_high_entropy_tokens_are_those_of_the_whole_rollout():
     running = loop(config(objective=replace(PLAIN, dead_groups="keep", high_entropy=0.25)))
-    x, _ = running._judge(running._collect(), running.resolved())
+    x, credit = running._judge(running._collect(), running.resolved())
     (entropy,) = x.entropy
     assert 0.2 < float(x.keep.float().mean()) < 0.3
     assert float(entropy[x.keep].min()) >= float(entropy[~x.keep].max())
+    numbers = running._update(x, credit, running.resolved(), 0.5)
+    assert numbers["correction/dropped"] == pytest.approx(1 - float(x.keep.float().mean()), abs=1e-6)
 
 
 # --- the critic -------------------------------------------------------------------------------------------------------
