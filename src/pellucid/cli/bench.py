@@ -40,6 +40,25 @@ class BenchGrow(Bench):
     每次运行的分钟数。"""
 
 
+@dataclass(frozen=True)
+class BenchServe(Bench):
+    """The engine beside transformers, and beside llama.cpp, OpenVINO and vLLM where they are installed.
+    推理引擎与 transformers 对比；若已安装，也与 llama.cpp、OpenVINO、vLLM 对比。
+
+    $ pellucid bench serve --peer openvino=/path/to/python --out benchmarks/results/serve.json
+    """
+
+    size: str = "30m"
+    """Shape of the random model: 30m, or 0.6b (Qwen3-0.6B).
+    随机模型的形状：30m，或 0.6b（Qwen3-0.6B）。"""
+    rounds: int = 3
+    """Rounds of each comparison.
+    每项对比的轮数。"""
+    peer: tuple[str, ...] = ()
+    """NAME=PYTHON: run llama.cpp, openvino or vllm with that Python.
+    NAME=PYTHON：用该 Python 运行 llama.cpp、openvino 或 vllm。"""
+
+
 def train(config: Bench) -> int:
     return _run("train", config, [])
 
@@ -66,6 +85,10 @@ def parity(config: Bench) -> int:
 
 def align(config: Bench) -> int:
     return _run("align", config, [])
+
+
+def serve(config: BenchServe) -> int:
+    return _run("serve", config, ["--size", config.size, "--rounds", str(config.rounds), *(a for peer in config.peer for a in ("--peer", peer))])
 
 
 def grow(config: BenchGrow) -> int:

@@ -1,0 +1,314 @@
+"""The engine beside transformers and, where they are installed, llama.cpp, OpenVINO GenAI and vLLM: same weights, same threads.
+
+    pellucid bench serve --out benchmarks/results/serve.json
+
+    decode    one request: tokens 5 to 36 behind a prompt of 32 tokens
+    prefill   one prompt of 512 tokens, one token of answer
+    batch     16 requests at once, 128 tokens in and 128 out: output tokens by the whole time
+    prefix    16 requests that share their first 1,000 tokens: mean time to the first token, with the prefix cache and without
+    schedule  64 requests that run: the scheduler's share of a step, and where the time of a step goes
+
+Greedy, the end token ignored, prompts of random tokens that are new in every round, random weights (seed 0): right for speed, and
+for nothing else. Read bandwidth is measured in the same run; its share is decode's tokens/s x bytes of weights / bandwidth.
+
+Nothing is installed here. A peer runs in an environment of its own, and one that is not there is named in the result:
+
+    --peer llama.cpp=/path/to/python     or  PELLUCID_PEER_LLAMA_CPP=/path/to/python   (with xllamacpp and gguf)
+    --peer openvino=/path/to/python      or  PELLUCID_PEER_OPENVINO=/path/to/python    (with openvino-genai and gguf)
+    --peer vllm=/path/to/python          or  PELLUCID_PEER_VLLM=/path/to/python        (with its CPU build)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common import Contestant, begin, finish, options, quiet_transformers
+from peers import DECODE, PREFILL, REQUESTS, TOKENS, answer_turns, prompts_of
+from pellucid import events, quant
+from pellucid.engine.core import Engine, EngineConfig
+from pellucid.engine.paged_step import PagedBatch, PagedStep
+from pellucid.engine.params import SamplingParams
+from pellucid.engine.request import Request
+from pellucid.engine.scheduler import Scheduler
+from pellucid.models import load, save
+from pellucid.nn import MLP, Attn, Decoder, DecoderSpec, Layer, Rope, count_parameters, init_weights
+from pellucid.runtime import choose_threads, read_bandwidth_gbs
+from sample import Stopwatch
+
+SIZES = {  # dim, layers, heads, key/value heads, head dim, feed-forward width, vocabulary
+    "30m": (512, 8, 8, 4, 64, 1536, 8192),
+    "0.6b": (1024, 28, 16, 8, 128, 3072, 151936),  # Qwen3-0.6B
+}
+PEERS = {"llama.cpp": ("F16", "Q8_0", "Q4_0"), "openvino": ("F16", "Q8_0", "Q4_0"), "vllm": ("bf16",)}
+"""What the benchmark knows how to run elsewhere, with which weights. OpenVINO reads llama.cpp's files too."""
+COMPARED = ("decode", "prefill", "batch")
+OURS = {"bf16": ("bfloat16", 0), "float32": ("float32", 0), "INT8": ("float32", 8), "INT4": ("float32", 4)}
+SHARED, TAIL = 1000, 16  # tokens of the prefix, and of what follows it
+
+
+def spec_of(size: str) -> DecoderSpec:
+    D, layers, H, K, d, hidden, vocab = SIZES[size]
+    layer = Layer(Attn(H, K, d, Rope(d, theta=1e6), qk_norm=True), MLP(hidden))
+    return DecoderSpec(vocab, D, (layer,) * layers, tied=True, context=40960)
+
+
+class Server(Contestant):
+    """A process that answers with tokens/s (or other figures) for each kind of work that it is told."""
+
+    def __init__(self, python: str, script: Path, what: dict[str, Any]):
+        environment = os.environ | {"OMP_NUM_THREADS": str(what["threads"])}
+        self.process = subprocess.Popen([python, str(script), "--contestant", json.dumps(what)], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, text=True, env=environment)
+        self.ready = self._answer()
+
+    def work(self, name: str) -> Any:
+        print(name, file=self.process.stdin, flush=True)
+        return self._answer()["found"]
+
+    def stop(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+# --- a contestant's side ---------------------------------------------------------------------------------------------------
+
+
+def answers(engine: Engine, prompts: list[list[int]], new: int) -> tuple[float, float]:
+    """(mean seconds to the first token, seconds until all are done)"""
+    requests = [Request(p, SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)) for p in prompts]
+    start, first = time.perf_counter(), {}
+    for r in requests:
+        engine.add(r)
+    while engine.busy:
+        for r, _ in engine.step():
+            first.setdefault(r, time.perf_counter() - start)
+    return statistics.mean(first.values()), time.perf_counter() - start
+
+
+def ours(what: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[[], Any]]]:
+    dtype, bits = OURS[what["kind"]]
+    start = time.perf_counter()
+    model: Decoder = load(what["folder"], dtype=dtype)
+    if bits:
+        model = quant.quantize(model, bits=bits)
+    loaded = time.perf_counter() - start
+    vocab, bytes_read = model.spec.vocab, quant.stored_bytes(model)
+    room = EngineConfig(cache_tokens=REQUESTS * (SHARED + TAIL + 32))
+    engine = Engine(model, config=EngineConfig(**vars(room) | {"prefix": "none"}))
+    caching = Engine(model, config=room)
+    start = time.perf_counter()
+    answers(engine, prompts_of(vocab, 16, 8), 2)
+    warm = time.perf_counter() - start
+    greedy = Request(prompts_of(vocab, 1, 32, seed=1)[0], SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True))
+    engine.add(greedy)
+    while engine.busy:
+        engine.step()
+
+    def seconds(count: int, length: int, new: int) -> float:
+        return answers(engine, prompts_of(vocab, count, length), new)[1]
+
+    def prefix() -> dict[str, float]:
+        (shared,) = prompts_of(vocab, 1, SHARED)
+        asked = [shared + tail for tail in prompts_of(vocab, REQUESTS, TAIL)]
+        without, with_cache = answers(engine, asked, 1)[0], answers(caching, asked, 1)[0]
+        return {"without": without, "with": with_cache, "ratio": without / with_cache}
+
+    def schedule() -> dict[str, Any]:
+        told: list[Any] = []
+        with events.subscribed(told.append), split() as watch:
+            answers(engine, prompts_of(vocab, 64, 16), 48)
+        full = [e for e in told if e.kind == "engine_step" and e.running == 64 and e.tokens == 64]
+        return {"share": sum(e.planning for e in full) / sum(e.seconds for e in full), "steps": len(full),
+                "step_ms": 1e3 * statistics.median(e.seconds for e in full), "split": parts(watch)}
+
+    def step_of_one() -> dict[str, float]:
+        with split() as watch:
+            answers(engine, prompts_of(vocab, 1, 32), 64)
+        return parts(watch)
+
+    works = {"decode": lambda: 32 / (seconds(1, 32, DECODE + 4) - seconds(1, 32, 4)), "prefill": lambda: PREFILL / seconds(1, PREFILL, 1),
+             "batch": lambda: REQUESTS * TOKENS / seconds(REQUESTS, TOKENS, TOKENS), "prefix": prefix, "schedule": schedule,
+             "step": step_of_one}
+    return {"greedy": greedy.output, "bytes": bytes_read, "load_seconds": loaded, "warm_seconds": warm,
+            "compiled": engine.runner.compiled is not None}, works
+
+
+def split() -> Stopwatch:
+    """Where a step's time goes. `products` and `tables` are parts of the pass through the layers."""
+    return Stopwatch(planning=(Scheduler, "plan"), tables=(PagedBatch, "__init__"), layers=(PagedStep, "hidden"), products=(PagedStep, "_product"),
+                     head=(PagedStep, "logits"), sampling=(Engine, "_sample"), told=(Engine, "_tell"))
+
+
+def parts(watch: Stopwatch) -> dict[str, float]:
+    """Shares of the whole; products of the head are the head's."""
+    s = dict(watch.seconds)
+    s["products"] = s["products"] - (s["head"] if s["products"] > s["head"] else 0)
+    s["attention, norms, gates"] = s.pop("layers") - s["products"]
+    shares = {name: value / watch.total for name, value in s.items()}
+    return {name: round(share, 3) for name, share in (shares | {"the rest": 1 - sum(shares.values())}).items()}
+
+
+def theirs(what: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[[], Any]]]:
+    from transformers import AutoModelForCausalLM
+
+    quiet_transformers()
+    start = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(what["folder"], dtype={"bf16": torch.bfloat16, "float32": torch.float32}[what["kind"]]).eval()
+    loaded = time.perf_counter() - start
+    vocab = model.config.vocab_size
+
+    def generate(prompts: list[list[int]], new: int) -> list[list[int]]:
+        x = torch.tensor(prompts)
+        made = model.generate(x, attention_mask=torch.ones_like(x), do_sample=False, max_new_tokens=new, eos_token_id=None, pad_token_id=0)
+        return made[:, x.shape[1] :].tolist()  # type: ignore[no-any-return]
+
+    def seconds(count: int, length: int, new: int) -> float:
+        prompts = prompts_of(vocab, count, length)
+        start = time.perf_counter()
+        generate(prompts, new)
+        return time.perf_counter() - start
+
+    works = {"decode": lambda: 32 / (seconds(1, 32, DECODE + 4) - seconds(1, 32, 4)), "prefill": lambda: PREFILL / seconds(1, PREFILL, 1),
+             "batch": lambda: REQUESTS * TOKENS / seconds(REQUESTS, TOKENS, TOKENS)}
+    return {"greedy": generate(prompts_of(vocab, 1, 32, seed=1), 24)[0], "load_seconds": loaded,
+            "bytes": sum(p.numel() * p.element_size() for p in model.parameters())}, works
+
+
+def contestant(what: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[[], Any]]]:
+    choose_threads(what["threads"])
+    return (ours if what["engine"] == "pellucid" else theirs)(what)
+
+
+# --- the parent's side -----------------------------------------------------------------------------------------------------
+
+
+def pythons_of(asked: list[str]) -> dict[str, str]:
+    """Peer -> the Python that has it: from --peer NAME=PATH, else from the environment."""
+    found = {name: path for name in PEERS if (path := os.environ.get(f"PELLUCID_PEER_{name.upper().replace('.', '_')}"))}
+    for entry in asked:
+        name, _, path = entry.partition("=")
+        if name not in PEERS or not path:
+            raise SystemExit(f"--peer {entry}: give NAME=PYTHON, NAME one of {', '.join(PEERS)}")
+        found[name] = path
+    return found
+
+
+def start_peers(pythons: dict[str, str], common: dict[str, Any], folder: Path) -> tuple[dict[str, Server], dict[str, str]]:
+    """The peers that run, and for every other one why it does not."""
+    script, running = Path(__file__).with_name("peers.py"), {}
+    missing = {name: "no environment given" for name in PEERS if name not in pythons}
+    for name, python in pythons.items():
+        for weights in PEERS[name]:
+            what = common | {"peer": name, "weights": weights, "folder": str(folder)}
+            try:
+                running[f"{name} {weights}"] = Server(python, script, what)
+            except (SystemExit, OSError) as error:
+                missing[f"{name} {weights}"] = str(error)
+    return running, missing
+
+
+def measured(servers: dict[str, Server], rounds: int) -> dict[str, dict[str, dict[str, float]]]:
+    """work -> contestant -> tokens/s, in turns."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for work in COMPARED:
+        rates: dict[str, list[float]] = {name: [] for name in servers}
+        for turn in range(rounds + (work != "batch")):  # the long one needs no round to warm up
+            for name, server in servers.items():
+                rate = float(server.work(work))
+                if turn or work == "batch":
+                    rates[name].append(rate)
+        found[work] = {name: {"median": round(statistics.median(r), 1), "best": round(max(r), 1)} for name, r in rates.items()}
+        print(work, flush=True)
+        for name, row in found[work].items():
+            print(f"  {name:24s} {row['median']:10.1f} tokens/s (best round {row['best']:.1f})", flush=True)
+    return found
+
+
+BARS = (  # work, ours, theirs, at least so many times as fast: the first bar of the project
+    ("decode", "bf16", "llama.cpp F16", 1.0), ("decode", "bf16", "transformers bf16", 2.0), ("decode", "INT8", "llama.cpp Q8_0", 0.9),
+    ("decode", "INT8", "openvino Q8_0", 1.05), ("prefill", "INT8", "openvino Q8_0", 0.8), ("prefill", "INT8", "llama.cpp Q8_0", 2.0),
+    ("batch", "INT8", "vllm bf16", 1.0), ("batch", "INT8", "openvino Q8_0", 0.8), ("batch", "INT8", "transformers bf16", 2.9),
+    ("decode", "INT4", "llama.cpp Q4_0", 0.8),
+)
+
+
+def against_bars(found: dict[str, dict[str, dict[str, float]]]) -> list[dict[str, Any]]:
+    rows = []
+    for work, mine, peer, bar in BARS:
+        if peer in found[work] and f"pellucid {mine}" in found[work]:
+            a, b = found[work][f"pellucid {mine}"], found[work][peer]
+            ratio = round(a["median"] / b["median"], 3)
+            rows.append({"work": work, "ours": mine, "peer": peer, "ratio": ratio, "best_rounds": round(a["best"] / b["best"], 3), "bar": bar,
+                         "reached": ratio >= bar})
+            print(f"  {work}: {mine} / {peer}: {ratio:.2f} (bar {bar:g}{'' if ratio >= bar else ', missed'})", flush=True)
+    return rows
+
+
+def compare(size: str, rounds: int, threads: int, pythons: dict[str, str], kinds: list[str]) -> dict[str, Any]:
+    spec = spec_of(size)
+    bandwidth = read_bandwidth_gbs()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        torch.manual_seed(0)
+        save(init_weights(Decoder(spec)).bfloat16(), folder)
+        common = {"threads": threads, "folder": str(folder)}
+        peers, missing = start_peers(pythons, common, folder)
+        servers = {f"pellucid {kind}": Server(sys.executable, Path(__file__), common | {"engine": "pellucid", "kind": kind}) for kind in kinds}
+        servers |= {f"transformers {kind}": Server(sys.executable, Path(__file__), common | {"engine": "transformers", "kind": kind})
+                    for kind in kinds if kind in ("bf16", "float32")}
+        greedy = {name: s.ready["greedy"] for name, s in servers.items() if name.endswith("float32")}
+        if len({tuple(g) for g in greedy.values()}) > 1:
+            raise SystemExit(f"greedy answers differ: nothing to compare\n{greedy}")
+        found = measured(servers | peers, rounds)
+        bars = against_bars(found)
+        inside = {kind: {work: servers[f"pellucid {kind}"].work(work) for work in ("prefix", "schedule", "step")} for kind in kinds}
+        bandwidth = max(bandwidth, read_bandwidth_gbs())
+        ready = {name: {k: v for k, v in s.ready.items() if k != "greedy"} for name, s in (servers | peers).items()}
+        for server in (servers | peers).values():
+            server.stop()
+    read = {name: round(found["decode"][name]["best"] * ready[name]["bytes"] / bandwidth / 1e9, 3) for name in found["decode"] if ready[name].get("bytes")}
+    tell(bandwidth, read, inside, missing)
+    return {"parameters": count_parameters(spec), "tokens_per_second": found, "against_bars": bars, "read_gb_per_s": round(bandwidth, 1),
+            "share_of_read_bandwidth": read, "pellucid": inside, "contestants": ready, "peers_missing": missing}
+
+
+def tell(bandwidth: float, read: dict[str, float], inside: dict[str, Any], missing: dict[str, str]) -> None:
+    print(f"read bandwidth {bandwidth:.1f} GB/s; share of it in decode: " + ", ".join(f"{name} {share:.0%}" for name, share in read.items()))
+    for kind, works in inside.items():
+        p, s = works["prefix"], works["schedule"]
+        print(f"  {kind}: first token behind a shared prefix {p['ratio']:.1f}x as fast with the cache; scheduling {s['share']:.1%} of a step of 64 "
+              f"requests ({s['step_ms']:.1f} ms)")
+        for what, shares in (("64 requests", s["split"]), ("one request", works["step"])):
+            print(f"    a step of {what}: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
+    if missing:
+        print("not compared: " + "; ".join(f"{name} ({why})" for name, why in missing.items()), flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = options(__doc__, rounds=3)
+    parser.add_argument("--size", choices=list(SIZES), default="30m")
+    parser.add_argument("--kinds", nargs="+", choices=list(OURS), default=list(OURS), help="weights of ours")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON", help="run this peer with that Python")
+    chosen = parser.parse_args(argv)
+    if chosen.contestant:
+        return answer_turns(partial(contestant, chosen.contestant))
+    result = begin("serve", chosen)
+    result[chosen.size] = compare(chosen.size, chosen.rounds, result["threads"], pythons_of(chosen.peer), chosen.kinds)
+    return finish(result, chosen.json)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
