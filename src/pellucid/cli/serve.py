@@ -8,6 +8,7 @@ import json
 import shlex
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,11 @@ from typing import Any, Literal
 from pellucid.cli.base import OpensModel, Positional, prepare
 from pellucid.cli.watch import EngineLines, Watch
 from pellucid.errors import BadInput, PellucidError
-from pellucid.events import Event, RunLog, emit, subscribed
+from pellucid.events import Event, RunLog, emit, note, subscribed
 from pellucid.messages import add, say
 
 add({
+    "serve.ready": ("{name}: weights loaded in {loaded} s, first pass in {warm} s", "{name}：加载权重 {loaded} 秒，首次前向 {warm} 秒"),
     "serve.stop": ("Ctrl-C: stop", "Ctrl-C 停止"),
     "serve.open": ("warning: everybody who reaches {host}:{port} can use this model",
                    "警告：凡能访问 {host}:{port} 者均可使用此模型"),
@@ -123,7 +125,6 @@ def serve(config: Serve) -> None:
         raise PellucidError("serving needs fastapi and uvicorn", str(error), "pip install 'pellucid[serve]'") from error
     from pellucid.engine.core import EngineConfig
     from pellucid.server.app import create_app
-    from pellucid.server.registry import open_model
 
     keys = read_keys(config.api_key_file) if config.api_key_file else []
     names = names_of(config)
@@ -131,7 +132,7 @@ def serve(config: Serve) -> None:
         raise BadInput(f"there is no folder {config.adapters}", next="check the path given to --adapters")
     with bind(config.host, config.port) as listener:  # before the model is loaded: a taken port is told at once
         prepare(config, seed=None)
-        models = {name: open_model(path, config.device, config.allow_missing) for name, path in zip(names, config.models)}
+        models = {name: opened(name, path, config) for name, path in zip(names, config.models)}
         engine = EngineConfig(cache_tokens=config.cache_tokens, prefix=config.prefix, order=config.order, running=config.running,
                               budget=config.budget, drafts=config.drafts)
         app = create_app(models, api_key=keys, waiting=config.waiting, engine=engine, max_tokens=config.max_tokens, timeout=config.timeout,
@@ -143,6 +144,20 @@ def serve(config: Serve) -> None:
             print(open_to_all(config.host, listener), file=sys.stderr)  # also with --quiet
         with contextlib.suppress(KeyboardInterrupt), shown(config, app.state.desk.registry):  # Ctrl-C is the ordinary end of a server
             serve_forever(app, listener, config.grace)
+
+
+def opened(name: str, path: str, config: Serve) -> Any:
+    """The model, loaded and warm: its first request finds kernels compiled. Says how long both took."""
+    from pellucid.engine import LLM
+    from pellucid.engine.core import warm_up
+    from pellucid.server.registry import open_model
+
+    began = time.perf_counter()
+    model = open_model(path, config.device, config.allow_missing)
+    loaded = time.perf_counter() - began
+    warm = warm_up(model.model) if isinstance(model, LLM) else 0.0
+    note(say("serve.ready", name=name, loaded=f"{loaded:.1f}", warm=f"{warm:.1f}"))
+    return model
 
 
 @contextlib.contextmanager

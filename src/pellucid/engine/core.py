@@ -20,6 +20,7 @@ from pellucid import events
 from pellucid.engine.adjust import Adjuster, Place
 from pellucid.engine.drafting import PredictionHead, is_stateful
 from pellucid.engine.hash_chain import HashChain
+from pellucid.engine.params import SamplingParams
 from pellucid.engine.planning import depth_first
 from pellucid.engine.prefix_cache import NoReuse, PrefixCache
 from pellucid.engine.radix_tree import RadixTree
@@ -343,4 +344,16 @@ def choose_room(model: Decoder, config: EngineConfig) -> Choice:
     return Choice(max(config.block, free // 2 // token), f"half of the free memory, {free / 2**31:.1f} GiB, at {token} bytes a token")
 
 
-__all__ = ["Engine", "EngineConfig", "State", "is_stateful"]
+
+def warm_up(model: Decoder) -> float:
+    """Two tokens through a small engine: kernels of the model's shape are compiled (the first time on a machine), and the files'
+    pages are read, before anybody waits for them. Returns the seconds."""
+    began = time.perf_counter()
+    engine = Engine(model, config=EngineConfig(running=1, cache_tokens=min(64, model.spec.limit)))
+    engine.add(Request([0, 1], SamplingParams(max_tokens=2, temperature=0.0), 0))
+    while engine.busy:
+        engine.step()
+    return time.perf_counter() - began
+
+
+__all__ = ["Engine", "EngineConfig", "State", "is_stateful", "warm_up"]

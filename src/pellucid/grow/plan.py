@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from pellucid.engine import Sample, SamplingParams, run_all
-from pellucid.engine.core import Engine, EngineConfig
+from pellucid.engine.core import warm_up
 from pellucid.engine.decode import CompiledStep, choose_step
-from pellucid.engine.request import Request
 from pellucid.events import Event
 from pellucid.grow import memory, recipe, words  # noqa: F401  (words: its messages)
 from pellucid.grow.config import GrowConfig
@@ -91,10 +90,7 @@ def compile_kernels(spec: DecoderSpec, device: torch.device) -> Choice:
         choice = choose_step(model)
         for temperature in (0.0, 1.0):
             run_all(model, [Sample([0, 1], SamplingParams(max_tokens=3, temperature=temperature), 0)], [])
-    served = Engine(model, config=EngineConfig(running=1, cache_tokens=spec.limit))  # in float32, as the last stages ask it
-    served.add(Request([0, 1], SamplingParams(max_tokens=3), 0))
-    while served.busy:
-        served.step()
+    warm_up(model)  # in float32, as the last stages ask the server
     return Choice("compiled" if isinstance(choice.value, CompiledStep) else "pytorch", choice.reason)
 
 
