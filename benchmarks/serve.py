@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -72,13 +73,19 @@ class Server(Contestant):
         self.process = subprocess.Popen([python, str(script), "--contestant", json.dumps(what)], stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, text=True, env=environment)
         self.ready = self._answer()
+        self.process.send_signal(signal.SIGSTOP)
 
     def work(self, name: str) -> Any:
+        """The process stands still outside of its turns: threads of some libraries go on asking for work."""
+        self.process.send_signal(signal.SIGCONT)
         print(name, file=self.process.stdin, flush=True)
-        return self._answer()["found"]
+        found = self._answer()["found"]
+        self.process.send_signal(signal.SIGSTOP)
+        return found
 
     def stop(self) -> None:
         assert self.process.stdin is not None
+        self.process.send_signal(signal.SIGCONT)
         self.process.stdin.close()
         self.process.wait()
 
