@@ -20,6 +20,7 @@ Nothing is installed here. A peer runs in an environment of its own, and one tha
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -72,6 +73,7 @@ class Server(Contestant):
         environment = os.environ | {"OMP_NUM_THREADS": str(what["threads"])}
         self.process = subprocess.Popen([python, str(script), "--contestant", json.dumps(what)], stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, text=True, env=environment)
+        atexit.register(self.process.kill)  # one that stands still would never see that nobody asks any more
         self.ready = self._answer()
         self.process.send_signal(signal.SIGSTOP)
 
@@ -312,6 +314,7 @@ def main(argv: list[str] | None = None) -> int:
     chosen = parser.parse_args(argv)
     if chosen.contestant:
         return answer_turns(partial(contestant, chosen.contestant))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     result = begin("serve", chosen)
     result[chosen.size] = compare(chosen.size, chosen.rounds, result["threads"], pythons_of(chosen.peer), chosen.kinds)
     return finish(result, chosen.json)
