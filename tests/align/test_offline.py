@@ -216,7 +216,10 @@ def close(a, b):
             if p is not None:
                 torch.testing.assert_close(p, q, atol=2e-6, rtol=2e-5)
     for (_, x), (_, y) in zip(a[1], b[1]):
-        assert x == pytest.approx(y, abs=2e-5) and set(x) == set(y)
+        assert set(x) == set(y)
+        if abs(y.get("rewards/margin", 1)) < 1e-6:  # at first policy and reference are equal: which of two rewards is larger is rounding
+            x, y = ({k: v for k, v in m.items() if k != "rewards/accuracy"} for m in (x, y))
+        assert x == pytest.approx(y, abs=2e-5)
 
 
 @pytest.mark.parametrize("name", ["dpo", "rpo", "ld-dpo", "simpo", "wpo"])

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from pellucid import events
-from pellucid.align.rollout import Rollouts
+from pellucid.align.rewards import TaskGrader
 from pellucid.errors import Interrupted
 from pellucid.events import plain
 from pellucid.grow import recipe
@@ -43,8 +43,10 @@ def steps_instead_of_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipe, "problems", lambda minutes, speed: 4)
     monkeypatch.setattr(recipe, "MAX_TOKENS", 12)
     # An untrained model solves nothing, and groups without a difference teach nothing: its letters are graded instead.
-    monkeypatch.setattr(Rollouts, "grade", lambda self, problem, sample, text: {
-        "format": float(sum(sample.tokens) % 2), "correct": float(sum(sample.tokens) % 3 == 0)})
+    def letters(self: TaskGrader, completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[dict[str, float]]:
+        return [dict.fromkeys(self.names, 0.0) | {"format": float(sum(ids) % 2), "correct": float(sum(ids) % 3 == 0)} for ids in completion_ids]
+
+    monkeypatch.setattr(TaskGrader, "__call__", letters)
 
 
 def prepared(folder: Path, stage: str, dtype: str) -> None:
