@@ -21,6 +21,8 @@ add({
     "grow.short.tools": ("problems solved", "解出率"),
     "grow.size": ("measured {gflops:.0f} GFLOP/s in training steps; {seconds:.0f} s of them fit {millions:.1f} M parameters",
                   "训练步实测 {gflops:.0f} GFLOP/s；这样训练 {seconds:.0f} 秒适合 {millions:.1f} M 参数"),
+    "grow.busy": ("other work keeps the cores busy: {half:.0f} tokens/s so, {all:.0f} with {cores}",
+                  "其他程序占用核心：如此每秒 {half:.0f} 词元，用 {cores} 个线程时 {all:.0f}"),
     "grow.given": ("the given checkpoint", "给定的检查点"),
     "grow.parameters": ("{count} parameters", "{count} 参数"),
     "grow.needs": ("  {stage}: {seconds:.0f} s, predicted memory {mib:.0f} MiB", "  {stage}：{seconds:.0f} 秒，预计内存 {mib:.0f} MiB"),
