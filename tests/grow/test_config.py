@@ -41,3 +41,12 @@ def test_a_job_goes_on_with_other_threads_but_not_with_another_seed(tmp_path: Pa
     with pytest.raises(BadInput, match="other settings") as refused:
         Job(GrowConfig(out=tmp_path, resume=True, seed=1))._open()
     assert refused.value.next.endswith("--threads 2 --resume")
+
+
+@pytest.mark.parametrize("broken", [b"", b"{", b"\xff\xfe\x00", b"[]", b"{}"])
+def test_a_broken_state_is_refused_with_the_command_that_begins_anew(tmp_path: Path, broken: bytes) -> None:
+    (tmp_path / "state.json").write_bytes(broken)
+    with pytest.raises(BadInput) as refused:
+        Job(GrowConfig(out=tmp_path, resume=True))._open()
+    assert "pellucid grow" in refused.value.next
+    assert (tmp_path / "state.json").read_bytes() == broken

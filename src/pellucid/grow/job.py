@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import random
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
@@ -29,6 +30,7 @@ from pellucid.messages import say, three_parts
 from pellucid.models import load, save
 from pellucid.nn import Decoder
 from pellucid.runtime import choose_device, choose_threads, machine_card
+from pellucid.tasks.evaluate import distinct_problems
 from pellucid.tokenizers import Tokenizer
 from pellucid.train import Run
 from pellucid.train.run import C, H
@@ -222,10 +224,10 @@ class Job:
             trained = [s for s in ("pretrain", "sft", "grpo") if s in self.done]
             if trained:
                 self.model = load(self.stage_folder(trained[-1]), device=self.plan.device)
-        except (json.JSONDecodeError, KeyError, TypeError, OSError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, OSError) as error:
             raise BadInput(*three_parts("error.state", file=state_file, text=f"{type(error).__name__}: {error}",
                                   command=self.config.command)) from error
-        choose_threads(self.config.threads)
+        choose_threads(self.config.threads or self.plan.threads)  # sums over others round differently
         events.note(say("grow.resumed", done=", ".join(self.done) or "-"))
 
     def _stage(self, stage: str, index: int, count: int) -> None:
@@ -279,10 +281,6 @@ class Job:
     def _remember_prompts(self) -> None:
         """One held-out problem of each task, answered after every stage."""
         scores: dict[str, tasks.Problem] = {}
-        import random
-
-        from pellucid.tasks.evaluate import distinct_problems
-
         for problem in distinct_problems(self.mix, 60, random.Random(self.config.seed + 77)):
             scores.setdefault(problem.task, problem)
         self.prompts = list(scores.values())

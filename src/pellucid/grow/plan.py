@@ -44,6 +44,7 @@ class Plan:
     dtype: str = "float32"
     shape: list[int] = field(default_factory=list)
     tokens_per_second: float = 0.0
+    threads: int | None = None
 
 
 @dataclass
@@ -78,7 +79,7 @@ def make_plan(config: GrowConfig, given: DecoderSpec | None = None) -> Plan:
     stages = predict_stages(spec, config.minutes, own, base - held, work, bool(given))
     memory.refuse_what_cannot_fit(stages, base, where.value, config)
     return Plan([described(n, c) for n, c in named], gflops, bandwidth,
-                describe(spec), stages, str(where.value), named[2][1].value, list(shape), own)
+                describe(spec), stages, str(where.value), named[2][1].value, list(shape), own, cores.value)
 
 
 def compile_kernels(spec: DecoderSpec, device: torch.device) -> Choice:
