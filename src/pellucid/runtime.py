@@ -30,7 +30,7 @@ add({
     "runtime.no_bf16": ("GPU without bf16", "GPU 不支持 bf16"),
     "runtime.dtype": ("measured bf16 {fast:.0f}, fp32 {slow:.0f} GFLOP/s at width {dim}",
                       "宽度 {dim} 时实测 bf16 {fast:.0f}、fp32 {slow:.0f} GFLOP/s"),
-    "error.device": ("unknown device {name!r}", "未知设备 {name!r}"),
+    "error.device": ("the device {name!r} cannot be used", "设备 {name!r} 不可用"),
     "error.device.why": ("PyTorch says: {text}", "PyTorch 报告：{text}"),
     "error.device.next": ("use cpu, cuda or auto", "可用 cpu、cuda 或 auto"),
     "error.cuda": ("device cuda was asked for", "指定了设备 cuda"),
@@ -58,15 +58,17 @@ class Choice:
 
 
 def choose_device(name: str = "auto") -> Choice:
+    """A CUDA GPU where there is one, else the CPU; or what was asked for. Errors: BadInput for what this machine cannot compute on."""
     import torch
 
     if name != "auto":
         try:
             device = torch.device(name)
-        except RuntimeError as error:
+            if device.type == "cuda" and not torch.cuda.is_available():
+                raise BadInput(*three_parts("error.cuda"))
+            torch.zeros(1, device=device).item()
+        except (RuntimeError, AssertionError, ImportError) as error:  # the last two: PyTorch was built without it
             raise BadInput(*three_parts("error.device", name=name, text=str(error).split("\n")[0])) from error
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise BadInput(*three_parts("error.cuda"))
         return Choice.because(device, both("runtime.asked"))
     if torch.cuda.is_available():
         return Choice.because(torch.device("cuda"), both("runtime.gpu", name=torch.cuda.get_device_name()))

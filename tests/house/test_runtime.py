@@ -32,7 +32,7 @@ def test_device_choices_and_reasons(monkeypatch: pytest.MonkeyPatch):
     assert "H200" in runtime.choose_device().reason and runtime.choose_device().value.type == "cuda"
 
 
-@pytest.mark.parametrize("name", ["cuda", "cuda:0", "gpu", "toaster", ""])
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "gpu", "toaster", "", "meta", "xpu", "hpu:3"])
 def test_impossible_devices_are_refused(monkeypatch: pytest.MonkeyPatch, name: str):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BadInput) as refused:

@@ -19,7 +19,7 @@ from pellucid.models import known
 from pellucid.models.families import unwrapped
 from pellucid.models.hub import local_folder, read_config, shape_of, spec_of
 from pellucid.models.weights import stored_dtypes
-from pellucid.nn.count import cache_entries, count, forward_flops, layer_norms, mixing_flops
+from pellucid.nn.count import cache_entries, count, forward_flops, layer_norms
 from pellucid.nn.specs import DecoderSpec, EncoderSpec, Layer, MoE
 from pellucid.runtime import dtype_of
 from pellucid.tokenizers import Tokenizer
@@ -213,8 +213,3 @@ def kinds_of(spec: DecoderSpec, width: int) -> list[Kind]:
     return [Kind(numbers, type(layer.mixer).__name__, type(layer.ffn).__name__,
                  cache_entries(layer.mixer) * width * len(numbers), 4 * count(layer.mixer, spec.dim).state * len(numbers))
             for layer, numbers in alike.items()]
-
-
-def attention_flops(spec: DecoderSpec, context: int) -> int:
-    """The share of `forward_flops` that grows with the context."""
-    return sum(mixing_flops(layer.mixer, context) for layer in spec.layers)

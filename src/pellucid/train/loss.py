@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -60,8 +61,6 @@ def held_out_loss(model: Decoder, rows: Packed, batch: int = 32) -> tuple[float,
 
 def bits_per_byte(nats: float, labels: Sequence[int] | Tensor, token_bytes: Tensor) -> float:
     """nats / ln 2 / bytes: independent of the tokenizer. token_bytes (V,): bytes that each token stands for."""
-    import math
-
     ids = torch.as_tensor(labels).flatten()
     size = int(token_bytes[ids[ids != IGNORE]].sum())
     return nats / math.log(2) / max(size, 1)
