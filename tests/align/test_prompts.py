@@ -92,7 +92,7 @@ def test_few_rows_still_hold_one_out_and_one_prompt_is_too_few():
     few = task(2)
     assert len(few.train) == len(few.heldout) == 1
     for records in ([], [PromptRecord("a")], [PromptRecord("a"), PromptRecord("a")]):
-        with pytest.raises(BadInput, match="too few prompts"):
+        with pytest.raises(BadInput, match="too few rows"):
             Prompts(records)
 
 

@@ -48,6 +48,27 @@ def told(text: str, kind: str) -> list[dict[str, Any]]:
     return [e for e in map(json.loads, text.splitlines()) if e["kind"] == kind]
 
 
+# ---- train --------------------------------------------------------------------------------------------------------
+
+def test_sft_holds_all_answers_to_a_question_out_together(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from pellucid.cli import train
+
+    chats = [{"prompt": f"{k:03}?", "completion": f"answer {n}"} for n in range(3) for k in range(40)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    parts: list[list[str]] = []
+    decode = Tokenizer.load(folder).decode
+
+    def packed(samples: list[tuple[list[int], list[bool]]], *_: Any, **__: Any) -> None:
+        parts.append([decode(ids) for ids, _ in samples])
+
+    monkeypatch.setattr("pellucid.data.packing.pack_samples", packed)
+    monkeypatch.setattr(train, "_train", lambda *a: None)
+    train.sft(train.Sft(model=str(folder), data=tmp_path / "chats.jsonl"))
+    asked, held = ({found[0] for text in part if (found := re.findall(r"[0-9]{3}(?=\?)", text))} for part in parts)
+    assert [len(part) for part in parts] == [3 * len(asked), 3 * len(held)]
+    assert asked and held and len(asked | held) == 40 and not asked & held
+
+
 # ---- eval ---------------------------------------------------------------------------------------------------------
 
 def test_eval_measures_an_int8_folder_with_int8_products(

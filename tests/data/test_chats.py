@@ -54,6 +54,8 @@ def test_the_key_is_the_question_not_the_answer():
     other = chat_of({"prompt": "2+2?", "completion": "four"})
     assert chat_of({"messages": TURN}).key == other.key != chat_of({"prompt": "2+3?", "completion": "4"}).key
     assert chat_of({"messages": [{"role": "system", "content": "s"}, *TURN]}).key != other.key
+    begun = [chat_of({"messages": [{"role": "assistant", "content": greeting}]}).key for greeting in ("Hello.", "Hi.")]
+    assert begun[0] != begun[1]  # the assistant begins: nothing was asked
 
 
 @pytest.mark.parametrize("line, message", [

@@ -7,7 +7,7 @@ import pytest
 
 from pellucid import events
 from pellucid.data.reading import Document
-from pellucid.data.split import divide, fraction, is_heldout
+from pellucid.data.split import divide, divide_by, fraction, is_heldout
 from pellucid.errors import BadInput
 
 
@@ -93,3 +93,26 @@ def test_two_paragraphs_are_enough_for_two_sides(share):
 def test_a_corpus_that_cannot_be_split_is_refused(corpus):
     with pytest.raises(BadInput, match="too small"):
         divide(corpus)
+
+
+@pytest.mark.parametrize("keys", [2, 3, 300])
+def test_records_with_equal_keys_are_on_one_side_however_few_there_are(keys):
+    records = [(f"question {k}", answer) for answer in range(3) for k in range(keys)]
+    train, heldout = divide_by(records, lambda record: record[0], "chats.jsonl", "rows")
+    asked, held = ({question for question, _ in side} for side in (train, heldout))
+    assert asked and held and not asked & held and sorted(train + heldout) == sorted(records)
+    assert held == {q for q in asked | held if is_heldout(q)} or held == {min(asked | held, key=fraction)}
+    assert divide_by(reversed(records), lambda record: record[0], "", "") == (
+        [r for r in reversed(records) if r in train], [r for r in reversed(records) if r in heldout])
+
+
+def test_records_that_are_all_held_out_leave_something_to_train_on():
+    keys = [f"question {k}" for k in range(400) if is_heldout(f"question {k}")][:3]
+    train, heldout = divide_by(keys, str, "chats.jsonl", "rows")
+    assert heldout == [min(keys, key=fraction)] and len(train) == 2
+
+
+@pytest.mark.parametrize("records", [[], ["one"], ["same", "same"]])
+def test_records_of_one_key_cannot_be_split(records):
+    with pytest.raises(BadInput, match=r"chats\.jsonl holds too few rows"):
+        divide_by(records, str, "chats.jsonl", "rows")

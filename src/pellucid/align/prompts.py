@@ -17,7 +17,7 @@ from typing import Any
 from pellucid.align.answers import Shuffled
 from pellucid.data.formats import Content, PromptRecord
 from pellucid.data.formats_files import open_data
-from pellucid.data.split import fraction, is_heldout
+from pellucid.data.split import divide_by
 from pellucid.errors import BadInput
 from pellucid.tasks import TOOLS, Dialogue, Problem, Split
 
@@ -44,19 +44,8 @@ class Prompts:
     weights: Mapping[str, float] = {}
 
     def __init__(self, records: Iterable[PromptRecord], seed: int = 0, source: str = "the data"):
-        sides: dict[bool, list[Row]] = {False: [], True: []}
-        for record in records:
-            row = row_of(record)
-            sides[is_heldout(row.key)].append(row)
-        every = sides[False] + sides[True]
-        if not all(sides.values()) and len({row.key for row in every}) > 1:  # few rows: one of them is held out all the same
-            least = min((row.key for row in every), key=fraction)
-            sides = {side: [row for row in every if (row.key == least) == side] for side in (False, True)}
-        self.train, self.heldout = sides[False], sides[True]
-        if not (self.train and self.heldout):
-            raise BadInput(f"{source} holds too few prompts", "one part is held out to measure what was learned",
-                           "give at least two rows with different prompts")
-        self.columns = sorted(set.intersection(*(set(row.columns) for row in every)))
+        self.train, self.heldout = divide_by(map(row_of, records), lambda row: row.key, source, "rows")
+        self.columns = sorted(set.intersection(*(set(row.columns) for row in self.train + self.heldout)))
         self._stream = Shuffled(len(self.train), 1, seed)
 
     @classmethod

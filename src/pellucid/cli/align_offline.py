@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pellucid.cli.base import OpensModel, Positional, prepare
-from pellucid.errors import BadInput
 
 if TYPE_CHECKING:
     from pellucid.align.offline import OfflineConfig, OfflineLoop
@@ -174,23 +173,16 @@ class Job:
     def __init__(self, config: OfflineOptions, stage: str, wanted: Any, encode: Callable[..., list[Any]], formula: str):
         from pellucid import events
         from pellucid.data.formats_files import open_data
-        from pellucid.data.split import is_heldout
+        from pellucid.data.split import divide_by
         from pellucid.models import load
         from pellucid.tokenizers import Tokenizer
 
         self.config, self.stage = config, stage
         device = prepare(config)
         self.tokenizer = Tokenizer.load(config.model)
-        records = list(open_data(config.data, config.split, wanted=wanted))
-        parts: dict[bool, list[Any]] = {False: [], True: []}
-        for record in records:
-            parts[is_heldout(str(record.prompt))].append(record)  # type: ignore[attr-defined]
-        if not parts[True] and len(parts[False]) > 1:
-            parts[True].append(parts[False].pop())
-        if not (parts[False] and parts[True]):
-            raise BadInput(f"{config.data} holds too few examples", "one part is held out to measure what was learned",
-                           "give at least two examples with different prompts")
-        self.items, self.heldout = (encode(self.tokenizer, parts[k], config.length) for k in (False, True))
+        records: Any = open_data(config.data, config.split, wanted=wanted)
+        sides = divide_by(records, lambda record: str(record.prompt), config.data, "examples")
+        self.items, self.heldout = (encode(self.tokenizer, side, config.length) for side in sides)
         self.formula = formula
         events.note(f"{stage}: {formula}")
         events.note(f"{len(self.items)} examples to learn from, {len(self.heldout)} held out by a hash of their prompt")

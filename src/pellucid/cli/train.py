@@ -101,20 +101,13 @@ def pretrain(config: Pretrain) -> None:
 
 def sft(config: Sft) -> None:
     from pellucid.data import chats, packing
-    from pellucid.data.split import is_heldout
+    from pellucid.data.split import divide_by
     from pellucid.tokenizers import Tokenizer
 
     tokenizer = Tokenizer.load(config.model)
-    parts: dict[bool, list[Any]] = {False: [], True: []}
-    for chat in chats.read_chats(config.data):
-        parts[is_heldout(str(chat.messages))].append(tokenizer.encode_chat(chat.messages, tools=chat.tools))
-    if not parts[True] and len(parts[False]) > 1:
-        parts[True].append(parts[False].pop())
-    if not (parts[False] and parts[True]):
-        raise BadInput(f"{config.data} holds too few conversations", "one part is held out to measure what was learned",
-                       "give at least two conversations")
-    train, heldout = (packing.pack_samples(parts[k], config.length, overlong="truncate", pad_id=tokenizer.pad_id)
-                      for k in (False, True))
+    sides = divide_by(chats.read_chats(config.data), lambda chat: chat.key, config.data, "conversations")
+    train, heldout = (packing.pack_samples([tokenizer.encode_chat(chat.messages, tools=chat.tools) for chat in side], config.length,
+                                           overlong="truncate", pad_id=tokenizer.pad_id) for side in sides)
     _train(config, tokenizer, train, HeldOut(heldout), "sft")
 
 

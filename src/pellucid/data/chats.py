@@ -38,14 +38,14 @@ class Chat:
 
     @property
     def key(self) -> str:
-        """What the assistant answers to at first. Splitting by it (`split.is_heldout(chat.key)`) keeps two answers to
-        the same question on the same side."""
+        """What the assistant answers to at first; all of it where the assistant begins. Splitting by it (`split.divide_by`)
+        keeps two answers to the same question on the same side."""
         before = []
         for message in self.messages:
             if message["role"] == "assistant":
                 break
             before.append(f"{message['role']}: {message['content']}")
-        return "\n".join(before)
+        return "\n".join(before) or str(self.messages)
 
 
 def read_chats(file: str | Path) -> Iterator[Chat]:

@@ -12,13 +12,15 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 from pellucid import events
 from pellucid.data.reading import Document
 from pellucid.errors import BadInput
 
 SHARE = 0.05
+R = TypeVar("R")
 _PARAGRAPH = re.compile(r"\n[ \t]*\n")
 
 
@@ -34,6 +36,26 @@ def is_heldout(text: str, share: float = SHARE) -> bool:
     if not 0 <= share <= 1:
         raise BadInput(f"a held-out share of {share} is not possible", next="give a number from 0 to 1, such as 0.05")
     return fraction(text) < share
+
+
+def divide_by(records: Iterable[R], key: Callable[[R], str], source: object, what: str) -> tuple[list[R], list[R]]:
+    """Records as (train, held out) by the hash of their keys: equal keys are on one side, and neither side is empty.
+
+    Where few records all fall on one side, those of the key with the smallest hash are held out, and no others.
+    source, what: for the message. Errors: BadInput where there are not two different keys.
+    """
+    placed = [(fraction(key(record)), record) for record in records]
+    held = [place < SHARE for place, _ in placed]
+    if not any(held) or all(held):
+        least = min((place for place, _ in placed), default=0.0)
+        held = [place == least for place, _ in placed]
+    sides: tuple[list[R], list[R]] = ([], [])
+    for side, (_, record) in zip(held, placed):
+        sides[side].append(record)
+    if not all(sides):
+        raise BadInput(f"{source} holds too few {what}", "one part is held out to measure what was learned",
+                       f"give at least two {what} with different prompts")
+    return sides
 
 
 def divide(documents: Iterable[Document], share: float = SHARE) -> tuple[list[Document], list[Document]]:
