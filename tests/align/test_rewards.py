@@ -17,19 +17,9 @@ from tiny_policy import Echo
 
 from pellucid import events
 from pellucid.align.reward_calls import Outcome, call
+from pellucid.align.reward_sources import TaskGrader, model_reward, task_reward, verl_reward
 from pellucid.align.reward_specs import reward_of, reward_set
-from pellucid.align.rewards import (
-    Batch,
-    Reward,
-    RewardFailed,
-    RewardSet,
-    TaskGrader,
-    batch_of,
-    model_reward,
-    task_reward,
-    text_of,
-    verl_reward,
-)
+from pellucid.align.rewards import Batch, Reward, RewardFailed, RewardSet, batch_of, text_of
 from pellucid.align.rollout import Group, components
 from pellucid.engine import Sample, SamplingParams
 from pellucid.errors import BadInput, PellucidError

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from pellucid import events
-from pellucid.align.rewards import TaskGrader
+from pellucid.align.reward_sources import TaskGrader
 from pellucid.errors import Interrupted
 from pellucid.events import plain
 from pellucid.grow import recipe

@@ -130,7 +130,7 @@ def test_what_does_not_fit_is_refused(folder, tmp_path):
         LoraConfig(rank=0)
     with pytest.raises(BadInput, match="no adapters"):
         save_adapters(model, tmp_path / "none")
-    with pytest.raises(BadInput, match="no adapters"):
+    with pytest.raises(BadInput, match="no LoRA adapter"):
         load_adapters(model, tmp_path)
     save_adapters(trained(folder), tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pellucid.align.online import OnlineConfig
+from pellucid.align.online_config import OnlineConfig
 from pellucid.nn import Attn, Decoder, DecoderSpec
 from pellucid.nn.count import cache_entries
 from pellucid.nn.lora import adapted

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,9 +102,9 @@ class OfflineLoop(Run[OfflineConfig, OfflineHistory], Generic[I]):
         h.metrics.append((progress, numbers))
         return numbers
 
+    @abstractmethod
     def prepare(self, ids: list[int]) -> tuple[Callable[[list[int]], Tensor], list[dict[str, Tensor]]]:
         """The loss of a micro-batch of these items as a share of the step's, and the list that its metrics go to."""
-        raise NotImplementedError
 
     def table(self, merged: dict[str, float]) -> dict[str, float]:
         """The step's metrics from the sums of its shares."""

@@ -22,7 +22,8 @@ from urllib.parse import unquote
 
 from pellucid.align.checkers import CHECKERS
 from pellucid.align.reward_scoring import Judge
-from pellucid.align.rewards import Reward, RewardSet, model_reward, task_reward, verl_reward
+from pellucid.align.reward_sources import model_reward, task_reward, verl_reward
+from pellucid.align.rewards import Reward, RewardSet
 from pellucid.errors import BadInput, nearest
 from pellucid.tasks import Task, load_object
 from pellucid.tokenizers import Tokenizer

@@ -23,7 +23,8 @@ from pellucid import events
 from pellucid.align.dialogue import Replies
 from pellucid.align.examples import encode_prompt
 from pellucid.align.prompts import Row, content_of, schemas_of
-from pellucid.align.rewards import RewardSet, batch_of, task_reward
+from pellucid.align.reward_sources import task_reward
+from pellucid.align.rewards import RewardSet, batch_of
 from pellucid.engine import Sample, SamplingParams, run_all
 from pellucid.nn import Decoder
 from pellucid.tasks import Completion, Problem, Task, dialogue_of

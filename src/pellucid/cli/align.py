@@ -149,7 +149,7 @@ LOOP = ("rounds", "lag", "top_k", "evaluations", "samples_shown", "clip")  # of 
 def settings_of(config: Online, method: str) -> OnlineConfig:
     """The resolved choices, refused where they are impossible, before any work."""
     from pellucid.align import recipe
-    from pellucid.align.online import OnlineConfig, check_config
+    from pellucid.align.online_config import OnlineConfig, check_config
     from pellucid.optim import OptimConfig
 
     objective, loop = choices_of(config.set)

@@ -13,7 +13,7 @@ from pellucid import events
 from pellucid.cli.failures import is_terminal
 
 if TYPE_CHECKING:
-    from pellucid.align.online import OnlineConfig
+    from pellucid.align.online_config import OnlineConfig
     from pellucid.align.rewards import RewardSet
     from pellucid.align.rollout import Group
     from pellucid.cli.align import Online

@@ -12,7 +12,6 @@ and of experts.
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -21,20 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pellucid.errors import BadInput
 from pellucid.models.families import family_of
 from pellucid.models.hub import blank, local_folder, main_layers
+from pellucid.models.lora import read_peft, scale_of
 from pellucid.models.names import Piece, targets
-from pellucid.tokenizers.reading import read_json
 
 LEFT, RIGHT = ".lora_A.weight", ".lora_B.weight"
-PLAIN: dict[str, Any] = {"use_dora": False, "bias": "none", "modules_to_save": None, "lora_bias": False, "layer_replication": None,
-                         "target_parameters": None, "trainable_token_indices": None}
-"""What must be so, or left out."""
 
 
 @dataclass(frozen=True)
@@ -74,16 +68,7 @@ def applied(model: nn.Module, adapter: Adapter | None) -> Iterator[None]:
 def read_adapter(path: str | Path, model: nn.Module, name: str = "") -> Adapter:
     """BadInput where it is no adapter, asks for what is not supported, or does not fit the model."""
     folder = local_folder(path, weights=False)
-    config = read_json(folder / "adapter_config.json")
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise BadInput(f"{folder} holds no LoRA adapter", "there is no adapter_config.json with peft_type LORA",
-                       "give a folder that PEFT's save_pretrained wrote")
-    if strange := [key for key, plain in PLAIN.items() if config.get(key) not in (plain, None, [], {})]:
-        raise BadInput(f"the adapter {folder.name} uses {', '.join(strange)}", "only plain low-rank changes of linear layers are supported")
-    try:
-        tensors = load_file(folder / "adapter_model.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise BadInput(f"{folder} holds no readable adapter_model.safetensors", str(error), "fetch the adapter again") from error
+    config, tensors = read_peft(folder)
     return Adapter(name or folder.name, placed(tensors, config, model, folder.name))
 
 
@@ -133,13 +118,3 @@ def spread(B: Tensor, piece: Piece, shape: tuple[int, ...]) -> Tensor | None:
     except RuntimeError:  # rows that no view can cut so
         return None
     return out
-
-
-def scale_of(config: dict[str, Any], module: str, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r) (rsLoRA, arXiv 2312.03732), with the alpha that a pattern gives this module."""
-    alpha = config.get("lora_alpha") or 8
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = value
-            break
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)

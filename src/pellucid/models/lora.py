@@ -11,6 +11,7 @@ Matrices are named by the last word of the Hub's name (q_proj, down_proj), as in
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from pellucid.models.names import Piece, targets
 from pellucid.nn import Decoder
 from pellucid.nn.linear import Linear
 from pellucid.nn.lora import Adapter, LoraLinear, adapted
+from pellucid.tokenizers.reading import read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -160,16 +162,14 @@ def load_adapters(model: Decoder, folder: str | Path) -> None:
 
     Errors: BadInput for a folder without adapters, another kind of adapter, or names and shapes that do not fit the model.
     """
-    folder = Path(folder)
-    try:
-        fields: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise BadInput(f"no adapters in {folder}", f"{type(error).__name__}: {error}",
-                       f"give a folder with {CONFIG} and {WEIGHTS}") from error
-    _check(fields, tensors)
+    fields, tensors = read_peft(Path(folder))
+    strange = [name for name in tensors if not re.fullmatch(re.escape(PREFIX) + r".+\.lora_[AB]\.weight", name)]
+    patterns = [name for name in ("rank_pattern", "alpha_pattern") if fields.get(name)]
+    if strange or patterns or not tensors:
+        raise BadInput("these adapters are of a kind that is not trained here", ", ".join(patterns or strange[:1] or ["no tensors"]),
+                       "give plain LoRA adapters of one rank")
     rank = int(fields["r"])
-    scale = fields["lora_alpha"] / (rank**0.5 if fields.get("use_rslora") else rank)
+    scale = scale_of(fields, "", rank)
     sources = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in tensors}
     if not adapted(model):
         chosen = [x for x in _matrices(model) if x[2].name.removesuffix(".weight") in sources]
@@ -189,10 +189,31 @@ def load_adapters(model: Decoder, folder: str | Path) -> None:
                 ours.copy_(theirs)
 
 
-def _check(fields: dict[str, Any], tensors: dict[str, Any]) -> None:
-    other = [name for name in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if fields.get(name)]
-    other += [] if fields.get("bias", "none") == "none" else ["bias"]
-    strange = [n for n in tensors if not re.fullmatch(re.escape(PREFIX) + r".+\.lora_[AB]\.weight", n)]
-    if fields.get("peft_type") != "LORA" or other or strange or not tensors:
-        raise BadInput("these adapters are of a kind that is not supported",
-                       f"{', '.join(other or strange[:1] or [str(fields.get('peft_type'))])}", "plain LoRA adapters can be loaded")
+PLAIN: dict[str, Any] = {"use_dora": False, "bias": "none", "modules_to_save": None, "lora_bias": False, "layer_replication": None,
+                         "target_parameters": None, "trainable_token_indices": None}
+"""What must be so, or left out, in an adapter_config.json that is read."""
+
+
+def read_peft(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """adapter_config.json and the tensors of adapter_model.safetensors. BadInput where they are not there, not readable, or not LORA
+    of plain linear layers."""
+    config = read_json(folder / CONFIG)
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise BadInput(f"{folder} holds no LoRA adapter", f"there is no {CONFIG} with peft_type LORA",
+                       "give a folder that PEFT's save_pretrained wrote")
+    if strange := [key for key, plain in PLAIN.items() if config.get(key) not in (plain, None, [], {})]:
+        raise BadInput(f"the adapter {folder.name} uses {', '.join(strange)}", "only plain low-rank changes of linear layers are supported")
+    try:
+        return config, load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{folder} holds no readable {WEIGHTS}", str(error), "fetch the adapter again") from error
+
+
+def scale_of(config: dict[str, Any], module: str, rank: int) -> float:
+    """alpha / r, or alpha / sqrt(r) (rsLoRA, arXiv 2312.03732), with the alpha that a pattern gives this module."""
+    alpha = config.get("lora_alpha") or 8
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            alpha = value
+            break
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from pellucid.engine.async_llm import Job, per_token
+from pellucid.engine.job import Job, per_token
 from pellucid.engine.request import Request
 from pellucid.server.errors import Refused, as_json
 from pellucid.server.formats import Piece

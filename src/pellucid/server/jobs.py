@@ -11,8 +11,8 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from pellucid.engine.async_llm import Job
 from pellucid.engine.batch import check_length
+from pellucid.engine.job import Job
 from pellucid.engine.params import SamplingParams
 from pellucid.errors import BadInput
 from pellucid.server.answers import sse

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,7 +70,7 @@ C = TypeVar("C", bound=RunConfig)
 H = TypeVar("H", bound=RunHistory)
 
 
-class Run(Generic[C, H]):
+class Run(ABC, Generic[C, H]):
     """`run()` trains to the end of the budget, or stops cleanly and says how to go on."""
 
     def __init__(self, model: Decoder, config: C, history: H, *, evaluate: Evaluate | None, checkpoint: str | Path | None,
@@ -82,17 +83,17 @@ class Run(Generic[C, H]):
 
     # --- what kinds of runs differ in -----------------------------------------------------------------------------------
 
+    @abstractmethod
     def step(self, progress: float) -> dict[str, float]:
         """One step, begun at that progress; calls `count` when it is done; returns what is to be shown of it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def state(self) -> dict[str, Any]:
         """What a resumed run needs besides weights, optimizer and history; plain JSON values."""
-        raise NotImplementedError
 
+    @abstractmethod
     def restore(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
-        raise NotImplementedError
 
     def write(self, folder: Path) -> None:
         """The weights, into a folder; of a model with adapters, these."""
