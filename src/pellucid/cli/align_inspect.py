@@ -124,7 +124,7 @@ def rewards_of(group: Record, rows: list[Record]) -> Table:
     table = columns(*named, "total", "tokens")
     for i, r in enumerate(rows, 1):
         table.add_row(str(i), *(number(r["rewards"].get(k)) for k in parts), number(r["total"]), str(r["length"]) + ("" if r["finished"] else " cut"),
-                      Text(printable(r["text"])))
+                      Text(printable(r["text"]), no_wrap=True, overflow="ellipsis"))
     return table
 
 
@@ -141,14 +141,15 @@ def advantages_of(rows: list[Record]) -> Table:
 
 
 def columns(*names: str, text: str = "completion") -> Table:
-    """Numbers under their names; then the text, which takes what room is left."""
+    """Numbers under their names; then the text, which takes what room is left: of columns that may wrap, rich makes these
+    narrower first, so the text's own cells say that they do not."""
     from rich.table import Table
 
     table = Table(box=None, header_style="dim", pad_edge=False)
     table.add_column("")
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column(text, no_wrap=True, overflow="ellipsis")
+    table.add_column(text)
     return table
 
 
