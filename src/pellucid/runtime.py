@@ -84,7 +84,7 @@ def dtype_of(name: str | torch.dtype) -> torch.dtype:
 
     if isinstance(name, torch.dtype):
         return name
-    if name not in DTYPES:
+    if not isinstance(name, str) or name not in DTYPES:
         raise BadInput(f"unknown dtype {name!r}", next=f"one of {', '.join(DTYPES)}")
     return getattr(torch, DTYPES[name])
 

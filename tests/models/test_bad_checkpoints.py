@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+import time
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def edited(folder, **fields):
 
 def refusal(folder) -> str:
     with pytest.raises(BadInput) as caught:
-        pellucid.load(folder)
+        pellucid.load(folder, dtype="auto")
     assert caught.value.exit_code == 2 and str(caught.value).count("\n") <= 2
     return str(caught.value)
 
@@ -110,6 +111,26 @@ def test_an_unreadable_index(folder, text):
     refusal(folder)
 
 
+def test_an_index_that_is_a_folder_and_one_of_an_endless_name(folder):
+    (folder / "model.safetensors").unlink()
+    index = folder / "model.safetensors.index.json"
+    index.mkdir()
+    assert "not a readable weight index" in refusal(folder)
+    index.rmdir()
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "x" * 300 + ".safetensors"}}))
+    assert "is missing" in refusal(folder)
+
+
+@pytest.mark.parametrize("fields", [{}, {"num_nextn_predict_layers": 1}], ids=["experts", "and a prediction layer"])
+def test_a_model_of_millions_of_tensors_is_refused_at_once(fields, tmp_path):
+    """196 million tensors of one expert each, of which not one is there."""
+    written("deepseek-v3", tmp_path)
+    edited(tmp_path, n_routed_experts=2**16, num_hidden_layers=1000, n_group=1, topk_group=1, first_k_dense_replace=0, **fields)
+    started = time.monotonic()
+    assert "over 250,000 tensors" in refusal(tmp_path)
+    assert time.monotonic() - started < 60
+
+
 def test_a_missing_shard(tmp_path):
     written("qwen3", tmp_path, max_shard_size="20KB")
     gone = sorted(tmp_path.glob("*.safetensors"))[1]
@@ -156,7 +177,7 @@ def test_absurd_sizes(folder, field, value):
     {"layer_types": ["sliding_attention", "full_attention"], "use_sliding_window": True, "sliding_window": 0},
     {"layer_types": ["sliding_attention", "full_attention"], "use_sliding_window": True, "sliding_window": "6"},
     {"layer_types": ["sliding_attention", "full_attention"], "use_sliding_window": True, "sliding_window": None},
-    {"model_type": "qwen33"}, {"model_type": None}, {"model_type": ["llama"]},
+    {"dtype": ["bfloat16"]}, {"dtype": 5}, {"model_type": "qwen33"}, {"model_type": None}, {"model_type": ["llama"]},
 ], ids=lambda fields: json.dumps(fields)[:70])
 def test_absurd_fields(folder, fields):
     edited(folder, **fields)

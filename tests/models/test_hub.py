@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import assert_equal, tokens, written
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import pellucid
 from pellucid.errors import BadInput
@@ -153,6 +153,9 @@ def test_auto_is_the_dtype_that_config_json_states(folder, spelling):
     (folder / "config.json").write_text(json.dumps({**config, spelling: "int3"}))
     with pytest.raises(BadInput, match="int3"):
         pellucid.load(folder, dtype="auto")
+    save(pellucid.load(folder, dtype="float16"), folder)
+    (folder / "config.json").write_text(json.dumps(config))  # states nothing: as transformers, what the weights have
+    assert {p.dtype for p in pellucid.load(folder, dtype="auto").parameters()} == {torch.float16}
 
 
 @pytest.mark.parametrize("name", ["qwen3-tied", "gemma3", "gpt2"])
@@ -175,6 +178,22 @@ def test_files_that_contradict_what_config_json_says_of_the_head(name, tmp_path,
         save(ours, tmp_path / "out")
         with torch.no_grad():
             assert_equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")(input_ids=x).logits, ours(x))
+
+
+@pytest.mark.parametrize("ids", [{"bos_token_id": 5, "eos_token_id": [7, 9], "pad_token_id": 3}, dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))])
+@pytest.mark.parametrize("name", ["llama3", "gpt2", "gemma3", "deepseek-v3", "qwen3.5"])
+def test_the_ids_of_special_tokens_come_back(name, ids, tmp_path):
+    """Else transformers would take the family's own, and generate until another end: Llama's is 2, GPT-2's 50256."""
+    written(name, tmp_path / "in")
+    config = json.loads((tmp_path / "in" / "config.json").read_text())
+    (tmp_path / "in" / "config.json").write_text(json.dumps({**config, **ids}))
+    (tmp_path / "in" / "generation_config.json").unlink()
+    model = pellucid.load(tmp_path / "in")
+    save(model, tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert {key: getattr(theirs.config, key) for key in ids} == ids and theirs.generation_config.eos_token_id == ids["eos_token_id"]
+    save(model, tmp_path / "again", generation={"eos_token_id": 8})
+    assert AutoConfig.from_pretrained(tmp_path / "again").eos_token_id == 8
 
 
 def test_missing_and_unused_may_be_let_through_but_not_shapes(folder, capsys):

@@ -53,6 +53,8 @@ add({
 WEIGHTS = (r"\.(safetensors|bin|pt|pth|gguf)$", r"\.index\.json$")
 TOKENIZER = (r"^(tokenizer|vocab|merges|special_tokens_map|added_tokens|chat_template|generation_config)", r"\.tiktoken$", "^additional_chat_templates$")
 """Names of files that a saved model, and a saved tokenizer, put out of date."""
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""What a language model's config.json keeps, null included: where one is not stated, transformers takes the family's own."""
 SHAPES: dict[type, type[nn.Module]] = {
     DecoderSpec: Decoder, EncoderSpec: Encoder, EncoderDecoderSpec: EncoderDecoder, DualEncoderSpec: DualEncoder}
 """Spec -> the module that is built from it."""
@@ -64,7 +66,7 @@ def load(
 ) -> Any:
     """A checkpoint folder (or Hub id) as a module in eval mode: a `Decoder`, or what its architecture is.
 
-    dtype "auto" keeps the file's. Raises BadInput that names every missing, unused or mis-shaped tensor;
+    dtype "auto" keeps the file's: what config.json states, else what the weights have. Raises BadInput that names every missing, unused or mis-shaped tensor;
     allow_missing: missing ones are drawn at random, unused ones left out, and both told as a warning.
     change: spec -> the spec to build instead, for what needs no other weights: see models/long_context.py.
     """
@@ -73,10 +75,10 @@ def load(
     spec = spec_of(fields)
     if change is not None:
         spec = change(spec)
-    if dtype == "auto":
-        dtype = unwrapped(fields).get("dtype") or unwrapped(fields).get("torch_dtype") or "float32"
     with ExitStack() as stack:
         weights = Weights(folder, stack, family_of(spec))
+        if dtype == "auto":
+            dtype = unwrapped(fields).get("dtype") or unwrapped(fields).get("torch_dtype") or weights.dtype
         spec = tied_as_stored(spec, weights)
         model = blank(spec)
         if getattr(spec, "mtp", ()) and not weights.hold(model, "mtp.", main_layers(model)):
@@ -110,7 +112,10 @@ def spec_of(fields: dict[str, Any]) -> Any:
     fields = unwrapped(fields)
     c = Config(fields)
     spec = find(fields.get("model_type", "")).spec(c)
-    return with_dual_chunks(c, spec) if isinstance(spec, DecoderSpec) else spec
+    if not isinstance(spec, DecoderSpec):
+        return spec
+    ids = tuple((name, fields[name]) for name in TOKEN_IDS if name in fields)
+    return with_dual_chunks(c, replace(spec, extra=(*ids, *spec.extra)))
 
 
 def shape_of(spec: Any) -> type[nn.Module]:

@@ -310,15 +310,19 @@ class Piece:
         return view.unflatten(dim, (self.groups, view.shape[dim] // self.groups)).narrow(dim, *self.within)
 
 
-def targets(model: nn.Module, names: Names, layers: int = 0, have: Container[str] | None = None) -> Iterator[tuple[str, Tensor, Piece]]:
+def targets(
+    model: nn.Module, names: Names, layers: int = 0, have: Container[str] | None = None, within: str = "",
+) -> Iterator[tuple[str, Tensor, Piece]]:
     """(our name, parameter, piece) for every Hub tensor that fills a parameter of the model.
 
-    layers: of the main stack, for `{n}`. have: the names in a file, to choose between alternatives.
+    layers: of the main stack, for `{n}`. have: the names in a file, to choose between alternatives. within: what our names begin with.
     """
     for prefix, module in model.named_modules():
         stacked: Mapping[str, tuple[int, ...]] = getattr(module, "stacked", {})
         for leaf, parameter in module.named_parameters(recurse=False):
             name = f"{prefix}.{leaf}" if prefix else leaf
+            if not name.startswith(within):
+                continue
             entry, number = lookup(names, name)
             groups = getattr(module, "groups", 1)
             choice = _choose(entry, number, layers, parameter, have) if isinstance(entry, list) else entry

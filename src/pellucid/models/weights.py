@@ -28,6 +28,7 @@ from pellucid.runtime import forget_pages
 
 IGNORED = (r"rotary_emb\.inv_freq$", r"\.position_ids$", r"\.attn\.bias$", r"\.masked_bias$")  # buffers in old files
 SPARE_HEADS = ("lm_head.weight",)  # may stand in a file whose head is the embedding
+ABSURD = 250_000  # tensors; the largest models of today have a third of it
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -73,6 +74,12 @@ class Weights:
         path, stored = self.where[name]
         tensor: Tensor = self._handle(path).get_tensor(stored)
         return tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first tensor that is neither codes nor of another kind."""
+        kinds = (self._handle(path).get_slice(stored).get_dtype() for path, stored in self.where.values())
+        return next((DTYPES[kind] for kind in kinds if kind in DTYPES), torch.float32)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows of a tensor; only these are read."""
@@ -152,7 +159,7 @@ class Weights:
 
     def hold(self, model: nn.Module, prefix: str, layers: int) -> bool:
         """Whether any tensor fills one of the model's parameters whose names start so."""
-        return any(name.startswith(prefix) and piece.name in self for name, _, piece in targets(model, self.family.names, layers, self))
+        return any(piece.name in self for _, _, piece in targets(model, self.family.names, layers, self, prefix))
 
     def check(self, model: nn.Module, layers: int, allow_missing: bool = False) -> None:
         """BadInput that names every tensor that is missing, unused or of another shape. Reads headers only.
@@ -164,6 +171,9 @@ class Weights:
         for _, _, piece in targets(model, self.family.names, layers, self):
             if piece.name not in self:
                 missing[piece.name] = None
+                if len(missing) > ABSURD:
+                    raise BadInput(f"config.json describes a model of over {ABSURD:,} tensors that {self.folder} lacks", f"{piece.name} is one",
+                                   "check that config.json and the safetensors belong together")
             elif piece.name not in used:
                 used |= {piece.name, *self.companions(piece.name)}
                 if (found := self.shape(piece.name)) != piece.shape:
@@ -230,14 +240,15 @@ def weight_files(folder: Path) -> list[Path]:
         return files
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"{index} is not a readable weight index", repr(error), "fetch the file again") from error
+    present = {path.name for path in folder.glob("*.safetensors")}
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise BadInput(f"{index.name} names {name!r}", "that is no safetensors file of this folder",
                            "do not trust this checkpoint")
-        if not (folder / name).exists():
-            raise BadInput(f"shard {name} is missing", f"{index.name} lists it", "fetch the checkpoint again")
+        if name not in present:
+            raise BadInput(f"shard {name:.80} is missing", f"{index.name} lists it", "fetch the checkpoint again")
     return [folder / name for name in sorted(names)]
 
 
