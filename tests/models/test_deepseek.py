@@ -30,6 +30,7 @@ from pellucid.errors import BadInput
 from pellucid.models import spec_of
 from pellucid.models.config import Config
 from pellucid.models.deepseek import latent
+from pellucid.models.families import config_of
 from pellucid.nn import KVCache, Routing, count_parameters, init_weights, prediction_loss, prediction_spec
 from pellucid.nn.build import build
 from pellucid.nn.context import open_context
@@ -483,6 +484,7 @@ SIZES = {"vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidd
     ("deepseek_v3", {"qk_rope_head_dim": 7}, "rotate"),
     ("deepseek_v3", {"kv_lora_rank": 0}, "kv_lora_rank"),
     ("deepseek_v3", {"hidden_act": "softsign"}, "hidden_act"),
+    ("deepseek_v3", {"aux_loss_alpha": "small"}, "aux_loss_alpha"),
     ("deepseek_v3", {"num_nextn_predict_layers": -1}, "num_nextn_predict_layers"),
     ("deepseek_v32", {"q_lora_rank": None}, "q_lora_rank"),
     ("deepseek_v32", {"index_head_dim": 32}, "index_head_dim"),
@@ -512,6 +514,18 @@ def test_what_config_leaves_out(config):
         assert (mla.indexer.heads, mla.indexer.dim, mla.indexer.top_k) == (theirs.index_n_heads, theirs.index_head_dim, theirs.index_topk)
     else:
         assert spec_of({"model_type": config.model_type, **fields, "q_lora_rank": None}).layers[0].mixer.q_rank is None
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v2", "deepseek_v3"])
+def test_the_balance_loss_that_config_states(model_type):
+    """`aux_loss_alpha`, within each sequence unless `seq_aux` is false; none where the file says nothing, as in the reference."""
+    def of(**fields):
+        spec = spec_of({"model_type": model_type, **SIZES, "num_experts_per_tok": 2, **fields})
+        assert spec_of(config_of(spec)).layers[-1].ffn.aux_loss == spec.layers[-1].ffn.aux_loss
+        return spec.layers[-1].ffn.aux_loss, spec.layers[-1].ffn.balance
+
+    assert of() == (0.0, "sequence")
+    assert of(aux_loss_alpha=0.003) == (0.003, "sequence") and of(aux_loss_alpha=0.003, seq_aux=False) == (0.003, "switch")
 
 
 def test_which_layers_are_sparse():

@@ -5,6 +5,7 @@ import torch
 from small_specs import SPECS, assert_equal, built, spec, tokens
 from torch.utils.flop_counter import FlopCounterMode
 
+from pellucid.errors import BadInput
 from pellucid.nn import (
     MLP,
     Attn,
@@ -42,6 +43,15 @@ def test_cache_bytes():
     with torch.no_grad():
         model(tokens(3, 11), cache=cache)
     assert sum(t.nbytes for t in cache.keys + cache.values) == 3 * 11 * model.spec.kv_bytes_per_token
+
+
+def test_learned_positions_end_with_the_context():
+    model, n = built("gpt2"), built("gpt2").spec.context
+    with pytest.raises(BadInput, match=f"has {n} positions"):
+        model(tokens(1, n + 1))
+    mask = torch.ones(1, n + 3, dtype=torch.int64)
+    mask[:, :3] = 0  # padding takes no position
+    assert model(tokens(1, n + 3), mask=mask).shape[1] == n + 3
 
 
 def test_specs_are_values():

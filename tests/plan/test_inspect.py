@@ -12,6 +12,7 @@ from pellucid.errors import BadInput
 from pellucid.models import known, save
 from pellucid.models.hub import shape_of, spec_of
 from pellucid.nn import Decoder, forward_flops, init_weights
+from pellucid.nn.count import mixing_flops
 from pellucid.plan.inspect import decoder_parts
 from pellucid.plan.tree import tree
 
@@ -46,6 +47,17 @@ def test_figures_of_sparse_models():
     assert deepseek.kv_bytes_per_token == 70_272 and deepseek.ahead_parameters > 11e9
     assert round(deepseek.parameters / 1e9) == 671 and round(deepseek.active_parameters / 1e9) == 38
     assert pellucid.inspect("qwen2.5-72b").kv_bytes_per_token == 327_680
+
+
+def test_what_a_token_costs_beside_its_matrices():
+    """DeepSeek-V3.2: 128 heads on latents of 512 + 64 entries, of 2048 keys at most; the indexer's 64 heads of 128 read them all.
+    Qwen3-Next: 12 layers of 16 heads of 256, and 36 delta nets, each with 32 memories of 128 x 128 that are worked on four times."""
+    sparse, hybrid = pellucid.inspect("deepseek-v3.2"), pellucid.inspect("qwen3-next-80b-a3b")
+    index = 61 * 2 * 64 * 128
+    assert sparse.flops(101) - sparse.flops(100) == index + 61 * 2 * 128 * (2 * 512 + 64)
+    assert sparse.flops(5001) - sparse.flops(5000) == index
+    assert hybrid.flops(2) - hybrid.flops(1) == 12 * 4 * 16 * 256
+    assert sum(mixing_flops(layer.mixer, 1) for layer in hybrid.spec.layers) == 12 * 4 * 16 * 256 + 36 * 4 * 2 * 32 * 128 * 128
 
 
 def test_a_hybrid_keeps_what_its_layers_keep():
@@ -102,7 +114,7 @@ def test_the_tree_says_equal_layers_once():
 
 
 @pytest.mark.parametrize(("argv", "says"), [
-    ([], "needs one model"), (["a", "--compare", "b", "c"], "needs one model"), (["llama-3.1-8bb"], "llama-3.1-8b"),
+    ([], "needs one model"), (["a", "--compare", "b", "c"], "needs one model"), (["--compare", "qwen3-8b", "qwen3-4b", "--text", "x"], "not by two"), (["llama-3.1-8bb"], "llama-3.1-8b"),
     (["llama-3.1-8b", "--cache-dtype", "int3"], "int3")])
 def test_refusals(argv, says, capsys):
     assert main(["inspect", *argv]) == 2

@@ -39,6 +39,8 @@ def inspect(config: Inspect) -> None:
         raise BadInput("inspect needs one model, or --compare with two",
                        next="pellucid inspect runs/grow/model, or: pellucid inspect --compare qwen3-8b llama-3.1-8b")
     if config.compare is not None:
+        if config.text is not None:
+            raise BadInput("--text is cut by one model's tokenizer, not by two", next=f"pellucid inspect {config.compare[0]} --text ...")
         return compare(config)
     assert config.model is not None
     if config.text is not None:

@@ -74,7 +74,7 @@ def experts(c: Config, count: int, shared: int, hidden: int, top_k: int | None, 
         raise BadInput(f"config.json: {top_k} of {count} experts, from {router.top_groups} of {router.groups} groups", "that cannot be chosen")
     return replace(router, experts=count, top_k=top_k, hidden=hidden, act=activation(c), wide_router=True,
                    shared=hidden * c.whole("n_shared_experts", shared, low=0, high=2**16),
-                   aux_loss=c.get("aux_loss_alpha", 0.0), balance="sequence" if c.get("seq_aux", True) else "switch")
+                   aux_loss=c.number("aux_loss_alpha", 0.0, low=-1), balance="sequence" if c.get("seq_aux", True) else "switch")
 
 
 def v3_experts(c: Config) -> MoE:

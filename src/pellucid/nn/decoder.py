@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pellucid.errors import BadInput
 from pellucid.nn.block import run_layers
 from pellucid.nn.build import build_layer
 from pellucid.nn.cache import KVCache
@@ -63,6 +64,8 @@ class Decoder(nn.Module):
         """The last hidden state (B, T, D) in a context that is open already; an engine brings one of segments."""
         x = self.embedded(tokens)
         if self.positions is not None:
+            if tokens.shape[1] > self.spec.context and (last := int(ctx.positions.max())) >= self.spec.context:
+                raise BadInput(f"a text of {last + 1} tokens", f"this model has {self.spec.context} positions", "cut the text")
             x = x + F.embedding(ctx.positions, self.positions.weight).to(x.dtype)
         x = run_layers(self.layers, x, ctx)
         if ctx.cache is not None:
