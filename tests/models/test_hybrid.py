@@ -127,6 +127,16 @@ def filled(spec, reference, number):
     return ours
 
 
+def test_half_precision_leaves_the_decay_wide(tmp_path):
+    """Its logarithm is an exponent's exponent; the file's own numbers stay."""
+    written("qwen3.5", tmp_path)
+    mixer = pellucid.load(tmp_path, dtype="bfloat16").layers[0].mixer
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in ("A_log", "dt_bias"):
+        assert torch.equal(getattr(mixer, name), tensors[f"model.layers.0.linear_attn.{name}"])
+    assert mixer.out.weight.dtype == mixer.conv.dtype == torch.bfloat16
+
+
 def test_a_delta_net_of_real_size_in_half_precision():
     """Qwen3-Next's: 16 key and 32 value heads of 128. The two round in different places: 2 % of the norm; states 1 %."""
     torch.manual_seed(0)

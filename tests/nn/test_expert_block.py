@@ -141,6 +141,7 @@ def test_experts_that_choose_do_the_same_work():
     pairs, _ = ours.dispatch(ours.router(X.flatten(0, 1)), None)
     assert pairs.counts == [2] * E  # 8 tokens, 2 experts for each on average
     assert block(expert_choice=True, top_k=2, capacity=2.0).dispatch(ours.router(X.flatten(0, 1)), None)[0].counts == [4] * E
+    assert block(expert_choice=True, top_k=2, capacity=99.0).dispatch(ours.router(X.flatten(0, 1)), None)[0].counts == [8] * E  # all there are
     y = ours(X)
     scores = ours.router(X.flatten(0, 1)).softmax(-1)
     want = torch.zeros(8, D)

@@ -71,7 +71,7 @@ COMPOSED_LIKE = r"""{% for message in messages %}
 {% endfor %}
 {% if add_generation_prompt %}<|assistant|>
 {% endif %}
-{{ strftime_now('%Y') }}{{ {'b': 1, 'a': "天 <x> & 'y'"} | tojson(ensure_ascii=True) }}
+{{ strftime_now('%Y') }}{{ {'b': 1, 'a': "天 <x> & 'y'"} | tojson(ensure_ascii=True) }}{{ {'b': [1, 2]} | tojson(separators=(',', ':')) }}
 """
 TEMPLATES = {"ours": chat.OUR_TEMPLATE, "qwen": QWEN_LIKE, "llama": LLAMA_LIKE, "strict": STRICT_LIKE,
              "composed": COMPOSED_LIKE}
