@@ -274,8 +274,9 @@ class Job:
         return Rollouts(model or self.model, self.tokenizer, self.mix, max_tokens=recipe.MAX_TOKENS)
 
     def measure(self, model: Decoder | None = None, n: int | None = None, k: int = 1, seed: int = FINAL) -> tasks.TaskScores:
-        """Held-out problems; greedy for k = 1, else k samples of each at temperature 1. `seed` chooses the problems:
-        those of the final evaluation are looked at neither by the curves nor by the choice of the recipe."""
+        """Held-out problems; greedy for k = 1, else k samples of each at temperature 1. `seed` chooses the problems: those of
+        the final evaluation decide nothing, neither in a run nor in the choice of the recipe. The curves draw others (a few
+        are drawn twice by chance)."""
         return tasks.evaluate(self.mix, self.rollouts(model).for_evaluation(0), n or self.problems, k, seed)
 
     def _remember_prompts(self) -> None:
