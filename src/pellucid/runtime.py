@@ -9,6 +9,7 @@ import contextlib
 import os
 import platform
 import random
+import re
 import time
 from dataclasses import dataclass, field
 from functools import cache
@@ -36,6 +37,8 @@ add({
     "error.cuda": ("device cuda was asked for", "指定了设备 cuda"),
     "error.cuda.why": ("this machine shows no CUDA GPU to PyTorch", "PyTorch 在本机找不到 CUDA GPU"),
     "error.cuda.next": ("use --device cpu", "请用 --device cpu"),
+    "error.seed": ("--seed {asked} is not possible", "--seed {asked} 不可行"),
+    "error.seed.next": ("give a whole number of at most 63 bits", "请用不超过 63 位的整数"),
     "error.threads": ("--threads {asked} is not possible", "--threads {asked} 不可行"),
     "error.threads.next": ("give 1 or more", "至少为 1"),
 })
@@ -68,7 +71,8 @@ def choose_device(name: str = "auto") -> Choice:
                 raise BadInput(*three_parts("error.cuda"))
             torch.zeros(1, device=device).item()
         except (RuntimeError, AssertionError, ImportError) as error:  # the last two: PyTorch was built without it
-            raise BadInput(*three_parts("error.device", name=name, text=str(error).split("\n")[0])) from error
+            first = re.split(r"\n|\. ", str(error))[0]
+            raise BadInput(*three_parts("error.device", name=name, text=first)) from error
         return Choice.because(device, both("runtime.asked"))
     if torch.cuda.is_available():
         return Choice.because(torch.device("cuda"), both("runtime.gpu", name=torch.cuda.get_device_name()))
@@ -155,9 +159,12 @@ def best_seconds(call: Any, budget: float) -> float:
 
 
 def seed_everything(seed: int) -> None:
-    """Python's and PyTorch's global generators. Library code prefers explicit `torch.Generator`s."""
+    """Python's and PyTorch's global generators. Library code prefers explicit `torch.Generator`s. Errors: BadInput for a seed
+    that PyTorch's generators cannot take."""
     import torch
 
+    if not -(2**63) <= seed < 2**63:
+        raise BadInput(*three_parts("error.seed", asked=seed))
     random.seed(seed)
     torch.manual_seed(seed)
 

@@ -61,6 +61,13 @@ def test_version(capsys):
     assert capsys.readouterr().out.strip() == f"pellucid {pellucid.__version__}"
 
 
+def test_waiting_threads_are_bounded_before_any_verb_imports_torch(monkeypatch, capsys):
+    happened = []
+    monkeypatch.setattr("pellucid.runtime.spin_briefly", lambda: happened.append("bounded"))
+    monkeypatch.setattr(program, "dispatch", lambda argv: happened.append("verb") or 0)
+    assert program.main(["grow"]) == 0 and happened == ["bounded", "verb"]
+
+
 def test_the_page_of_a_verb_shows_all_options_once(capsys):
     assert program.main(["demo", "--help"]) == 0
     page = capsys.readouterr().out

@@ -31,7 +31,9 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch, where: str
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["report.json"]
 
 
-@pytest.mark.parametrize(("number", "words"), [(errno.ENOSPC, "disk is full"), (errno.EACCES, "no permission")])
+@pytest.mark.parametrize(("number", "words"), [
+    (errno.ENOSPC, "disk is full"), (errno.EDQUOT, "disk is full"),  # EDQUOT: a quota
+    (errno.EACCES, "no permission"), (errno.EROFS, "no permission"), (errno.EPERM, "no permission")])
 def test_the_error_says_what_why_and_next(tmp_path: Path, number: int, words: str):
     with pytest.raises(PellucidError) as told, files.told_when_full(tmp_path / "x"):
         raise OSError(number, "x")

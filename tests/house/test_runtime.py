@@ -84,6 +84,15 @@ def test_seeds_reach_python_and_torch():
     assert first != (random.random(), torch.rand(2).tolist())
 
 
+def test_a_seed_that_no_generator_takes_is_refused():
+    for possible in (-(2**63), -1, 0, 2**63 - 1):
+        runtime.seed_everything(possible)
+    for impossible in (2**63, -(2**63) - 1, 10**30):
+        with pytest.raises(BadInput, match="--seed") as refused:
+            runtime.seed_everything(impossible)
+        assert refused.value.next
+
+
 def test_the_machine_card_tells_versions_and_no_names():
     card = runtime.machine_card()
     assert card["torch"] == torch.__version__ and card["cores"] == os.cpu_count()

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from pellucid.errors import BadInput
-from pellucid.tasks import Completion, Mixture, evaluate, is_heldout, make, pass_at_k
+from pellucid.tasks import Completion, Mixture, evaluate, finished_only, is_heldout, make, pass_at_k
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8])
@@ -114,3 +114,13 @@ def test_a_generator_that_returns_too_little_is_an_error():
 def test_more_problems_than_exist_is_said():
     with pytest.raises(BadInput, match="different heldout problems found"):
         evaluate(make("sorting", min_count=3, max_count=3, max_number=5), lambda *a: [], n=500)
+
+
+def test_an_answer_that_was_cut_off_has_no_form_and_is_not_right():
+    """However well what there is of it would be graded: it might have gone on."""
+    whole = {"format": 1.0, "correct": 1.0, "progress": 1.0}
+    assert finished_only(whole, True) == whole
+    assert finished_only(whole, False) == {"format": 0.0, "correct": 0.0, "progress": 0.9}
+    task = make("sorting")
+    scores = evaluate(task, demonstrating(task, lambda i: 1, finished=False), 5)
+    assert (scores.pass_at_1, scores.format, scores.progress, scores.truncated) == (0.0, 0.0, pytest.approx(0.9), 1.0)
