@@ -6,7 +6,10 @@ from transformers import GPT2Config, LlamaConfig, MistralConfig, Phi3Config, Qwe
 
 from pellucid.errors import BadInput
 from pellucid.models import spec_of
-from pellucid.nn import count_parameters
+from pellucid.models.config import rotary_share
+from pellucid.models.families import config_of
+from pellucid.models.long_context import with_rope_scaling
+from pellucid.nn import Rope, count_parameters
 
 SMALL = {k: v for k, v in BASE.items() if not k.endswith("token_id")}
 
@@ -84,3 +87,13 @@ def test_phi3s_words_for_longrope(word):
 ], ids=lambda value: f"{value:,}" if isinstance(value, int) else value["model_type"])
 def test_parameters_of_released_models(count, fields):
     assert count_parameters(spec_of(fields)) == count
+
+
+def test_shares_and_scales_come_back_whole():
+    """44 * (30 / 44) is less than 30, and (7 ** -0.5) ** -2 less than 7: what is written must be read as it was."""
+    for head in range(2, 300):
+        assert all(int(head * rotary_share(Rope(turned), head)) == turned for turned in range(2, head + 1, 2))
+    fields = {"model_type": "gemma3_text", **SMALL}
+    assert all(config_of(spec_of({**fields, "query_pre_attn_scalar": n}))["query_pre_attn_scalar"] == n for n in range(1, 300))
+    spec = spec_of({"model_type": "phi3", **SMALL, "head_dim": 44, "partial_rotary_factor": rotary_share(Rope(30), 44)})
+    assert with_rope_scaling(spec, {"rope_type": "linear", "factor": 2.0}).layers[0].mixer.rope.dim == 30

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from pellucid.errors import BadInput
-from pellucid.models.config import Config
+from pellucid.models.config import Config, rotary_share
 from pellucid.models.deepseek import temperature
 from pellucid.nn.specs import GDN, MLA, Attn, DecoderSpec, DualChunk, Streaming
 
@@ -54,7 +54,7 @@ def with_rope_scaling(spec: DecoderSpec, scaling: dict[str, Any]) -> DecoderSpec
         old = mixer.rope
         head = mixer.head_dim if isinstance(mixer, Attn) else old.dim
         fields = {"original_max_position_embeddings": spec.context, **scaling, "rope_theta": old.theta,
-                  "partial_rotary_factor": old.dim / head}
+                  "partial_rotary_factor": rotary_share(old, head)}
         rope = Config({"rope_parameters": fields, "max_position_embeddings": context}).rope(head, partial=True)
         rope = replace(rope, dim=old.dim, interleaved=old.interleaved)
         if isinstance(mixer, MLA):
