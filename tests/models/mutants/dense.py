@@ -132,4 +132,11 @@ MUTANTS = [
     (MODELS + "hub.py", "weights.where[embed] = weights.where[head]", "pass", f"{HUB} -k contradict"),
     (MODELS + "hub.py", "            init_weights(model)", "            pass", HUB),
     (MODELS + "hub.py", "weights.check(model, main_layers(model), allow_missing)  # before", "pass  # before", BAD),
+    (MODELS + "hub.py", "if name in fields)\n    return with_dual", "if fields.get(name) is not None)\n    return with_dual", f"{HUB} -k special_tokens"),
+    (MODELS + "hub.py", "or weights.dtype", 'or "float32"', f"{HUB} -k auto"),
+    (MODELS + "config.py", "if int(head_dim * share) == rope.dim else math.nextafter(share, 1)", "", f"{CONFIGS} -k come_back"),
+    (MODELS + "gemma.py", "round((mixers[0].scale or 1) ** -2)", "int((mixers[0].scale or 1) ** -2)", f"{CONFIGS} -k come_back"),
+    (MODELS + "long_context.py", "rotary_share(old, head)}", "old.dim / head}", f"{CONFIGS} -k come_back"),
+    (MODELS + "phi.py", 'if "original_max_position_embeddings" in mixer.rope.scaling_dict:', "if False:", f"{PARITY} -k transformers_opens and phi"),
+    (NN + "decoder.py", "(last := int(ctx.positions.max())) >= self.spec.context:", "(last := int(ctx.positions.max())) < 0:", "tests/nn/test_specs.py -k learned_positions"),
 ]

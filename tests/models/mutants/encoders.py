@@ -90,6 +90,7 @@ MUTANTS = [
     (MODELS + "embedding.py", "model(rows.ids, rows.mask, rows.types)", "model(rows.ids, rows.mask)", f"{EMBED} -k classes"),
     # --- pictures and labels
     (MODELS + "images.py", "resample: int = 3", "resample: int = 2", f"{ZERO} -k pixels"),
+    (MODELS + "images.py", "(x.astype(np.float64) * self.scale).astype(np.float32)", "x.astype(np.float32) * np.float32(self.scale)", f"{ZERO} -k pixels"),
     (MODELS + "images.py", "other = int(size * long / short)", "other = round(size * long / short)", f"{ZERO} -k pixels"),
     (MODELS + "images.py", "(size, other) if height < width", "(other, size) if height < width", f"{ZERO} -k pixels"),
     (MODELS + "images.py", "(255,) * 4", "(0, 0, 0, 255)", f"{ZERO} -k pixels"),

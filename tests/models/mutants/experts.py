@@ -27,6 +27,7 @@ MUTANTS = [
     (MATHS + "dispatch.py", "masked_fill(~real, experts)", "masked_fill(~real, 0)", PLAIN),
     (MATHS + "dispatch.py", "device=ids.device) < capacity for n", "device=ids.device) >= n - capacity for n", PLAIN),
     (MATHS + "dispatch.py", "math.ceil(factor", "int(factor", PLAIN),
+    (MATHS + "dispatch.py", "order = order[: sum(counts)]", "order = torch.cat([p[(p % N).argsort(stable=True)] for p in order[: sum(counts)].split(counts)])", PLAIN),
     # --- experts
     (MATHS + "experts.py", "gate.clamp(max=limit)", "gate.clamp(-limit, limit)", PLAIN),
     (MATHS + "experts.py", "return (up + 1) *", "return up *", PLAIN),
@@ -47,6 +48,7 @@ MUTANTS = [
     (NN + "experts.py", "if s.capacity is not None and self.training else None", "if s.capacity is not None else None", BLOCK),
     (NN + "experts.py", "(ctx.documents >= 0).flatten()", "(ctx.documents >= -1).flatten()", BLOCK),
     (NN + "experts.py", "learning = self.training and torch.is_grad_enabled()", "learning = self.training", BLOCK),
+    (NN + "experts.py", "min(N, capacity_of(N, s.experts, s.top_k, s.capacity or 1.0))", "capacity_of(N, s.experts, s.top_k, s.capacity or 1.0)", BLOCK),
     (NN + "experts.py", "if move and module.select_bias is not None:", "if module.select_bias is not None:", BLOCK),
     (NN + "experts.py", "            module.load = None\n", "            pass\n", BLOCK),
     # --- balance

@@ -52,6 +52,7 @@ MUTANTS = [
     (ROOM + "chat.py", 'environment.add_filter("tojson", tojson)', "pass", CHAT),
     (ROOM + "chat.py", "def tojson(value: Any, ensure_ascii: bool = False", "def tojson(value: Any, ensure_ascii: bool = True", CHAT),
     (ROOM + "chat.py", "sort_keys: bool = False", "sort_keys: bool = True", CHAT),
+    (ROOM + "chat.py", "separators=separators", "separators=None", CHAT),
     (ROOM + "chat.py", "trim_blocks=True, lstrip_blocks=True", "trim_blocks=True", CHAT),
     (ROOM + "chat.py", "trim_blocks=True, lstrip_blocks=True", "lstrip_blocks=True", FAMILIES),
     (ROOM + "chat.py", "extensions=[Generation, loopcontrols]", "extensions=[Generation]", CHAT),
