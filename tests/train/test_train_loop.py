@@ -242,3 +242,12 @@ def test_a_run_of_seconds_ends_in_time():
     history = loop(config(steps=None, seconds=0.5, evaluations=0)).run()
     assert 0.5 <= history.seconds <= time.monotonic() - began and history.steps >= 1
     assert history.losses[-1][0] < 1.0
+
+
+def test_a_resumed_run_has_the_seconds_that_were_left(tmp_path):
+    limits = dict(steps=None, seconds=0.5)
+    first = loop(config(**limits), tmp_path / "c")
+    first.history.steps, first.history.seconds = 7, 0.5
+    first.save()
+    resumed = loop(config(**limits), tmp_path / "c")
+    assert resumed.resume() and resumed.run().steps == 7
