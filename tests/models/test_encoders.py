@@ -23,6 +23,7 @@ from pellucid.models.transformer import from_torch, to_torch
 from pellucid.nn import DualEncoder, Encoder, EncoderDecoder, KVCache, count_parameters, forward_flops, init_weights
 from pellucid.nn.build import build_layer
 from pellucid.nn.context import Context
+from pellucid.nn.count import image_flops
 from pellucid.nn.linear import Linear
 from pellucid.nn.site import Site
 from pellucid.ops import sinusoids
@@ -174,6 +175,21 @@ def test_flops_equal_the_counter_of_torch(name, tmp_path):
         if name == "bert-mlm":
             ours.logits(hidden)
     assert counter.get_total_flops() == 24 * forward_flops(ours.spec, 24)
+
+
+def test_flops_of_two_sides_equal_the_counter_of_torch(tmp_path):
+    _, marian = opened("marian", tmp_path / "a")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        marian(torch.full((1, 12), 5), torch.full((1, 12), 5))
+    assert counter.get_total_flops() == 12 * forward_flops(marian.spec, 12)
+    _, clip = opened("clip", tmp_path / "b")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        clip.encode_image(torch.zeros(1, 3, clip.spec.vision.image, clip.spec.vision.image))
+    assert counter.get_total_flops() == image_flops(clip.spec)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        clip.encode_text(torch.full((1, 8), clip.spec.pool_at))
+    once = 2 * clip.spec.text.dim * clip.spec.dim
+    assert counter.get_total_flops() == 8 * forward_flops(clip.spec, 8) + once
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -70,25 +70,28 @@ def facts_of(info: Inspection, at: int | None = None) -> dict[str, Any]:
     """One line each, in the words of the field. at: the context whose FLOPs are told; None: the model's own."""
     from pellucid.plan.tree import ranges
 
-    context = getattr(info.spec, "context", None)
     ahead = {"beside it, for multi-token prediction": info.ahead_parameters} if info.ahead_parameters else {}
     facts: dict[str, Any] = {
         "family": info.spec.family, "shape": info.shape, "weights": info.dtype, "parameters": info.parameters, **ahead,
         "active parameters": info.active_parameters, "active without embeddings": info.active_without_embeddings,
-        "context": context,
+        "context": info.context,
     }
-    if info.flops_per_token is not None:
-        if info.kinds:  # a decoder
-            facts |= {f"cache bytes a token ({info.cache_dtype})": info.kv_bytes_per_token}
-        if info.state_bytes:
-            facts["cache bytes a sequence, any length"] = info.state_bytes
-        for kind in info.kinds if len(info.kinds) > 1 else []:
-            facts[f"  {kind.mixer} + {kind.ffn}, {len(kind.layers)} layers: {shortened(ranges(kind.layers))}"] = f"{kind.cache_bytes:,} a token" + (
-                f", {kind.state_bytes:,} a sequence" if kind.state_bytes else "")
-        facts |= {"forward FLOPs a token, empty context": info.flops_per_token,
-                  "training FLOPs a token, empty context": info.training_flops_per_token}
-        if at := at or context:
-            facts[f"forward FLOPs a token at context {at:,}"] = info.flops(at)
+    if info.kinds:  # a model that writes
+        facts |= {f"cache bytes a token ({info.cache_dtype})": info.kv_bytes_per_token}
+    if info.cross_bytes_per_source_token:
+        facts[f"cache bytes a source token ({info.cache_dtype})"] = info.cross_bytes_per_source_token
+    if info.state_bytes:
+        facts["cache bytes a sequence, any length"] = info.state_bytes
+    for kind in info.kinds if len(info.kinds) > 1 else []:
+        facts[f"  {kind.mixer} + {kind.ffn}, {len(kind.layers)} layers: {shortened(ranges(kind.layers))}"] = f"{kind.cache_bytes:,} a token" + (
+            f", {kind.state_bytes:,} a sequence" if kind.state_bytes else "")
+    token = {"EncoderDecoder": "a source and a written token", "DualEncoder": "a token of text"}.get(info.shape, "a token")
+    at = at or info.context
+    facts |= {f"forward FLOPs {token}, empty context": info.flops_per_token,
+              f"training FLOPs {token}, empty context": info.training_flops_per_token,
+              f"forward FLOPs {token} at context {at:,}": info.flops(at)}
+    if info.flops_per_image is not None:
+        facts |= {"forward FLOPs an image": info.flops_per_image, "training FLOPs an image": 3 * info.flops_per_image}
     if info.stored:
         facts["stored numbers"] = ", ".join(f"{name} {n:,}" for name, n in info.stored.items())
     if info.tokenizer:
@@ -113,7 +116,7 @@ def compare(config: Inspect) -> None:
 
 def compared(a: Inspection, b: Inspection) -> list[tuple[str, str, str]]:
     """(name, of a, of b) for every fact and every line of both trees; '-' where one has none."""
-    shared = min((c for info in (a, b) if (c := getattr(info.spec, "context", None))), default=None)  # comparable at one length only
+    shared = min(a.context, b.context)  # comparable at one length only
     left, right = ({**facts_of(info, shared), **flat(info.spec)} for info in (a, b))
     return [(name, shown(left.get(name, "-")), shown(right.get(name, "-"))) for name in dict.fromkeys([*left, *right])]
 

@@ -189,16 +189,34 @@ def mixing_flops(mixer: Any, context: int) -> int:
     return 8 * mixer.v_heads * mixer.k_dim * mixer.v_dim  # decay, read, write, read
 
 
-def forward_flops(spec: DecoderSpec | EncoderSpec, context: int) -> int:
+def forward_flops(spec: DecoderSpec | EncoderSpec | EncoderDecoderSpec | DualEncoderSpec, context: int) -> int:
     """Forward FLOPs for one token that sees `context` tokens, itself included: 2 per matrix weight used, and the mixers' own.
 
-    Of an encoder without what it does once a text, however long: a pooler, a classifier.
+    Of an encoder without what it does once a text, however long: a pooler, a classifier. Of an encoder-decoder: a written token
+    and a source token together, each of them seeing `context` tokens of either side that it attends to. Of two encoders: a
+    token of text (see `image_flops`), without the projection of the whole text.
     """
+    spec = spec.text if isinstance(spec, DualEncoderSpec) else spec
     if isinstance(spec, EncoderSpec):
         total = 2 * (spec.vocab + spec.dim) * spec.dim * (spec.head == "mlm")
     else:
-        total = 2 * spec.vocab * spec.dim
-    for layer in spec.layers:
-        total += 2 * (count(layer.mixer, spec.dim).active_matrices + count(layer.ffn, spec.dim).active_matrices)
-        total += mixing_flops(layer.mixer, context)
+        total = 2 * (getattr(spec, "target_vocab", 0) or spec.vocab) * spec.dim
+    stacks = (*spec.encoder, *spec.decoder) if isinstance(spec, EncoderDecoderSpec) else spec.layers
+    return total + layer_flops(stacks, spec.dim, context)
+
+
+def layer_flops(layers: tuple[Layer, ...], dim: int, context: int) -> int:
+    """Those of one token in these layers."""
+    total = 0
+    for layer in layers:
+        total += 2 * sum(count(part, dim).active_matrices for part in (layer.mixer, layer.cross, layer.ffn) if part is not None)
+        total += sum(mixing_flops(mixer, context) for mixer in (layer.mixer, layer.cross) if mixer is not None)
     return total
+
+
+def image_flops(spec: DualEncoderSpec) -> int:
+    """Forward FLOPs of one image: its patches' matrix, the layers, the projection into the space of texts."""
+    v = spec.vision
+    tokens = v.patches + 1  # the class token
+    patches = 2 * v.channels * v.patch**2 * v.dim * v.patches
+    return patches + tokens * layer_flops(v.layers, v.dim, tokens) + 2 * v.dim * spec.dim

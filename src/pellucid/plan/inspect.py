@@ -19,8 +19,8 @@ from pellucid.models import known
 from pellucid.models.families import unwrapped
 from pellucid.models.hub import local_folder, read_config, shape_of, spec_of
 from pellucid.models.weights import stored_dtypes
-from pellucid.nn.count import cache_entries, count, forward_flops, layer_norms
-from pellucid.nn.specs import DecoderSpec, EncoderSpec, Layer, MoE
+from pellucid.nn.count import cache_entries, count, forward_flops, image_flops, layer_norms
+from pellucid.nn.specs import DecoderSpec, DualEncoderSpec, EncoderDecoderSpec, Layer, MoE
 from pellucid.runtime import dtype_of
 from pellucid.tokenizers import Tokenizer
 
@@ -95,30 +95,45 @@ class Inspection:
         return sum(kind.state_bytes for kind in self.kinds)
 
     @property
-    def flops_per_token(self) -> int | None:
+    def flops_per_token(self) -> int:
         return self.flops(1)
 
     @property
-    def training_flops_per_token(self) -> int | None:
+    def training_flops_per_token(self) -> int:
         """Forward and backward: three times forward."""
-        return None if self.flops_per_token is None else 3 * self.flops_per_token
+        return 3 * self.flops_per_token
 
-    def flops(self, context: int) -> int | None:
-        """Forward FLOPs of one token that sees `context` tokens, itself included; None for shapes of two sides."""
-        return forward_flops(self.spec, context) if isinstance(self.spec, DecoderSpec | EncoderSpec) else None
+    def flops(self, context: int) -> int:
+        """Forward FLOPs of one token that sees `context` tokens, itself included; of shapes of two sides: see `forward_flops`."""
+        return forward_flops(self.spec, context)
+
+    @property
+    def flops_per_image(self) -> int | None:
+        return image_flops(self.spec) if isinstance(self.spec, DualEncoderSpec) else None
+
+    @property
+    def context(self) -> int:
+        """Of two encoders: of the text's."""
+        return int(self.spec.text.context if isinstance(self.spec, DualEncoderSpec) else self.spec.context)
+
+    @property
+    def cross_bytes_per_source_token(self) -> int:
+        """What a token of the source leaves for the attentions that cross, in `cache_dtype`; 0 where there are none."""
+        crossing = [layer.cross for layer in self.spec.decoder if layer.cross] if isinstance(self.spec, EncoderDecoderSpec) else []
+        return sum(map(cache_entries, crossing)) * dtype_of(self.cache_dtype).itemsize
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, as `--json` prints it."""
-        context = getattr(self.spec, "context", None)
         return {
             "name": self.name, "family": self.spec.family, "shape": self.shape, "dtype": self.dtype,
             "parameters": self.parameters, "active_parameters": self.active_parameters,
             "ahead_parameters": self.ahead_parameters,
             "active_without_embeddings": self.active_without_embeddings, "parts": [asdict(part) for part in self.parts],
             "kv_bytes_per_token": self.kv_bytes_per_token, "state_bytes": self.state_bytes, "cache_dtype": self.cache_dtype,
-            "kinds": [asdict(kind) for kind in self.kinds], "context": context,
+            "cross_bytes_per_source_token": self.cross_bytes_per_source_token,
+            "kinds": [asdict(kind) for kind in self.kinds], "context": self.context,
             "flops_per_token": self.flops_per_token, "training_flops_per_token": self.training_flops_per_token,
-            "flops_at_full_context": self.flops(context) if context else None,
+            "flops_at_full_context": self.flops(self.context), "flops_per_image": self.flops_per_image,
             "stored": self.stored, "tokenizer": self.tokenizer, "spec": asdict(self.spec),
         }
 
@@ -139,7 +154,7 @@ def inspect(target: str | os.PathLike[str], *, cache_dtype: str = "bfloat16") ->
         name=str(target), spec=spec, shape=shape_of(spec).__name__, cache_dtype=cache_dtype,
         dtype=str(quantized or text.get("dtype") or text.get("torch_dtype") or "unknown"),
         parts=decoder_parts(spec) if decoder else built_parts(spec),
-        kinds=kinds_of(spec, width) if decoder else [],
+        kinds=kinds_of(spec, width) if isinstance(spec, DecoderSpec | EncoderDecoderSpec) else [],
         stored=stored_dtypes(folder) if folder else {}, tokenizer=tokenizer_facts(folder) if folder else {})
 
 
@@ -205,8 +220,8 @@ def built_parts(spec: Any) -> list[Part]:
     return [Part(name, parameters, parameters) for name, parameters in total.items()]
 
 
-def kinds_of(spec: DecoderSpec, width: int) -> list[Kind]:
-    """Layers that are alike stand together, with what they keep in cache entries of `width` bytes (states: 4 bytes)."""
+def kinds_of(spec: DecoderSpec | EncoderDecoderSpec, width: int) -> list[Kind]:
+    """Layers that write and are alike stand together, with what they keep in cache entries of `width` bytes (states: 4 bytes)."""
     alike: dict[Layer, list[int]] = {}
     for index, layer in enumerate(spec.layers):
         alike.setdefault(layer, []).append(index)
