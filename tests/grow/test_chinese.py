@@ -58,7 +58,7 @@ def test_the_report_has_the_reasons_in_both_languages() -> None:
 
 @pytest.mark.parametrize(("argv", "what"), [
     (["grow", "--minutes", "0"], "--minutes 0 不可行"), (["grow", "--corpus", "nowhere"], "--corpus nowhere 不存在"),
-    (["grow", "--device", "toaster"], "未知设备 'toaster'"), (["grow", "--threads", "0"], "--threads 0 不可行"),
+    (["grow", "--device", "toaster"], "设备 'toaster' 不可用"), (["grow", "--threads", "0"], "--threads 0 不可行"),
     (["chat", "./nowhere"], "'./nowhere' 处没有检查点目录"), (["train", "sft", "./x", "no.jsonl"], "./x 不存在"),
 ])
 def test_common_errors_are_chinese_in_all_their_parts(

@@ -15,6 +15,7 @@ from pellucid.errors import BadInput
 from pellucid.models import load, save
 from pellucid.nn import MLP, Attn, Decoder, DecoderSpec, Layer, Rope, init_weights
 from pellucid.quant import compress, is_quantized, quantize, stored_bytes
+from pellucid.runtime import Choice
 from pellucid.tokenizers import train_bpe
 
 
@@ -129,7 +130,7 @@ def test_folders_that_are_refused(tmp_path: Path):
 def test_int8_on_a_gpu_is_refused_before_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     save(model_of("qwen3", tied=True), tmp_path / "float")
     compress(tmp_path / "float", tmp_path / "int8")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("pellucid.engine.llm.choose_device", lambda name: Choice(torch.device(name), "a GPU is here"))
     with pytest.raises(BadInput, match="do not run on cuda"):
         open_model(tmp_path / "int8", device="cuda")
 

@@ -105,6 +105,16 @@ def test_seconds_before_the_interruption_count(tmp_path):
     assert second.budget.spent == first.history.seconds and second.budget.done == 3
 
 
+def test_skipped_steps_before_the_interruption_count(tmp_path):
+    first = loop(config(), tmp_path / "state")
+    first.stepper.skipped = 2
+    interrupted_at(3, first)
+    second = loop(config(), tmp_path / "state")
+    second.resume()
+    assert second.history.skipped == second.stepper.skipped == 2
+    assert second.run().skipped == 2
+
+
 # --- stopping ---------------------------------------------------------------------------------------------------------
 
 

@@ -57,6 +57,8 @@ class RunHistory:
     steps: int = 0
     seconds: float = 0.0
     evaluations: list[tuple[float, float]] = field(default_factory=list)  # (progress, value)
+    skipped: int = 0
+    """Steps whose gradient was not finite: the weights did not move."""
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> Self:
@@ -132,6 +134,7 @@ class Run(ABC, Generic[C, H]):
         """The step is done, here and now."""
         self.budget.done += 1
         self.history.steps, self.history.seconds = self.budget.done, self.budget.elapsed
+        self.history.skipped = self.stepper.skipped
 
     def _one_step(self) -> None:
         numbers = self.step(self.budget.progress)
@@ -161,6 +164,7 @@ class Run(ABC, Generic[C, H]):
             return False
         state = load_checkpoint(self.checkpoint, self.model, self.stepper.optimizer, self.read)
         self.history = type(self.history).of(state["history"])
+        self.stepper.skipped = self.history.skipped
         self.restore(state)
         self.budget.start(self.history.steps, self.history.seconds)
         events.note(say("loop.goes_on", stage=self.config.stage, step=self.history.steps))
