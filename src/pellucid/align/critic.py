@@ -22,6 +22,7 @@ from pellucid.align.value import value_loss
 from pellucid.nn import Decoder
 from pellucid.optim import OptimConfig, Schedule, build_optimizer
 from pellucid.train import Stepper
+from pellucid.train.ranks import ALONE, Ranks
 
 FILE = Path("critic") / "state.safetensors"
 
@@ -29,9 +30,9 @@ FILE = Path("critic") / "state.safetensors"
 class Critic:
     """A `RewardModel` that is trained beside the policy."""
 
-    def __init__(self, model: RewardModel, optim: OptimConfig, schedule: Schedule, clip: float | None = 1.0):
-        self.model = model
-        self.stepper = Stepper(model, build_optimizer(model, optim), schedule, clip)
+    def __init__(self, model: RewardModel, optim: OptimConfig, schedule: Schedule, clip: float | None = 1.0, ranks: Ranks = ALONE):
+        self.model, self.ranks = model, ranks
+        self.stepper = Stepper(model, build_optimizer(model, optim), schedule, clip, ranks)
 
     def read(self, update: Update, micro: slice) -> tuple[Tensor, Tensor, Tensor]:
         """The values before the micro-batch's trained tokens, their completions, and their numbers in the experience."""
@@ -46,11 +47,11 @@ class Critic:
             values, _, at = self.read(update, micro)
             return values, at
 
-        return update.measure(micro_rows, found)[0]
+        return update.measure(micro_rows, found, self.ranks)[0]
 
     def step(self, update: Update, micro_rows: int, progress: float, *, coefficient: float, clip: float | None) -> dict[str, Any]:
         """One optimizer step towards the experience's returns; the values, their targets and those of the rollout, (m,) each."""
-        x, seen = update.experience, []
+        x, seen = update.experience, [(torch.zeros(0, device=update.experience.device),) * 3]
         assert x.returns is not None and x.values is not None
         returns, old = x.returns, x.values
 
@@ -60,8 +61,8 @@ class Critic:
             loss = value_loss(values, returns[at], old[at], clip)
             return coefficient * (loss * token_weights(whose, "token-mean", update.counts)).sum()
 
-        result = self.stepper.step(update.micro(micro_rows), share, progress)
-        return {"loss": result.loss, "grad_norm": result.grad_norm, "seen": [torch.cat(parts) for parts in zip(*seen)]}
+        result = self.stepper.step(update.micro(self.ranks.rows(len(update.rows), micro_rows)), share, progress)
+        return {"loss": result.loss, "grad_norm": result.grad_norm, "seen": [self.ranks.cat(torch.cat(parts)) for parts in zip(*seen)]}
 
     # --- stop and go on -----------------------------------------------------------------------------------------------
 

@@ -148,6 +148,16 @@ def merge(parts: Sequence[Mapping[str, Tensor | float]]) -> dict[str, float]:
     return merged
 
 
+def mean_of(parts: Sequence[tuple[Mapping[str, float], int]]) -> dict[str, float]:
+    """Means of several shares of a rollout, each with its number of groups; a share that says nothing of a failure had none."""
+    names = dict.fromkeys(name for table, count in parts if count for name in table)
+    mean: dict[str, float] = {}
+    for name in names:
+        known = [(table.get(name, 0.0), count) for table, count in parts if count and (name in table or name.endswith("/failed"))]
+        mean[name] = sum(value * count for value, count in known) / sum(count for _, count in known)
+    return mean
+
+
 def reward_table(components: Components, weights: Mapping[str, float] | None = None) -> dict[str, float]:
     """Mean, std and informative fraction of every component (values in [0, 1]) and of the weighted total.
 

@@ -30,6 +30,7 @@ from pellucid.errors import BadInput
 from pellucid.nn import Decoder
 from pellucid.optim import OptimConfig, Schedule
 from pellucid.train import Evaluate, Run, RunConfig, RunHistory
+from pellucid.train.ranks import ALONE, Ranks
 
 I = TypeVar("I")
 
@@ -79,11 +80,11 @@ class OfflineLoop(Run[OfflineConfig, OfflineHistory], Generic[I]):
     """What the offline trainers share: the order of the data, micro-batches, the reference, resume."""
 
     def __init__(self, model: Decoder, items: Sequence[I], config: OfflineConfig, *, evaluate: Evaluate | None = None,
-                 checkpoint: str | Path | None = None, tokenizer: Any = None, resume_hint: str = "--resume"):
+                 checkpoint: str | Path | None = None, tokenizer: Any = None, resume_hint: str = "--resume", ranks: Ranks = ALONE):
         if config.batch < 1 or (config.micro is not None and config.micro < 1):
             raise BadInput("batch and micro are at least 1", next="change the one that is not")
         super().__init__(model, config, OfflineHistory(), evaluate=evaluate, checkpoint=checkpoint, tokenizer=tokenizer,
-                         resume_hint=resume_hint)
+                         resume_hint=resume_hint, ranks=ranks)
         self.items, self.order = items, Shuffled(len(items), config.batch, config.seed)
 
     @property
@@ -96,7 +97,7 @@ class OfflineLoop(Run[OfflineConfig, OfflineHistory], Generic[I]):
         share_of, parts = self.prepare(ids)
         result = self.stepper.step(self._micro(ids), share_of, progress)
         self.count()
-        numbers = self.table(tables.merge(parts)) | {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr,
+        numbers = self.table(tables.merge(self.ranks.gathered(tables.merge(parts)))) | {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr,
                                                      "epoch": self.order.taken / self.order.items}
         h.losses.append((progress, result.loss))
         h.metrics.append((progress, numbers))
@@ -111,7 +112,7 @@ class OfflineLoop(Run[OfflineConfig, OfflineHistory], Generic[I]):
         return merged
 
     def _micro(self, ids: list[int]) -> Iterator[list[int]]:
-        size = self.config.micro or len(ids)
+        size = self.ranks.rows(len(ids), self.config.micro)
         for start in range(0, len(ids), size):
             yield ids[start : start + size]
 
@@ -147,6 +148,8 @@ class PreferenceLoop(OfflineLoop[Pair]):
             raise BadInput("this loss sorts the pairs of a step", "micro-batches would change what it computes",
                            "leave micro out, or choose a loss that looks at one pair at a time")
         super().__init__(model, pairs, config, **how)
+        if objective.whole_batch and self.ranks.size > 1:
+            raise BadInput("this loss sorts the pairs of a step", "no process sees them all", "leave --processes out, or choose another loss")
         self.objective = objective
         answers = [a for p in pairs for a in (p.chosen, p.rejected)]
         self.reference = Reference(model, answers, config.reference) if objective.needs_reference else None
@@ -185,7 +188,7 @@ class UnpairedLoop(OfflineLoop[Labelled]):
     def prepare(self, ids: list[int]) -> tuple[Callable[[list[int]], Tensor], list[dict[str, Tensor]]]:
         counts = Counts(tokens=sum(self.items[i].answer.trained for i in ids), sequences=len(ids))
         z = self._reference_point(ids) if self.mismatched else torch.zeros((), device=self.device)
-        parts: list[dict[str, Tensor]] = [{"kl": z}]
+        parts: list[dict[str, Tensor]] = [{"kl": z / self.ranks.size}]  # every process has it
 
         def share(micro: list[int]) -> Tensor:
             flat = Flat([self.items[i].answer for i in micro], self.device)
@@ -207,11 +210,11 @@ class UnpairedLoop(OfflineLoop[Labelled]):
     @torch.no_grad()
     def _reference_point(self, ids: list[int]) -> Tensor:
         """z of the whole step, before its first micro-batch."""
-        ratios = []
-        for micro in self._micro(ids):
+        ratios = [torch.zeros(0, device=self.device)]
+        for micro in self.ranks.mine(self._micro(ids)):
             flat = Flat([self.mismatched[i] for i in micro], self.device)
             ratios.append(sequence_sums(flat.logprobs(self.model) - self.reference(flat), flat.sequence))
-        return kl_reference_point(torch.cat(ratios))
+        return kl_reference_point(self.ranks.cat(torch.cat(ratios)).to(self.device))
 
 
 @torch.no_grad()

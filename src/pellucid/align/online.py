@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import copy
 import random
+import time
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -42,14 +44,25 @@ from pellucid.align.prompts import Prompts
 from pellucid.align.reward_model import RewardModel
 from pellucid.align.reward_sources import task_reward
 from pellucid.align.rewards import RewardSet
-from pellucid.align.rollout import Group, Rollouts, TrainerState, components, dialogue_table, trained_lengths, truncated
+from pellucid.align.rollout import (
+    Group,
+    Rollouts,
+    TrainerState,
+    completions,
+    components,
+    dialogue_table,
+    trained_lengths,
+    truncated,
+)
 from pellucid.align.update import Experience, Update, pick
+from pellucid.errors import BadInput
 from pellucid.models.lora import merge_into, with_merged, without_adapters
 from pellucid.nn import Decoder
 from pellucid.nn.lora import adapted
-from pellucid.tasks import Problem, Task
+from pellucid.tasks import Completion, Problem, Task
 from pellucid.tokenizers import Tokenizer
 from pellucid.train import Evaluate, Run, RunHistory
+from pellucid.train.ranks import ALONE, Ranks
 
 
 @dataclass
@@ -67,11 +80,14 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer, task: Task, config: OnlineConfig, *,
                  rewards: RewardSet | None = None, evaluate: Evaluate | None = None, checkpoint: str | Path | None = None,
-                 critic: RewardModel | None = None, resume_hint: str = "--resume"):
+                 critic: RewardModel | None = None, resume_hint: str = "--resume", ranks: Ranks = ALONE):
         check_config(config)
         super().__init__(model, config, OnlineHistory(), evaluate=evaluate, checkpoint=checkpoint, tokenizer=tokenizer,
-                         resume_hint=resume_hint)
+                         resume_hint=resume_hint, ranks=ranks)
         cfg = config.objective
+        if config.prompts < ranks.size:
+            raise BadInput(f"{ranks.size} processes share {config.prompts} prompts", "each of them samples at least one",
+                           "use more --prompts, or fewer processes")
         self.task = task
         self.adapted = bool(adapted(model))
         self.plain = with_merged(model) if self.adapted else model  # samples: the engine reads weights, not adapters
@@ -89,7 +105,7 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
         self.reference = self._reference() if cfg.needs_reference else None
         self.critic = None
         if cfg.advantage == "gae":
-            self.critic = Critic(critic or critic_of(self.plain), config.critic or config.optim, config.schedule, config.clip)
+            self.critic = Critic(critic or critic_of(self.plain), config.critic or config.optim, config.schedule, config.clip, ranks)
 
     def _reference(self) -> Decoder:
         """A copy of the GIVEN weights, never re-read from a file that may differ; with adapters, the model without them."""
@@ -109,9 +125,9 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
     # --- one step -----------------------------------------------------------------------------------------------------
 
     def step(self, progress: float) -> dict[str, float]:
-        c, h, began = self.config, self.history, self.budget.elapsed
+        c, h, began = self.config, self.history, time.perf_counter()
         groups = self._rollout()
-        h.sampling_seconds += self.budget.elapsed - began
+        h.sampling_seconds += time.perf_counter() - began
         cfg = self.resolved()
         x, credit = self._judge(groups, cfg)
         numbers = self._rollout_numbers(groups, credit, x)
@@ -142,11 +158,32 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
         groups: list[Group] = []
         for _ in range(max(1, c.rounds)):
             problems, seed = self._draw(self.rng)
-            groups += self.rollouts.groups(problems, c.group, c.temperature, seed)
+            groups += self.groups(problems, c.group, c.temperature, seed)
             if c.objective.dead_groups != "drop" or int(self._live(groups).sum()) * 2 >= c.prompts:
                 break
         self.history.sampled += sum(s.trained for g in groups for s in g.samples)
         return groups
+
+    def groups(self, problems: Sequence[Problem], n: int, temperature: float, seed: int) -> list[Group]:
+        """n graded completions of each problem; of several processes each samples and grades its share of the problems."""
+        if self.ranks.size == 1:
+            return self.rollouts.groups(problems, n, temperature, seed)
+        numbers = list(self.ranks.mine(range(len(problems))))
+        made = self.rollouts.groups([problems[i] for i in numbers], n, temperature, seed, numbers)
+        parts = self.ranks.gathered({"groups": groups_state(made), "metrics": self.rollouts.metrics, "count": len(made)})
+        self.rollouts.metrics = tables.mean_of([(p["metrics"], p["count"]) for p in parts])
+        return groups_from(self.ranks.dealt([p["groups"] for p in parts]), problems, self.config.max_tokens)
+
+    def for_evaluation(self, seed: int) -> Callable[[list[Problem], int, float], list[list[Completion]]]:
+        """The `generate` that `tasks.evaluate` asks for, likewise shared."""
+
+        def generate(problems: list[Problem], draws: int, temperature: float) -> list[list[Completion]]:
+            numbers = list(self.ranks.mine(range(len(problems))))
+            made = self.rollouts.ungraded([problems[i] for i in numbers], draws, temperature, seed, None, numbers)
+            parts = self.ranks.gathered(groups_state(made)) if self.ranks.size > 1 else []
+            return completions(groups_from(self.ranks.dealt(parts), problems, self.config.max_tokens) if parts else made)
+
+        return generate
 
     def _draw(self, rng: random.Random) -> tuple[list[Problem], int]:
         """The problems of one rollout, and the seed of its samples."""
@@ -183,11 +220,11 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
         update = Update(x, chosen, Counts(0, 0))
         itself = c.lag > 0 and cfg.correction == "none"  # the ratio compares with the sampler
         if cfg.high_entropy < 1 or (not itself and (cfg.reward_beta > 0 or c.epochs * c.updates > 1)):
-            x.old, *x.entropy = update.logprobs(self.model, c.micro_rows, c.temperature, entropy=cfg.high_entropy < 1)
+            x.old, *x.entropy = update.logprobs(self.model, c.micro_rows, c.temperature, cfg.high_entropy < 1, self.ranks)
         if itself:
             x.old = x.sampler
         if self.reference is not None:
-            x.ref = update.logprobs(self.reference, c.micro_rows, c.temperature)[0]
+            x.ref = update.logprobs(self.reference, c.micro_rows, c.temperature, ranks=self.ranks)[0]
         if self.critic is not None:
             x.values = self.critic.values(update, c.micro_rows)
 
@@ -222,7 +259,7 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
         c = self.config
         live = credit.live.nonzero().flatten().tolist()
         old = x.old if c.epochs * c.updates > 1 or c.lag else None  # None: the policy itself, a ratio of exactly 1
-        seen = _Seen()
+        seen = _Seen(self.ranks)
         self.model.train()
         for _ in range(c.epochs):
             order = self.rng.sample(live, len(live))
@@ -231,6 +268,7 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
                 if chosen:
                     batch = Update(x, chosen, count(credit.lengths[part].flatten(), cfg.empty))
                     self._one_update(batch, old, cfg, progress, seen)
+        seen.gather()
         numbers = seen.table() | self._corrections(x, seen, cfg) | {"lr": self.stepper.optimizer.lr, "update/skipped": float(self.stepper.skipped)}
         return numbers | self._controlled(x, credit, numbers)
 
@@ -248,8 +286,8 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
             seen.add(at=at, entropy=entropy.detach(), trainer=logp.detach() if x.old is None else x.old[at], sampler=x.sampler[at])
             return loss
 
-        result = self.stepper.step(batch.micro(c.micro_rows), share, progress)
-        seen.steps.append(tables.merge(parts) | {"grad_norm": result.grad_norm})
+        result = self.stepper.step(batch.micro(self.ranks.rows(len(batch.rows), c.micro_rows)), share, progress)
+        seen.steps.append(tables.merge(self.ranks.gathered(tables.merge(parts))) | {"grad_norm": result.grad_norm})
         if self.critic is not None:
             seen.critic.append(self.critic.step(batch, c.micro_rows, progress, coefficient=cfg.value_coef, clip=cfg.value_clip))
             seen.value_clip = cfg.value_clip
@@ -260,7 +298,7 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
         if cfg.correction == "none":
             return {}
         trainer = torch.full_like(x.sampler, torch.nan)
-        trainer[torch.cat(seen.tokens["at"])] = torch.cat(seen.tokens["trainer"]).to(trainer.dtype)
+        trainer[seen.every["at"].to(trainer.device)] = seen.every["trainer"].to(trainer)
         on = ~trainer.isnan()
         weights = importance_weights(trainer[on], x.sampler[on], x.sequence[on], level=cfg.correction_level, mode=cfg.correction,
                                      low=cfg.correction_low, high=cfg.correction_high)
@@ -361,21 +399,27 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
 class _Seen:
     """What the optimizer steps on one rollout gave."""
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
         self.steps: list[dict[str, float]] = []
         self.critic: list[dict[str, Any]] = []
         self.value_clip: float | None = None
         self.tokens: dict[str, list[Tensor]] = {}
+        self.every: dict[str, Tensor] = {}  # (M,) after `gather`: the same of all processes
 
     def add(self, **values: Tensor) -> None:
         for name, value in values.items():
             self.tokens.setdefault(name, []).append(value)
 
+    def gather(self) -> None:
+        for name, kind in (("at", torch.int64), *((name, torch.float32) for name in ("entropy", "trainer", "sampler"))):
+            self.every[name] = self.ranks.cat(torch.cat([x.to(kind) for x in self.tokens.get(name, [torch.zeros(0)])]))
+
     def table(self) -> dict[str, float]:
         """Means over the steps, maxima where the name says so."""
         n = len(self.steps)
         shares = tables.merge([{k: v if k.endswith("/max") else v / n for k, v in step.items()} for step in self.steps])
-        entropy, trainer, sampler = (torch.cat(self.tokens[name]) for name in ("entropy", "trainer", "sampler"))
+        entropy, trainer, sampler = (self.every[name] for name in ("entropy", "trainer", "sampler"))
         table = shares | tables.entropy_table(entropy) | tables.engine_table(trainer, sampler)
         if self.critic:
             values, returns, old = (torch.cat(parts) for parts in zip(*(step["seen"] for step in self.critic)))

@@ -122,11 +122,12 @@ class Rollouts:
         """n samples of each problem, all problems in the same batches."""
         return self._sampled(problems, n, temperature, seed)[0]
 
-    def _sampled(self, problems: Sequence[Problem], n: int, temperature: float, seed: int,
-                 limits: dict[str, Any] | None = None) -> tuple[list[list[Sample]], Replies]:
+    def _sampled(self, problems: Sequence[Problem], n: int, temperature: float, seed: int, limits: dict[str, Any] | None = None,
+                 numbers: Sequence[int] | None = None) -> tuple[list[list[Sample]], Replies]:
+        """numbers: of these problems among those of all processes; what is drawn depends on them."""
         params = SamplingParams(max_tokens=self.max_tokens, temperature=temperature, logprobs=temperature > 0, **(limits or {}))
         groups = [[Sample(ids, params, seed + i * n + j) for j in range(n)]
-                  for i, ids in enumerate(map(self.prompt, problems))]
+                  for i, ids in zip(range(len(problems)) if numbers is None else numbers, map(self.prompt, problems))]
         replies = Replies(self.tokenizer, self.task, [(s, p) for p, group in zip(problems, groups) for s in group])
         run_all(self._runner(), [s for g in groups for s in g], self.tokenizer.eos_ids, max_batch=self.max_batch,
                 reply=replies if replies.needed else None, support=bool(limits))
@@ -148,9 +149,12 @@ class Rollouts:
         """The completion without its end-of-turn token."""
         return self.tokenizer.decode(sample.tokens[:-1] if sample.finish_reason == "stop" else sample.tokens)
 
-    def groups(self, problems: Sequence[Problem], n: int, temperature: float, seed: int) -> list[Group]:
+    def groups(self, problems: Sequence[Problem], n: int, temperature: float, seed: int, numbers: Sequence[int] | None = None) -> list[Group]:
         """n completions of each problem, all graded together; a component that nobody graded is not in `rewards`."""
-        made = self._groups(problems, n, temperature, seed, self.limits)
+        if not problems:
+            self.metrics = {}
+            return []
+        made = self.ungraded(problems, n, temperature, seed, self.limits, numbers)
         scores = self.rewards.score(batch_of(made), self.state)
         events.emit(Graded(len(made) * n, {k: v for k, x in scores.components.items() if (v := float(x.nanmean())) == v}, scores.weights,
                            scores.failed, scores.seconds, scores.metrics))
@@ -160,10 +164,10 @@ class Rollouts:
                               if (value := float(values[i * n + j])) == value} for j in range(n)]
         return made
 
-    def _groups(self, problems: Sequence[Problem], n: int, temperature: float, seed: int,
-                limits: dict[str, Any] | None = None) -> list[Group]:
+    def ungraded(self, problems: Sequence[Problem], n: int, temperature: float, seed: int, limits: dict[str, Any] | None = None,
+                 numbers: Sequence[int] | None = None) -> list[Group]:
         """Without their grades."""
-        groups, replies = self._sampled(problems, n, temperature, seed, limits)
+        groups, replies = self._sampled(problems, n, temperature, seed, limits, numbers)
         return [Group(problem, samples, [self.text(s) for s in samples], [],
                       [replies.messages(s) for s in samples] if dialogue_of(self.task, problem) else [])
                 for problem, samples in zip(problems, groups)]
@@ -171,11 +175,12 @@ class Rollouts:
     def for_evaluation(self, seed: int) -> Callable[[list[Problem], int, float], list[list[Completion]]]:
         """The `generate` that `tasks.evaluate` asks for."""
 
-        def generate(problems: list[Problem], draws: int, temperature: float) -> list[list[Completion]]:
-            return [[Completion(g.texts[i], s.trained, s.finish_reason == "stop", g.turns(i)) for i, s in enumerate(g.samples)]
-                    for g in self._groups(problems, draws, temperature, seed)]
+        return lambda problems, draws, temperature: completions(self.ungraded(problems, draws, temperature, seed))
 
-        return generate
+
+def completions(groups: Sequence[Group]) -> list[list[Completion]]:
+    """Groups as a task's grader takes them."""
+    return [[Completion(g.texts[i], s.trained, s.finish_reason == "stop", g.turns(i)) for i, s in enumerate(g.samples)] for g in groups]
 
 
 def trained_lengths(groups: Sequence[Group]) -> Tensor:

@@ -22,6 +22,7 @@ from pellucid.align.support import Support, support_logprobs
 from pellucid.data.packing import IGNORE, Packed
 from pellucid.nn import Decoder
 from pellucid.ops import token_logprobs
+from pellucid.train.ranks import ALONE, Ranks
 
 
 class Experience:
@@ -116,25 +117,24 @@ class Update:
         return logp, entropies(hidden, head, temperature) if bonus else H, whose, at
 
     @torch.no_grad()
-    def measure(self, micro_rows: int, found: Callable[[slice], tuple[Tensor, ...]]) -> list[Tensor]:
-        """Numbers of every trained token, micro-batch by micro-batch: `found` gives one or more, and last the tokens' numbers in
-        the experience. (M,) each, NaN at tokens that are not in this update."""
-        whole: list[Tensor] = []
-        for micro in self.micro(micro_rows):
+    def measure(self, micro_rows: int, found: Callable[[slice], tuple[Tensor, ...]], ranks: Ranks = ALONE, kinds: int = 1) -> list[Tensor]:
+        """Numbers of every trained token, micro-batch by micro-batch: `found` gives `kinds` of them, and last the tokens' numbers in
+        the experience. (M,) each, NaN at tokens that are not in this update. ranks: processes that share the work."""
+        whole = [torch.full((self.experience.tokens,), torch.nan, device=self.experience.device) for _ in range(kinds)]
+        for micro in ranks.mine(self.micro(ranks.rows(len(self.rows), micro_rows))):
             *values, at = found(micro)
-            whole = whole or [v.new_full((self.experience.tokens,), torch.nan) for v in values]
-            for into, v in zip(whole, values):
-                into[at] = v
-        return whole
+            for into, v in zip(whole, values, strict=True):
+                into[at] = v.to(into.dtype)
+        return [ranks.merged(values) for values in whole]
 
-    def logprobs(self, model: Decoder, micro_rows: int, temperature: float, entropy: bool = False) -> list[Tensor]:
+    def logprobs(self, model: Decoder, micro_rows: int, temperature: float, entropy: bool = False, ranks: Ranks = ALONE) -> list[Tensor]:
         """log-probabilities of every trained token under `model`, and the entropies if asked for, (M,) each."""
 
         def found(micro: slice) -> tuple[Tensor, ...]:
             logp, H, _, at = self.forward(model, micro, temperature, entropy=entropy)
             return (logp, at) if H is None else (logp, H, at)
 
-        return self.measure(micro_rows, found)
+        return self.measure(micro_rows, found, ranks, 2 if entropy else 1)
 
 
 def pick(values: Any, at: Tensor) -> Any:

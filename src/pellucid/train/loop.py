@@ -11,6 +11,7 @@ from pellucid.data.packing import IGNORE, Batches, Packed
 from pellucid.errors import BadInput
 from pellucid.nn import Decoder
 from pellucid.train.loss import share_of
+from pellucid.train.ranks import ALONE, Ranks
 from pellucid.train.run import Evaluate, Run, RunConfig, RunHistory
 
 
@@ -36,11 +37,11 @@ class Loop(Run[LoopConfig, History]):
     """`Loop(...).run()` trains on rows of tokens in an order that the seed decides."""
 
     def __init__(self, model: Decoder, data: Packed, config: LoopConfig, *, evaluate: Evaluate | None = None,
-                 checkpoint: str | Path | None = None, tokenizer: Any = None, resume_hint: str = "--resume"):
+                 checkpoint: str | Path | None = None, tokenizer: Any = None, resume_hint: str = "--resume", ranks: Ranks = ALONE):
         if config.micro_rows is not None and config.micro_rows < 1:
             raise BadInput(f"micro_rows = {config.micro_rows} is not possible", next="give 1 or more")
         super().__init__(model, config, History(), evaluate=evaluate, checkpoint=checkpoint, tokenizer=tokenizer,
-                         resume_hint=resume_hint)
+                         resume_hint=resume_hint, ranks=ranks)
         self.batches = Batches(data, config.rows, config.seed)
         if config.compile:
             for layer in model.layers:  # layers are alike: one compilation serves them all
@@ -58,7 +59,7 @@ class Loop(Run[LoopConfig, History]):
                 "lr": result.lr}
 
     def _micro(self, rows: Packed) -> Iterator[Packed]:
-        size = self.config.micro_rows or len(rows)
+        size = self.ranks.rows(len(rows), self.config.micro_rows)
         for start in range(0, len(rows), size):
             yield rows.rows(slice(start, start + size))
 

@@ -25,6 +25,7 @@ from pellucid.nn.lora import adapted
 from pellucid.optim import OptimConfig, Schedule, build_optimizer
 from pellucid.train.budget import Budget
 from pellucid.train.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
+from pellucid.train.ranks import ALONE, Ranks
 from pellucid.train.step import Stepper
 
 
@@ -73,15 +74,18 @@ H = TypeVar("H", bound=RunHistory)
 
 
 class Run(ABC, Generic[C, H]):
-    """`run()` trains to the end of the budget, or stops cleanly and says how to go on."""
+    """`run()` trains to the end of the budget, or stops cleanly and says how to go on.
+
+    ranks: the processes that do it together; all of them make the same run with the same arguments, and the first one saves.
+    """
 
     def __init__(self, model: Decoder, config: C, history: H, *, evaluate: Evaluate | None, checkpoint: str | Path | None,
-                 tokenizer: Any, resume_hint: str):
+                 tokenizer: Any, resume_hint: str, ranks: Ranks = ALONE):
         self.model, self.config, self.history = model, config, history
         self.evaluate, self.tokenizer, self.resume_hint = evaluate, tokenizer, resume_hint
-        self.checkpoint = Path(checkpoint) if checkpoint else None
-        self.stepper = Stepper(model, build_optimizer(model, config.optim), config.schedule, config.clip)
-        self.budget = Budget(config.steps, config.seconds)
+        self.checkpoint, self.ranks = Path(checkpoint) if checkpoint else None, ranks
+        self.stepper = Stepper(model, build_optimizer(model, config.optim), config.schedule, config.clip, ranks)
+        self.budget = Budget(config.steps, config.seconds, ranks.clock)
 
     # --- what kinds of runs differ in -----------------------------------------------------------------------------------
 
@@ -110,6 +114,7 @@ class Run(ABC, Generic[C, H]):
     def run(self) -> H:
         c, h = self.config, self.history
         self.model.train()
+        self.ranks.agree()
         self.budget.start(h.steps, h.seconds)
         next_eval, last_save = self._next_evaluation(), self.budget.elapsed
         with stop_requested() as stop:
@@ -118,20 +123,21 @@ class Run(ABC, Generic[C, H]):
                 if self.evaluate and c.evaluations and next_eval < 1.0 and self.budget.progress >= next_eval:
                     self._evaluate()
                     next_eval = self._next_evaluation()
-                if stop.is_set():
+                if self.ranks.agree(stop.is_set()):
                     self._interrupted()
                 if c.save_seconds and self.checkpoint and self.budget.elapsed - last_save >= c.save_seconds:
                     self.save()
                     last_save = self.budget.elapsed
             if self.evaluate and c.evaluations and not (h.evaluations and h.evaluations[-1][0] >= 1.0):
                 self._evaluate()
-            if stop.is_set():
+            if self.ranks.agree(stop.is_set()):
                 self._interrupted()
         self.model.eval()
         return h
 
     def count(self) -> None:
         """The step is done, here and now."""
+        self.ranks.agree()
         self.budget.done += 1
         self.history.steps, self.history.seconds = self.budget.done, self.budget.elapsed
         self.history.skipped = self.stepper.skipped
@@ -155,8 +161,10 @@ class Run(ABC, Generic[C, H]):
 
     def save(self) -> None:
         assert self.checkpoint is not None
-        state = self.state() | {"history": vars(self.history)}
-        save_checkpoint(self.checkpoint, self.model, self.stepper.optimizer, state, self.tokenizer, self.write)
+        if self.ranks.first:
+            state = self.state() | {"history": vars(self.history)}
+            save_checkpoint(self.checkpoint, self.model, self.stepper.optimizer, state, self.tokenizer, self.write)
+        self.ranks.agree()  # none goes on, or ends, before it is written
 
     def resume(self) -> bool:
         """Continue from the checkpoint if there is one; returns whether there was."""
@@ -174,6 +182,8 @@ class Run(ABC, Generic[C, H]):
         if self.checkpoint is None:
             raise Interrupted(*three_parts("loop.lost", stage=self.config.stage))
         self.save()
+        if not self.ranks.first:
+            raise SystemExit(Interrupted.exit_code)  # the first one says it
         raise Interrupted(say("loop.stopped", stage=self.config.stage, step=self.history.steps), next=self.resume_hint)
 
 

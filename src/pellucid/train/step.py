@@ -13,6 +13,7 @@ from pellucid import events
 from pellucid.nn.experts import update_biases
 from pellucid.optim import Optimizers, Schedule
 from pellucid.runtime import keep_freed_memory
+from pellucid.train.ranks import ALONE, Ranks
 
 B = TypeVar("B")
 
@@ -30,21 +31,23 @@ class Stepper:
 
     `loss_fn(micro_batch)` returns this micro-batch's SHARE of the step's loss: already divided by the count of the
     whole step (tokens or sequences over all micro-batches). A sum of such shares is the same however the step is cut;
-    a mean of means is not, as soon as micro-batches hold different numbers of tokens.
+    a mean of means is not, as soon as micro-batches hold different numbers of tokens. Of several processes each
+    takes its share of the micro-batches, so that `loss_fn` is called for these only; loss and gradient are sums over all.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizers, schedule: Schedule, clip: float | None = 1.0):
-        self.model, self.optimizer, self.schedule, self.clip = model, optimizer, schedule, clip
+    def __init__(self, model: nn.Module, optimizer: Optimizers, schedule: Schedule, clip: float | None = 1.0, ranks: Ranks = ALONE):
+        self.model, self.optimizer, self.schedule, self.clip, self.ranks = model, optimizer, schedule, clip, ranks
         self.skipped = 0
         keep_freed_memory()
 
     def step(self, micro_batches: Iterable[B], loss_fn: Callable[[B], Tensor], progress: float) -> StepResult:
         self.optimizer.set_factor(self.schedule(progress))
         loss = 0.0
-        for micro in micro_batches:
+        for micro in self.ranks.mine(micro_batches):
             share = loss_fn(micro)
             share.backward()
             loss += float(share.detach())
+        loss = self.ranks.sum_gradients(self.model, loss)
         limit = self.clip if self.clip is not None else float("inf")
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
         finite = norm < float("inf")  # False for NaN too
