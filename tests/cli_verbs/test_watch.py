@@ -22,4 +22,6 @@ def test_a_line_per_interval():
     lines(step(preempted=2, prompt=0, hit=0))
     text = out.getvalue()
     assert text.count("\n") == 1 and "running=4 waiting=1" in text and "cache 25% of 40 blocks" in text
-    assert "hits 50%" in text and "preempted 2" in text
+    assert "hits 50%" in text and "preempted 2" in text and "drafts" not in text
+    lines(step(proposed=8, accepted=6))
+    assert "drafts 75% of 8 accepted" in out.getvalue()

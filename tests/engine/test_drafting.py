@@ -76,7 +76,7 @@ def test_the_tokens_are_those_without_proposals(model, friend, stranger, tempera
     rates: dict[str, list[float]] = {"friend": [], "stranger": [], "head": []}
     for config in CONFIGS.values():
         for name in rates:
-            proposer = PredictionHead(model, 800, 64) if name == "head" else DraftModel(friend if name == "friend" else stranger, 40, 800)
+            proposer = PredictionHead(model, 800, 64) if name == "head" else DraftModel(friend if name == "friend" else stranger, model.spec, 800)
             got, engine = run(model, temperature, proposer, drafts=4, **config)
             assert got == want, (name, config)
             assert engine.totals["proposed_tokens"] > 30
@@ -86,7 +86,7 @@ def test_the_tokens_are_those_without_proposals(model, friend, stranger, tempera
 
 def test_a_model_that_proposes_for_itself_is_always_right(model):
     for temperature in (0.0, 0.8):
-        _, engine = run(model, temperature, DraftModel(model, 40, 800), penalty=1.0, drafts=3, prefix="none")
+        _, engine = run(model, temperature, DraftModel(model, model.spec, 800), penalty=1.0, drafts=3, prefix="none")
         refused = engine.totals["proposed_tokens"] - engine.totals["accepted_tokens"]
         assert refused <= 3 * len(PROMPTS)  # behind an end
         assert engine.totals["accepted_tokens"] > 15
@@ -121,7 +121,7 @@ def test_sampled_tokens_keep_their_distribution(model, stranger):
     counts = torch.zeros(40, dtype=torch.float64)
     for name in ("draft", "head"):
         engine = Engine(model, config=EngineConfig(cache_tokens=6000, block=4, drafts=2, speculate_up_to=500, budget=4096, running=500),
-                        proposer=DraftModel(stranger, 40, 20000, 500) if name == "draft" else PredictionHead(model, 20000, 500))
+                        proposer=DraftModel(stranger, model.spec, 20000, 500) if name == "draft" else PredictionHead(model, 20000, 500))
         requests = [Request([5, 6], SamplingParams(max_tokens=4, temperature=1.0), seed) for seed in range(3000 * (name == "head"), 3000 * (name == "head") + 1000)]
         for r in requests:
             engine.add(r)
@@ -139,24 +139,24 @@ def test_sampled_tokens_keep_their_distribution(model, stranger):
 
 def test_a_small_cache_of_the_proposer_only_means_fewer_proposals(model, friend):
     want, _ = run(model, 0.0)
-    for proposer in (DraftModel(friend, 40, 48), PredictionHead(model, 48, 64)):
+    for proposer in (DraftModel(friend, model.spec, 48), PredictionHead(model, 48, 64)):
         assert run(model, 0.0, proposer, drafts=4)[0] == want
 
 
 def test_acceptance_is_told(model, friend):
     seen: list = []
     with events.subscribed(seen.append):
-        _, engine = run(model, 0.0, DraftModel(friend, 40, 800), drafts=4)
+        _, engine = run(model, 0.0, DraftModel(friend, model.spec, 800), drafts=4)
     steps = [e for e in seen if e.kind == "engine_step"]
     assert sum(e.proposed for e in steps) == engine.totals["proposed_tokens"] and sum(e.accepted for e in steps) == engine.totals["accepted_tokens"] > 0
 
 
 def test_impossible_proposers(model):
     with pytest.raises(BadInput, match="the model 40"):
-        DraftModel(sharp(DecoderSpec(50, 32, (LAYER,), context=64), 1), 40)
+        DraftModel(sharp(DecoderSpec(50, 32, (LAYER,), context=64), 1), model.spec)
     hybrid = init_weights(Decoder(DecoderSpec(40, 32, (Layer(GDN(2, 2, 8, 8), MLP(48)),), context=64))).eval()
     with pytest.raises(BadInput, match="linear attention"):
-        DraftModel(hybrid, 40)
+        DraftModel(hybrid, model.spec)
     with pytest.raises(BadInput, match="multi-token"):
         Engine(init_weights(Decoder(DecoderSpec(40, 32, (LAYER,), context=64))), config=EngineConfig(cache_tokens=64, drafts=2, proposer="mtp"))
     with pytest.raises(BadInput, match="proposer"):

@@ -37,7 +37,7 @@ CONFIGS = {
 def test_greedy_tokens(opened, name, request):
     model, prompts, want = opened
     config = EngineConfig(**{"cache_tokens": 400, **CONFIGS[name]})
-    if config.drafts and is_stateful(model):
+    if config.drafts and is_stateful(model.spec):
         with pytest.raises(BadInput, match="speculative"):
             Engine(model, config=config)
         return

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-from pellucid.cli.base import OpensModel, Positional, prepare
+from pellucid.cli.base import Positional, prepare
 from pellucid.cli.failures import coloured, is_terminal, told
+from pellucid.cli.running import RunsModel
 from pellucid.errors import BadInput
 from pellucid.events import Event, emit
 
@@ -24,7 +25,7 @@ CALLS_IN_A_ROW = 4
 
 
 @dataclass(frozen=True)
-class Chat(OpensModel):
+class Chat(RunsModel):
     """A conversation in the terminal: answers appear as they are written, thoughts are dimmed. /clear begins again,
     /exit ends, Ctrl-C stops an answer. Without a terminal: one answer for each line of stdin, without its thought.
     在终端里对话：回答边写边显示，思考部分变暗。/clear 重新开始，/exit 退出，Ctrl-C 停止当前回答。
@@ -180,12 +181,14 @@ class Conversation:
 
 def chat(config: Chat) -> None:
     from pellucid.engine import LLM, SamplingParams
+    from pellucid.engine.core import EngineConfig
     from pellucid.tasks import TOOLS
 
     prepare(config, seed=None)
     params = SamplingParams(config.max_tokens, config.temperature, top_p=config.top_p, seed=config.seed)
     tools = {str(config.tool): TOOLS[config.tool]} if config.tool else {}
-    talk = Conversation(LLM(config.model, device=config.device, allow_missing=config.allow_missing), params, tools, config.system, config.tell)
+    llm = LLM(config.model, config=EngineConfig(budget=2048, **config.proposing()), **config.opening())
+    talk = Conversation(llm, params, tools, config.system, config.tell)
     for line in lines(sys.stdin):
         if line == "/exit":
             return

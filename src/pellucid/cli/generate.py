@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pellucid.cli.base import OpensModel, Positional, prepare
+from pellucid.cli.base import Positional, prepare
 from pellucid.cli.failures import is_terminal
+from pellucid.cli.running import RunsModel
 from pellucid.errors import BadInput
 from pellucid.events import Event, emit
 
@@ -17,11 +18,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Generate(OpensModel):
+class Generate(RunsModel):
     """Complete a prompt; or many at once, each line of a file, in the same batches. A single text appears as it is written.
     续写一个提示；或把文件的每一行作为提示，一起批量续写。只有一个文本时边写边显示。
 
     $ pellucid generate runs/grow/model "The function returns" --max-tokens 40
+    $ pellucid generate Qwen/Qwen3-8B "The function returns" --quantize int8 --draft Qwen/Qwen3-0.6B
     """
 
     model: Positional[str]
@@ -82,13 +84,14 @@ class Generated(Event):
 
 def generate(config: Generate) -> None:
     from pellucid.engine import LLM, SamplingParams
+    from pellucid.engine.core import EngineConfig
 
     prompts, form = _prompts(config), _form(config)
     prepare(config, seed=None)
     params = SamplingParams(max_tokens=config.max_tokens, temperature=config.temperature, top_p=config.top_p, top_k=config.top_k, n=config.n,
                             min_p=config.min_p, repetition_penalty=config.repetition_penalty, seed=config.seed, stop=config.stop,
                             structured=form)
-    llm = LLM(config.model, device=config.device, allow_missing=config.allow_missing)
+    llm = LLM(config.model, config=EngineConfig(running=512, budget=2048, **config.proposing()), **config.opening())
     ids = [llm.chat_ids([{"role": "user", "content": p}]) if config.chat else llm.tokenizer.encode(p) for p in prompts]
     if len(ids) == config.n == 1 and not config.json:
         for chunk in llm.stream(ids[0], params):

@@ -12,13 +12,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pellucid.cli.base import OpensModel, Positional, prepare
+from pellucid.cli.base import Positional, prepare
+from pellucid.cli.running import RunsModel
 from pellucid.cli.watch import EngineLines, Watch
 from pellucid.errors import BadInput, PellucidError
 from pellucid.events import Event, RunLog, emit, note, subscribed
 from pellucid.messages import add, say
+
+if TYPE_CHECKING:
+    from pellucid.engine.core import EngineConfig
 
 add({
     "serve.ready": ("{name}: weights loaded in {loaded} s, first pass in {warm} s", "{name}：加载权重 {loaded} 秒，首次前向 {warm} 秒"),
@@ -33,12 +37,13 @@ NEW_KEY = """python3 -c 'import secrets; print(secrets.token_urlsafe())' > key; 
 
 
 @dataclass(frozen=True)
-class Serve(OpensModel):
+class Serve(RunsModel):
     """Serve models in OpenAI's protocol: chat and text completions, responses, tool calls, embeddings, reranking. Any OpenAI client works.
     以 OpenAI 协议提供模型服务：对话、续写、responses、工具调用、向量与重排；任何 OpenAI 客户端可用。
 
     $ pellucid serve runs/grow/model --port 8000
     $ pellucid serve runs/grow/model sentence-transformers/all-MiniLM-L6-v2 --name chat embed
+    $ pellucid serve Qwen/Qwen3-8B --quantize int8 --draft Qwen/Qwen3-0.6B --watch
     """
 
     models: Positional[tuple[str, ...]]
@@ -87,9 +92,6 @@ class Serve(OpensModel):
     budget: int = 512
     """Tokens computed in a step; prompts longer than that are cut into chunks.
     每步计算的词元数；更长的提示会被分块。"""
-    drafts: int = 0
-    """Tokens proposed from the request's own text and checked in one pass (speculative decoding); the answers do not change.
-    从请求自身文本中猜测、一次验证的词元数（投机解码）；不改变回答。"""
     adapters: Path | None = None
     """Folder of LoRA adapters (PEFT's format), one a subfolder: each is a model of its own name, and more can be loaded while it runs.
     LoRA 适配器目录（PEFT 格式），每个子目录一个：各以其名作为模型，运行中可继续加载。"""
@@ -132,9 +134,9 @@ def serve(config: Serve) -> None:
         raise BadInput(f"there is no folder {config.adapters}", next="check the path given to --adapters")
     with bind(config.host, config.port) as listener:  # before the model is loaded: a taken port is told at once
         prepare(config, seed=None)
-        models = {name: opened(name, path, config) for name, path in zip(names, config.models)}
         engine = EngineConfig(cache_tokens=config.cache_tokens, prefix=config.prefix, order=config.order, running=config.running,
-                              budget=config.budget, drafts=config.drafts)
+                              budget=config.budget, **config.proposing())
+        models = {name: opened(name, path, config, engine) for name, path in zip(names, config.models)}
         app = create_app(models, api_key=keys, waiting=config.waiting, engine=engine, max_tokens=config.max_tokens, timeout=config.timeout,
                          max_body=config.max_body, form=config.tool_format, tracing=config.otel, adapters=config.adapters)
         url = url_of(listener)
@@ -146,14 +148,14 @@ def serve(config: Serve) -> None:
             serve_forever(app, listener, config.grace)
 
 
-def opened(name: str, path: str, config: Serve) -> Any:
+def opened(name: str, path: str, config: Serve, engine: EngineConfig) -> Any:
     """The model, loaded and warm: its first request finds kernels compiled. Says how long both took."""
     from pellucid.engine import LLM
     from pellucid.engine.core import warm_up
     from pellucid.server.registry import open_model
 
     began = time.perf_counter()
-    model = open_model(path, config.device, config.allow_missing)
+    model = open_model(path, engine, **config.opening())
     loaded = time.perf_counter() - began
     warm = warm_up(model.model) if isinstance(model, LLM) else 0.0
     note(say("serve.ready", name=name, loaded=f"{loaded:.1f}", warm=f"{warm:.1f}"))

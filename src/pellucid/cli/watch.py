@@ -1,6 +1,6 @@
 """What an engine does, for people: one line per interval, from its events, or a live view of its inside.
 
-    engine  running=3 waiting=0  prompt 512.0 generated 84.2 tokens/s  cache 12% of 40,960 tokens  hits 63%  preempted 0
+    engine  running=3 waiting=0  prompt 512.0 generated 84.2 tokens/s  cache 12% of 40,960 tokens  hits 63%  preempted 0  drafts 71% of 340 accepted
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ add({
     "watch.idle": ("idle", "空闲"), "watch.more": ("and {count} more", "另有 {count} 个"),
     "watch.legend": ("█ several share  ▓ one uses  ░ kept for reuse  · empty", "█ 多者共享  ▓ 单个使用  ░ 留待复用  · 空"),
 })
+SUMMED = ("tokens", "generated", "preempted", "hit", "prompt", "proposed", "accepted")  # fields of steps
 ROWS, NODES, SPAN = 8, 12, 10  # requests, nodes of the tree, and seconds of steps that are shown
 
 
@@ -40,7 +41,7 @@ class EngineLines:
     def __init__(self, out: TextIO, interval: float = 5.0):
         self.out, self.interval = out, interval
         self._since = clock.monotonic()
-        self._sums = dict.fromkeys(("tokens", "generated", "preempted", "hit", "prompt"), 0)
+        self._sums = dict.fromkeys(SUMMED, 0)
 
     def __call__(self, event: Event) -> None:
         if event.kind != "engine_step":
@@ -61,7 +62,12 @@ def line(step: Any, sums: dict[str, int], seconds: float) -> str:
     hits = f"{sums['hit'] / sums['prompt']:.0%}" if sums["prompt"] else "-"
     return (f"engine  running={step.running} waiting={step.waiting}  prompt {(sums['tokens'] - sums['generated']) / seconds:.1f} "
             f"generated {sums['generated'] / seconds:.1f} tokens/s  cache {used:.0%} of {step.blocks:,} blocks  hits {hits}  "
-            f"preempted {sums['preempted']}")
+            f"preempted {sums['preempted']}{drafts_told(sums['proposed'], sums['accepted'])}")
+
+
+def drafts_told(proposed: int, accepted: int) -> str:
+    """Of speculative decoding; nothing where nothing was proposed."""
+    return f"  drafts {accepted / proposed:.0%} of {proposed:,} accepted" if proposed else ""
 
 
 # --- live ---------------------------------------------------------------------------------------------------------------
@@ -156,7 +162,7 @@ def rates(steps: list[Any]) -> RenderableType:
     """The line of the last seconds, with a curve of the tokens of each of them."""
     if not steps:
         return Text(say("watch.idle"), "dim")
-    sums = {name: sum(getattr(step, name) for step in steps) for name in ("tokens", "generated", "preempted", "hit", "prompt")}
+    sums = {name: sum(getattr(step, name) for step in steps) for name in SUMMED}
     seconds = max(0.5, clock.time() - steps[0].time)
     now = clock.time()
     bins = [0.0] * (SPAN * 2)
@@ -175,7 +181,8 @@ def panel(seen: Seen, width: int) -> list[RenderableType]:
     hits = f"{totals['hit_tokens'] / totals['prompt_tokens']:.0%}" if totals["prompt_tokens"] else "-"
     zones.append(Text.assemble(
         (f"{say('watch.blocks')}  ", "bold"), f"{sum(c >= 2 for c in seen.cells)} + {sum(c == 1 for c in seen.cells)} / {len(seen.cells)} x {seen.state['block']}"
-        f"   hits {hits}   preempted {totals['preemptions']}   evicted {totals.get('evictions', 0)}   ", (say("watch.legend"), "dim")))
+        f"   hits {hits}   preempted {totals['preemptions']}   evicted {totals.get('evictions', 0)}"
+        f"{drafts_told(totals['proposed_tokens'], totals['accepted_tokens'])}   ", (say("watch.legend"), "dim")))
     zones.append(Text(strip(seen.cells, max(16, width - 2)), "green"))
     if seen.nodes:
         zones.append(Text(say("watch.tree"), "bold"))

@@ -209,7 +209,7 @@ class AsyncLLM:
     # --- the engine's thread ------------------------------------------------------------------------------------------
 
     def _new_engine(self) -> Engine:
-        return Engine(self.llm.model, self.llm.tokenizer.eos_ids, self.config, tokenizer=self.llm.tokenizer)
+        return self.llm.engine(config=self.config)
 
     def _check(self, requests: list[Request]) -> None:
         with self._checking:

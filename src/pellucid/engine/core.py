@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pellucid import events
 from pellucid.engine.adjust import Adjuster, Place
-from pellucid.engine.drafting import PredictionHead, is_stateful
+from pellucid.engine.drafting import DraftModel, PredictionHead, check_proposer, is_stateful
 from pellucid.engine.hash_chain import HashChain
 from pellucid.engine.params import SamplingParams
 from pellucid.engine.planning import depth_first
@@ -32,11 +32,14 @@ from pellucid.engine.speculation import PromptLookup, Proposer, accepted
 from pellucid.engine.stopping import StopTexts
 from pellucid.engine.structured import Grammars
 from pellucid.errors import BadInput
-from pellucid.nn import Decoder
-from pellucid.nn.count import cache_entries
+from pellucid.nn import Decoder, DecoderSpec, prediction_spec
+from pellucid.nn.count import cache_bytes
+from pellucid.ops.cache_codes import CacheCodes, cache_codes
 from pellucid.runtime import Choice, available_memory_bytes
 from pellucid.tokenizers import Tokenizer
 
+DRAFTS = 4
+"""Tokens proposed at a time where nobody says how many."""
 ORDERS: dict[str, Callable[[], Order]] = {"first-come": lambda: first_come, "longest-hit": lambda: longest_hit,
                                      "depth-first": lambda: depth_first, "fair": Fair}
 
@@ -72,6 +75,9 @@ class EngineConfig:
     """Tokens that the cache has room for; by default what memory allows, at most 64 full contexts."""
     block: int = 16
     """Tokens of a block of the cache."""
+    cache_dtype: str = "auto"
+    """How the cache keeps numbers: auto (as the model computes), f32, bf16, fp8, int8 (the last two with a scale a token and head, see
+    ops/cache_codes.py). States of linear attention stay as they are computed."""
     prefix: str = "chain"
     """Prefix cache: chain (hashes of blocks), radix (a tree, exact to the token), radix-cost (evicts what is cheapest to lose), none."""
     budget: int = 512
@@ -85,10 +91,12 @@ class EngineConfig:
     fair (the namespace served least)."""
     swap: bool = False
     """Preempted requests keep their cache in host memory instead of computing it again."""
-    drafts: int = 0
-    """Tokens proposed at a time and checked in one pass (speculative decoding); 0: none."""
-    proposer: str = "lookup"
-    """Where proposals come from: lookup (what followed the last tokens before), mtp (the model's own layer of multi-token prediction)."""
+    drafts: int | None = None
+    """Tokens proposed at a time and checked in one pass (speculative decoding); 0: none. By default 4 where a draft model or `proposer`
+    was asked for, else none."""
+    proposer: str | None = None
+    """Where proposals come from, if from no draft model: lookup (what followed the last tokens before; the default where only `drafts`
+    are asked for), mtp (the model's own layer of multi-token prediction)."""
     speculate_up_to: int = 8
     """No proposals while more requests than this run: a fuller batch has better use for the budget."""
 
@@ -96,29 +104,34 @@ class EngineConfig:
 class Engine:
     """Continuous batching over a paged cache. Not thread-safe: one thread calls it.
 
-    eos: tokens that end an answer.  tokenizer: for what speaks of text, stop texts and structured output.
+    eos: tokens that end an answer.  tokenizer: for what speaks of text, stop texts and structured output; rows of the embedding that
+    it has no token for are never drawn.  draft: a smaller model that proposes; same: as in `DraftModel`.  runner: what computes the
+    steps (several processes have others, see engine/tensor_parallel.py).
     """
 
     def __init__(self, model: Decoder, eos: Sequence[int] = (), config: EngineConfig | None = None,
-                 tokenizer: Tokenizer | None = None, proposer: Proposer | None = None):
+                 tokenizer: Tokenizer | None = None, proposer: Proposer | None = None, draft: Decoder | None = None, same: int | None = None,
+                 runner: Callable[..., Runner] = Runner):
         c = config = config or EngineConfig()
         if c.order not in ORDERS:
             raise BadInput(f"order {c.order!r} is not known", next=f"use one of {', '.join(ORDERS)}")
         self.model, self.eos, self.config, self.tokenizer = model, set(eos), config, tokenizer
+        codes = codes_for(model, c)
         self.stop = None if tokenizer is None else StopTexts(tokenizer)
         self.grammars: Grammars | None = None  # made when the first structured output is asked for
-        self.room = choose_room(model, c)
+        self.drafts = drafts_of(c, draft is not None or proposer is not None)
+        if self.drafts:
+            check_proposer(model.spec, c.proposer, None if draft is None else draft.spec, same)
+        self.known = None if tokenizer is None or tokenizer.vocab_size >= model.spec.vocab else tokenizer.vocab_size
+        self.room = choose_room(model, c, draft if self.drafts else None)
         size = 1 if c.prefix.startswith("radix") else c.block
         self.cache = make_cache(c.prefix, model, -(-self.room.value // size), size)
-        self.runner = Runner(model, self.cache.blocks, size, c.running)
+        self.runner = runner(model, self.cache.blocks, size, c.running, codes)
         self.scheduler = Scheduler(self.cache, budget=c.budget, places=c.running, chunk=c.chunk, context=model.spec.limit,
                                    order=ORDERS[c.order](), swap=c.swap)
-        self.proposer = proposer or self._choose_proposer(c)
+        self.proposer = proposer or self._choose_proposer(c, draft, same)
         if isinstance(self.proposer, PredictionHead):
             self.runner.observer = self.proposer.observe
-        if self.proposer is not None and is_stateful(model):
-            raise BadInput("speculative decoding needs a cache that can forget its last tokens",
-                           "this model's linear attention keeps one state, which a refused token has changed", "leave --drafts at 0")
         self.adjuster = Adjuster(model.spec.vocab, self.eos, model.embed.weight.device)
         self.sampler: Sampler | None = None
         self.sampled: list[Request] = []  # whose settings the sampler holds
@@ -126,14 +139,15 @@ class Engine:
         self.ended: dict[Request, str] = {}  # of this step, why
         self.steps = 0
         self.totals = dict.fromkeys(("prompt_tokens", "hit_tokens", "generated_tokens", "computed_tokens", "preemptions",
-                                     "proposed_tokens", "accepted_tokens"), 0)
+                                     "proposals", "proposed_tokens", "accepted_tokens", *map(accepted_at, range(self.drafts))), 0)
 
-    def _choose_proposer(self, c: EngineConfig) -> Proposer | None:
-        if c.proposer not in ("lookup", "mtp"):
-            raise BadInput(f"proposer {c.proposer!r} is not known", next="use lookup or mtp")
-        if c.proposer == "mtp" and c.drafts:
-            return PredictionHead(self.model, self.cache.blocks * self.cache.size, c.running)
-        return PromptLookup() if c.drafts else None
+    def _choose_proposer(self, c: EngineConfig, draft: Decoder | None, same: int | None) -> Proposer | None:
+        if not self.drafts:
+            return None
+        tokens = self.cache.blocks * self.cache.size + c.running * (self.drafts + 16)  # twins, with their drafts and half-filled blocks
+        if draft is not None:
+            return DraftModel(draft.eval(), self.model.spec, tokens, c.running, same)
+        return PredictionHead(self.model, tokens, c.running) if c.proposer == "mtp" else PromptLookup()
 
     @property
     def busy(self) -> bool:
@@ -197,7 +211,7 @@ class Engine:
         ready = [r for r in self.scheduler.running if r.behind == 1 and not r.drafts]
         if self.proposer is None or not ready or len(self.scheduler.running) > c.speculate_up_to:
             return
-        for r, drafts in zip(ready, self.proposer.propose(ready, c.drafts), strict=True):
+        for r, drafts in zip(ready, self.proposer.propose(ready, self.drafts), strict=True):
             drafts = drafts[: max(0, r.params.max_tokens - r.generated - 1)]
             r.tokens += drafts
             r.drafts = len(drafts)
@@ -205,8 +219,12 @@ class Engine:
     def _sample(self, logits: dict[Request, Tensor]) -> list[tuple[Request, list[int]]]:
         """Draws at every place that was computed, and keeps what stands (see engine/speculation.py)."""
         places = [(r, j) for r in logits for j in range(1 + r.drafts)]
+        self.totals["proposals"] += sum(r.drafts > 0 for r in logits)
         self.totals["proposed_tokens"] += len(places) - len(logits)
-        drawn, logprobs, tops = self._draw(places, torch.cat(list(logits.values())))
+        whole = torch.cat(list(logits.values()))  # a copy
+        if self.known is not None:  # rows of the embedding that only fill it up
+            whole[:, self.known :] = -torch.inf
+        drawn, logprobs, tops = self._draw(places, whole)
         given, at = [], 0
         for r in logits:
             drafts = r.tokens[len(r.tokens) - r.drafts :]
@@ -218,6 +236,8 @@ class Engine:
                 r.tops += tops[at : at + len(tokens)] if tops else [[]] * len(tokens)
             at += 1 + len(drafts)
             self.totals["accepted_tokens"] += len(tokens) - 1
+            for i in range(len(tokens) - 1):
+                self.totals[accepted_at(i)] += 1
             given.append((r, tokens))
         self.adjuster.record(given)
         return given
@@ -315,12 +335,13 @@ class Engine:
             return {"number": r.number, "state": r.state.value, "prompt": len(r.prompt), "computed": r.computed, "known": len(r.tokens),
                     "hit": r.hit, "preemptions": r.preemptions, "priority": r.priority, "namespace": r.namespace, "blocks": list(r.blocks)}
         return {"running": [row(r) for r in self.scheduler.running], "waiting": [row(r) for r in self.scheduler.waiting],
-                "available": self.cache.available(), "blocks": self.cache.blocks, "block": self.cache.size, "totals": dict(self.totals)}
+                "available": self.cache.available(), "blocks": self.cache.blocks, "block": self.cache.size, "totals": dict(self.totals),
+                "cache_dtype": self.runner.pages.codes.name, "path": self.runner.path.value, "path_reason": self.runner.path.reason}
 
 
 def make_cache(kind: str, model: Decoder, blocks: int, size: int) -> PrefixCache:
     """What a model of constant states (linear attention) leaves cannot be found block by block: it gets no reuse."""
-    if is_stateful(model) or kind == "none":
+    if is_stateful(model.spec) or kind == "none":
         return NoReuse(blocks, size)
     if kind == "chain":
         return HashChain(blocks, size)
@@ -329,20 +350,46 @@ def make_cache(kind: str, model: Decoder, blocks: int, size: int) -> PrefixCache
     raise BadInput(f"prefix cache {kind!r} is not known", next="use one of chain, radix, radix-cost, none")
 
 
-def choose_room(model: Decoder, config: EngineConfig) -> Choice:
-    """Tokens of cache, with the reason: what was asked, or half of the free memory, or 64 full contexts."""
+def drafts_of(config: EngineConfig, asked: bool = False) -> int:
+    """Tokens proposed at a time.  asked: a proposer was given beside the config."""
+    if config.drafts is not None:
+        return config.drafts
+    return DRAFTS if asked or config.proposer else 0
+
+
+def accepted_at(place: int) -> str:
+    """The name, among the engine's totals, of drafts accepted at this place (from 0) of a proposal."""
+    return f"accepted_at_{place}"
+
+
+def codes_for(model: Decoder, config: EngineConfig) -> CacheCodes:
+    return cache_codes(config.cache_dtype, model.compute_dtype or model.embed.weight.dtype)
+
+
+def choose_room(model: Decoder, config: EngineConfig, draft: Decoder | None = None) -> Choice:
+    """Tokens of cache, with the reason: what was asked, or half of the free memory, or 64 full contexts. A draft model's cache, or the
+    prediction layer's, holds as many."""
     if config.cache_tokens is not None:
         if config.cache_tokens < 1:
             raise BadInput(f"a cache of {config.cache_tokens} tokens is not possible", next="give --cache-tokens 4096 or so")
         return Choice(config.cache_tokens, "as asked")
-    dtype = model.compute_dtype or model.embed.weight.dtype
-    token = max(1, sum(cache_entries(layer.mixer) for layer in model.spec.layers) * dtype.itemsize)
+    token = sum(cache_bytes(layer.mixer, codes_for(model, config)) for layer in model.spec.layers)
+    if draft is not None:
+        token += cached_bytes(draft)
+    elif config.proposer == "mtp" and drafts_of(config):
+        token += cached_bytes(model, prediction_spec(model.spec, 1))
+    token = max(1, token)
     most = config.running * model.spec.context
     free = torch.cuda.mem_get_info()[0] if model.embed.weight.is_cuda else available_memory_bytes()
     if free is None or free // 2 // token >= most:
         return Choice(most, f"{config.running} full contexts of {model.spec.context} tokens, {most * token / 2**20:.0f} MiB")
     return Choice(max(config.block, free // 2 // token), f"half of the free memory, {free / 2**31:.1f} GiB, at {token} bytes a token")
 
+
+def cached_bytes(model: Decoder, spec: DecoderSpec | None = None) -> int:
+    """Of a token, in a proposer's cache: of a draft model, or of a part of the model. Those keep numbers as they are computed."""
+    dtype = model.compute_dtype or model.embed.weight.dtype
+    return sum(cache_bytes(layer.mixer, cache_codes("auto", dtype)) for layer in (spec or model.spec).layers)
 
 
 def warm_up(model: Decoder) -> float:

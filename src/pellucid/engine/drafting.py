@@ -22,17 +22,37 @@ from pellucid.engine.runner import Runner
 from pellucid.engine.sampler import Sampler
 from pellucid.engine.scheduler import Part, Plan
 from pellucid.errors import BadInput
-from pellucid.nn import Decoder, prediction_spec
+from pellucid.nn import Decoder, DecoderSpec, prediction_spec
 from pellucid.nn.count import count
+from pellucid.ops.cache_codes import cache_codes
 
 BLOCK = 16
 CATCH_UP = 512
 """Tokens of a request that a proposer reads in a step: a long prompt is read over several, without proposals."""
 
 
-def is_stateful(model: Decoder) -> bool:
+def is_stateful(spec: DecoderSpec) -> bool:
     """Whether a layer keeps a state that is not a list of tokens' entries."""
-    return any(count(layer.mixer, model.spec.dim).state for layer in model.spec.layers)
+    return any(count(layer.mixer, spec.dim).state for layer in spec.layers)
+
+
+def check_proposer(spec: DecoderSpec, proposer: str | None, draft: DecoderSpec | None = None, same: int | None = None) -> None:
+    """BadInput where a model of `spec` cannot be helped so: by what `EngineConfig.proposer` names, or by a draft model. Specs are
+    enough: nothing needs to be loaded.  same: ids below it mean the same to both; None: nothing is known but their number."""
+    if draft is not None and same is None and draft.vocab != spec.vocab:
+        raise BadInput(f"the draft model has {draft.vocab} tokens, the model {spec.vocab}", "a proposal is a token of both",
+                       "use two models of one family")
+    if draft is not None and proposer is not None:
+        raise BadInput(f"both a draft model and the proposer {proposer!r} were asked for", "one of them proposes", "leave one of them out")
+    if proposer not in (None, "lookup", "mtp"):
+        raise BadInput(f"proposer {proposer!r} is not known", next="use lookup or mtp")
+    if proposer == "mtp" and not spec.mtp:
+        raise BadInput("this model has no layers of multi-token prediction", next="use the proposer lookup, or a draft model")
+    if is_stateful(spec):
+        raise BadInput("speculative decoding needs a cache that can forget its last tokens",
+                       "this model's linear attention keeps one state, which a refused token has changed", "leave --drafts at 0")
+    if draft is not None and is_stateful(draft):
+        raise BadInput("a model with linear attention cannot be the draft model", "its state cannot forget a refused token", "use another one")
 
 
 def drawn(requests: Sequence[Request], logits: Tensor, ahead: int) -> list[int]:
@@ -42,15 +62,13 @@ def drawn(requests: Sequence[Request], logits: Tensor, ahead: int) -> list[int]:
 
 
 class DraftModel:
-    """A smaller model with the same vocabulary proposes.  tokens: of its cache; a request that finds no room gets no proposals."""
+    """A smaller model with the same vocabulary proposes.  tokens: of its cache; a request that finds no room gets no proposals.
+    same: ids below it mean the same to both models, whose tables may be of different lengths; see `check_proposer`."""
 
-    def __init__(self, model: Decoder, vocab: int, tokens: int = 65536, places: int = 64):
-        if model.spec.vocab != vocab:
-            raise BadInput(f"the draft model has {model.spec.vocab} tokens, the model {vocab}", "a proposal is a token of both",
-                           "use two models of one family")
-        if is_stateful(model):
-            raise BadInput("a model with linear attention cannot be the draft model", "its state cannot forget a refused token", "use another one")
+    def __init__(self, model: Decoder, spec: DecoderSpec, tokens: int = 65536, places: int = 64, same: int | None = None):
+        check_proposer(spec, None, model.spec, same)
         self.model, self.places = model, places
+        self.same = min(n for n in (same, model.spec.vocab, spec.vocab) if n)
         self.pool = NoReuse(-(-tokens // BLOCK), BLOCK)
         self.runner = Runner(model, self.pool.blocks, BLOCK, places)
         self.twins: dict[Request, Request] = {}
@@ -70,7 +88,8 @@ class DraftModel:
                 part.request.computed += part.count
             if not going:
                 break  # all of them are still reading
-            for r, token in zip(going, drawn(going, torch.cat([logits[twins[r]] for r in going]), ahead), strict=True):
+            rows = torch.cat([logits[twins[r]][:, : self.same] for r in going])
+            for r, token in zip(going, drawn(going, rows, ahead), strict=True):
                 drafts[r].append(token)
                 twins[r].tokens.append(token)
         return [drafts[r] for r in requests]
@@ -78,15 +97,19 @@ class DraftModel:
     def _follow(self, r: Request) -> Request:
         """The twin, told what the request has become."""
         if r not in self.twins:
-            self.twins[r], self.known[r] = Request(r.prompt, r.params, r.seed), len(r.prompt)
+            self.twins[r], self.known[r] = Request(self._told(r.prompt), r.params, r.seed), len(r.prompt)
         twin, known = self.twins[r], self.known[r]
         same = known
         while same < min(len(twin.tokens), len(r.tokens)) and twin.tokens[same] == r.tokens[same]:
             same += 1
-        twin.tokens[same:] = r.tokens[same:]
+        twin.tokens[same:] = self._told(r.tokens[same:])
         twin.computed = min(twin.computed, same, len(r.tokens) - 1)
         self.known[r] = len(r.tokens)
         return twin
+
+    def _told(self, tokens: list[int]) -> list[int]:
+        """A prompt may hold ids that only the model has."""
+        return [t if t < self.same else 0 for t in tokens]
 
     def _part(self, twin: Request) -> Part | None:
         part = min(twin.behind, CATCH_UP)
@@ -125,12 +148,11 @@ class PredictionHead:
     """
 
     def __init__(self, model: Decoder, tokens: int, places: int):
-        if not model.spec.mtp:
-            raise BadInput("this model has no layers of multi-token prediction", next="use the proposer lookup, or a draft model")
+        check_proposer(model.spec, "mtp")
         self.model, self.device = model, model.embed.weight.device
         self.pool = NoReuse(-(-tokens // BLOCK), BLOCK)
         dtype = model.compute_dtype or model.embed.weight.dtype
-        self.pages = Pages(prediction_spec(model.spec, 1), self.pool.blocks, BLOCK, places, dtype=dtype, device=self.device)
+        self.pages = Pages(prediction_spec(model.spec, 1), self.pool.blocks, BLOCK, places, cache_codes("auto", dtype), self.device)
         self.trails: dict[Request, Trail] = {}
 
     def observe(self, parts: Sequence[Part], hidden: Tensor) -> None:

@@ -19,17 +19,17 @@ from torch import Tensor
 
 from pellucid.engine.batch import check_length
 from pellucid.engine.beam import Search, run_searches
-from pellucid.engine.core import Engine, EngineConfig, choose_room
-from pellucid.engine.drafting import DraftModel
+from pellucid.engine.core import Engine, EngineConfig, choose_room, drafts_of
+from pellucid.engine.drafting import check_proposer
 from pellucid.engine.params import SamplingParams
 from pellucid.engine.request import Request
 from pellucid.engine.stopping import cut
 from pellucid.errors import BadInput
 from pellucid.models import embed_texts, load
 from pellucid.models.embedding import read_recipe
-from pellucid.models.hub import local_folder, read_config
-from pellucid.nn import Decoder
-from pellucid.quant import bits_of, quantize
+from pellucid.models.hub import local_folder, read_config, spec_of
+from pellucid.nn import Decoder, DecoderSpec
+from pellucid.quant import bits_named, bits_of, quantize
 from pellucid.runtime import choose_device
 from pellucid.tokenizers import Tokenizer
 
@@ -79,38 +79,43 @@ class LLM:
 
     config: of the engine that answers.  max_batch: requests that run at a time, if the config does not say.  draft: a smaller model
     of the same vocabulary that proposes tokens (folder, Hub id or `Decoder`); what is written is the same without it.
+    quantize: round the weights to int8 or int4 while loading (the draft's too).
     """
 
     def __init__(
         self, model: str | os.PathLike[str] | Decoder, tokenizer: Tokenizer | None = None, *, dtype: str = "float32",
         device: str = "cpu", max_batch: int = 512, allow_missing: bool = False, config: EngineConfig | None = None,
-        draft: str | os.PathLike[str] | Decoder | None = None,
+        draft: str | os.PathLike[str] | Decoder | None = None, quantize: str | None = None,
     ):
-        if isinstance(model, Decoder):
-            if tokenizer is None:
-                raise TypeError("LLM(model, tokenizer): a model object needs its tokenizer")
-            self.model, self.tokenizer = model, tokenizer
-            self.folder: Path | None = None
-        else:
-            self.model = open_model(model, dtype, device, allow_missing)
-            self.folder = local_folder(model)
-            self.tokenizer = tokenizer or Tokenizer.load(model)
-        self.max_batch, self.config = max_batch, config or EngineConfig(running=max_batch, budget=2048, drafts=0 if draft is None else 4)
-        self.draft = draft if draft is None or isinstance(draft, Decoder) else open_model(draft, dtype, device, allow_missing)
+        if isinstance(model, Decoder) and tokenizer is None:
+            raise TypeError("LLM(model, tokenizer): a model object needs its tokenizer")
+        bits = bits_named(quantize)
+        self.folder: Path | None = None if isinstance(model, Decoder) else local_folder(model)
+        self.tokenizer = tokenizer or Tokenizer.load(self.folder)  # type: ignore[arg-type]
+        self.max_batch, self.config = max_batch, config or EngineConfig(running=max_batch, budget=2048)
+        self.same = None if draft is None else self._common(model, draft)
+        if drafts_of(self.config, draft is not None):  # before anything large is loaded
+            check_proposer(spec_at(model), self.config.proposer, None if draft is None else spec_at(draft), self.same)
+        self.model = model if isinstance(model, Decoder) else open_model(model, dtype, device, allow_missing, bits)
+        self.draft = draft if draft is None or isinstance(draft, Decoder) else open_model(
+            draft, dtype, device, allow_missing, None if bits_of(read_config(local_folder(draft))) else bits)
+
+    def _common(self, model: str | os.PathLike[str] | Decoder, draft: str | os.PathLike[str] | Decoder) -> int | None:
+        """Ids that mean the same to both models; None where there is no draft, or nothing but its number of tokens tells."""
+        if isinstance(draft, Decoder):
+            return None
+        return min(common_ids(self.tokenizer, Tokenizer.load(draft)), spec_at(model).vocab, spec_at(draft).vocab)
 
     @property
     def context(self) -> int:
         return getattr(self.model.spec, "limit", self.model.spec.context)
 
-    def engine(self, tokens: int | None = None, **options: Any) -> Engine:
+    def engine(self, tokens: int | None = None, config: EngineConfig | None = None, **options: Any) -> Engine:
         """A new engine for this model.  tokens: of its cache, if the config does not say.  options: of the config, that differ."""
-        config = replace(self.config, **options)
+        config = replace(config or self.config, **options)
         if config.cache_tokens is None and tokens is not None:
-            config = replace(config, cache_tokens=min(tokens, choose_room(self.model, config).value))
-        proposer = None
-        if self.draft is not None and config.drafts:
-            proposer = DraftModel(self.draft, self.model.spec.vocab, config.cache_tokens or 65536, config.running)
-        return Engine(self.model, self.tokenizer.eos_ids, config, self.tokenizer, proposer)
+            config = replace(config, cache_tokens=min(tokens, choose_room(self.model, config, self.draft).value))
+        return Engine(self.model, self.tokenizer.eos_ids, config, self.tokenizer, draft=self.draft, same=self.same)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None,
@@ -312,15 +317,34 @@ def is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
     return isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
 
 
+def spec_at(model: str | os.PathLike[str] | Decoder) -> DecoderSpec:
+    """Without loading it."""
+    spec = model.spec if isinstance(model, Decoder) else spec_of(read_config(local_folder(model, weights=False)))
+    if not isinstance(spec, DecoderSpec):
+        raise BadInput(f"{model} generates no text", f"it is a {type(spec).__name__.removesuffix('Spec').lower()} model", "give a language model")
+    return spec
+
+
+def common_ids(tokenizer: Tokenizer, draft: Tokenizer) -> int:
+    """Ids below it mean the same to both tokenizers; added tokens may differ. BadInput where their vocabularies are two."""
+    if tokenizer.source.data["model"].get("vocab") != draft.source.data["model"].get("vocab"):
+        raise BadInput("the draft model has another vocabulary", f"{draft.vocab_size} tokens and {tokenizer.vocab_size}: the same id is not the same text",
+                       "use two models of one family")
+    return min(tokenizer.vocab_size, draft.vocab_size)
+
+
 def open_model(
-    path_or_id: str | os.PathLike[str], dtype: str = "float32", device: str = "cpu", allow_missing: bool = False,
+    path_or_id: str | os.PathLike[str], dtype: str = "float32", device: str = "cpu", allow_missing: bool = False, bits: int | None = None,
 ) -> Decoder:
-    """The model of a folder or Hub id as it is to run: with INT8 or INT4 products where the folder holds such weights."""
+    """The model of a folder or Hub id as it is to run: with INT8 or INT4 products where the folder holds such weights, or `bits` asks
+    for them. Then each matrix is rounded from the file's own numbers, and its float form given back: both are never there as a whole."""
     folder = local_folder(path_or_id)
-    bits = bits_of(read_config(folder))
-    if bits is None:
+    stored = bits_of(read_config(folder))
+    if stored and bits not in (None, stored):
+        raise BadInput(f"{folder} holds INT{stored} weights", f"INT{bits} was asked for", "leave out --quantize, or give the float checkpoint")
+    if stored is None and bits is None:
         return load(folder, dtype=dtype, device=device, allow_missing=allow_missing)  # type: ignore[no-any-return]
     if choose_device(device).value.type != "cpu" and device != "auto":
-        raise BadInput(f"INT{bits} models do not run on {device} yet", "their products are made for the CPU",
+        raise BadInput(f"INT{stored or bits} models do not run on {device} yet", "their products are made for the CPU",
                        "use --device cpu, or the float checkpoint")
-    return quantize(load(folder), bits=bits)
+    return quantize(load(folder, dtype="float32" if stored else "auto", allow_missing=allow_missing), bits=stored or bits or 8, consume=True)

@@ -2,13 +2,22 @@
 
 from pellucid.quant.folder import bits_of, compress, is_int8
 from pellucid.quant.int4 import Int4Linear, choose_int4, int4_linear_reference, quantize_groups
-from pellucid.quant.int8 import Int8Linear, int8_linear_reference, is_quantized, quantize, quantize_rows, stored_bytes
+from pellucid.quant.int8 import (
+    Int8Linear,
+    bits_named,
+    int8_linear_reference,
+    is_quantized,
+    quantize,
+    quantize_rows,
+    stored_bytes,
+)
 from pellucid.quant.kernels import choose_kernel
 from pellucid.quant.measure import measure
 
 __all__ = [
     "Int4Linear",
     "Int8Linear",
+    "bits_named",
     "bits_of",
     "choose_int4",
     "choose_kernel",

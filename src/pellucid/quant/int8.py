@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pellucid.errors import BadInput, PellucidError
 from pellucid.nn import Decoder, Linear
 from pellucid.quant.int4 import GROUP, Int4Linear, quantize_groups
-from pellucid.quant.kernels import Kernel, choose_kernel
+from pellucid.quant.kernels import Kernel, Native, choose_kernel
 
 Activations = Literal["token", "tensor"]
 SMALLEST = 1e-30  # rows whose largest value is below it count as zero
@@ -77,6 +77,8 @@ class Int8Linear(nn.Module):
         return y.view(*x.shape[:-1], self.outputs)
 
     def _by_token(self, rows: Tensor) -> Tensor:
+        if isinstance(self.kernel, Native):
+            return self.kernel.by_token(rows, self.packed)
         # Rounded before the kernel rounds: adding its zero point in float32 would move values that are near a half.
         largest = rows.abs().amax(-1, keepdim=True)  # six times as fast as the infinity norm
         factor = torch.div(self.limit, largest.clamp_min_(SMALLEST))
@@ -110,8 +112,9 @@ class Int8Linear(nn.Module):
 
 
 @torch.no_grad()
-def quantize(model: Decoder, activations: Activations = "token", kernel: str = "auto", bits: int = 8) -> Decoder:
-    """A copy of `model` (eval mode, float32 around the products); the model itself is left as it is.
+def quantize(model: Decoder, activations: Activations = "token", kernel: str = "auto", bits: int = 8, consume: bool = False) -> Decoder:
+    """A copy of `model` (eval mode, float32 around the products); the model itself is left as it is, or with `consume` gives up
+    each matrix as it is rounded, and is of no use afterwards.
 
     All matrices become `Int8Linear`, the head too. The embedding is rounded in the same way and kept as float32 rows to
     gather from; a tied head has its codes, so the file holds them once. Norms and biases stay. `kernel`: "auto", or the
@@ -129,9 +132,12 @@ def quantize(model: Decoder, activations: Activations = "token", kernel: str = "
         return Int8Linear(codes.cpu(), scale.cpu(), bias, parts, activations, chosen)
 
     def small_layer(m: Linear) -> nn.Module:
-        if bits == 4 and m is not model.head and m.weight.shape[1] % GROUP == 0:
-            return Int4Linear(*quantize_groups(m.weight.cpu()), m.bias, m.parts)
-        return layer(*quantize_rows(m.weight), m.bias, m.parts)
+        weight = m.weight
+        if consume:
+            m.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
+        if bits == 4 and m is not model.head and weight.shape[1] % GROUP == 0:
+            return Int4Linear(*quantize_groups(weight.cpu()), m.bias, m.parts)
+        return layer(*quantize_rows(weight), m.bias, m.parts)
 
     codes, scale = quantize_rows(model.embed.weight)
     # deepcopy takes what its memo holds instead of copying: no float copy of a matrix is ever made
@@ -147,6 +153,13 @@ def quantize(model: Decoder, activations: Activations = "token", kernel: str = "
 def check_bits(bits: int) -> None:
     if bits not in (4, 8):
         raise BadInput(f"weights of {bits} bits are not known", next="use 8 or 4")
+
+
+def bits_named(name: str | None) -> int | None:
+    """int8 -> 8, int4 -> 4, None -> None."""
+    if name not in (None, "int8", "int4"):
+        raise BadInput(f"weights cannot be quantized to {name!r}", next="use int8 or int4")
+    return None if name is None else int(name.removeprefix("int"))
 
 
 def is_quantized(model: nn.Module) -> bool:

@@ -1,13 +1,15 @@
-"""What INT8 or INT4 saves and how fast it is, beside the same model in float32 and bfloat16 on this machine."""
+"""What INT8 and INT4 save and how fast they are, and what they cost in perplexity, beside the same model in float32 and bfloat16."""
 
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from pellucid.nn import Decoder, KVCache
 from pellucid.quant.int4 import Int4Linear, choose_int4
@@ -15,6 +17,8 @@ from pellucid.quant.int8 import Int8Linear, quantize, stored_bytes
 from pellucid.quant.kernels import choose_kernel
 
 PROMPT = 32
+GOALS = {"int8": 0.005, "int4": 0.03}
+"""How much more perplexity than bfloat16's is accepted."""
 Step = Callable[[torch.Tensor, KVCache], torch.Tensor]  # tokens (B,), cache -> logits (B, V)
 
 
@@ -47,6 +51,26 @@ def measure(
         "tokens_per_second": speeds,
         "speedup": {b: s[name] / s["float32"] for b, s in speeds.items()},
     }
+
+
+@torch.inference_mode()
+def perplexity(model: Decoder, tokens: torch.Tensor, rows: int = 16) -> float:
+    """tokens (N, T): exp of the mean -log p of every token that has one before it in its row. As served: through the model's own head."""
+    nats = 0.0
+    for some in tokens.split(rows):
+        logits = model.logits(model.hidden(some)[:, :-1]).float()
+        nats += float(F.cross_entropy(logits.flatten(0, 1), some[:, 1:].flatten(), reduction="sum"))
+    return math.exp(nats / (tokens.shape[0] * (tokens.shape[1] - 1)))
+
+
+def quality(model: Decoder, tokens: torch.Tensor) -> dict[str, Any]:
+    """A float model on a text, tokens (N, T): "perplexity" of it in float32, bfloat16, int8 and int4; how much "more" than bfloat16's
+    that is; which "goals" are met."""
+    variants = {"float32": lambda: plain(model, torch.float32), "bfloat16": lambda: plain(model, torch.bfloat16),
+                "int8": lambda: quantize(model), "int4": lambda: quantize(model, bits=4)}
+    found = {name: perplexity(make(), tokens) for name, make in variants.items()}
+    more = {name: value / found["bfloat16"] - 1 for name, value in found.items() if name != "bfloat16"}
+    return {"perplexity": found, "more": more, "met": {name: more[name] <= most for name, most in GOALS.items()}}
 
 
 def name_of(small: Decoder) -> str:

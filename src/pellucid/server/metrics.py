@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pellucid.engine.async_llm import AsyncLLM
+from pellucid.engine.core import accepted_at
 from pellucid.engine.latency import Histogram
 from pellucid.server.registry import Registry, Served
 
@@ -17,6 +18,8 @@ Row = tuple[dict[str, str], float]
 GAUGES = {
     "vllm:num_requests_running": ("Requests that run", lambda e: len(e.engine.scheduler.running)),
     "vllm:num_requests_waiting": ("Requests that wait", lambda e: len(e.engine.scheduler.waiting)),
+    "vllm:spec_decode_draft_acceptance_rate": (
+        "Share of the proposed tokens that was accepted, since the start", lambda e: e.totals["accepted_tokens"] / max(1, e.totals["proposed_tokens"])),
     "vllm:kv_cache_usage_perc": ("Share of the cache's blocks in use; 1 is all", lambda e: 1 - e.engine.cache.available() / e.engine.cache.blocks),
 }
 COUNTERS = {  # name -> (help, the engine's total)
@@ -25,6 +28,7 @@ COUNTERS = {  # name -> (help, the engine's total)
     "vllm:prefix_cache_queries": ("Tokens of prompts that were looked for in the prefix cache", "prompt_tokens"),
     "vllm:prefix_cache_hits": ("Tokens of prompts that the prefix cache held", "hit_tokens"),
     "vllm:num_preemptions": ("Times that a running request gave way", "preemptions"),
+    "vllm:spec_decode_num_drafts": ("Times that tokens were proposed to a request by speculative decoding", "proposals"),
     "vllm:spec_decode_num_draft_tokens": ("Tokens proposed by speculative decoding", "proposed_tokens"),
     "vllm:spec_decode_num_accepted_tokens": ("Of these, accepted", "accepted_tokens"),
 }
@@ -44,6 +48,8 @@ def exposition(registry: Registry) -> str:
         lines += family(name, "gauge", text, ((labels(e), value(e)) for e in engines))
     for name, (text, total) in COUNTERS.items():
         lines += family(f"{name}_total", "counter", text, ((labels(e), e.totals[total]) for e in engines))
+    places = (({**labels(e), "position": str(i)}, e.totals[accepted_at(i)]) for e in engines for i in range(e.engine.drafts))
+    lines += family("vllm:spec_decode_num_accepted_tokens_per_pos_total", "counter", "Tokens accepted at each place of a proposal", places)
     reasons = (({**labels(e), "finished_reason": reason}, count) for e in engines for reason, count in sorted(e.reasons.items()))
     lines += family("vllm:request_success_total", "counter", "Samples that ended, by reason", reasons)
     for name, (text, field) in HISTOGRAMS.items():

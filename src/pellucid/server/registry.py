@@ -139,12 +139,12 @@ class VectorModel:
         return about(self) | {"root": self.name, "parent": None}
 
 
-def open_model(path: str, device: str = "cpu", allow_missing: bool = False) -> LLM | VectorModel:
-    """What a folder or Hub id holds: a model that generates, or an encoder."""
+def open_model(path: str, config: EngineConfig | None = None, *, device: str = "cpu", **options: Any) -> LLM | VectorModel:
+    """What a folder or Hub id holds: a model that generates, or an encoder.  options: of the former, see `LLM`."""
     _, place = read_recipe(local_folder(path))
     if shape_of(spec_of(read_config(place))) is Encoder:
         return VectorModel.open(path, path, device)
-    return LLM(path, device=device, allow_missing=allow_missing)
+    return LLM(path, device=device, config=config, **options)
 
 
 def about(model: Served | VectorModel) -> dict[str, Any]:
