@@ -93,7 +93,8 @@ class Experts(nn.Module):
     def __init__(self, spec: MoE, site: Site):
         super().__init__()
         self.spec = spec
-        E, I, D = spec.experts, spec.hidden, site.dim
+        first, last = spec.held or (0, spec.experts)
+        E, I, D = last - first, spec.hidden, site.dim
         self.router = Router(spec, D)
         self.experts = nn.ModuleDict({
             "gate_up": ExpertLinear(E, D, (I, I), spec.expert_bias), "down": ExpertLinear(E, I, (D,), spec.expert_bias)})
@@ -107,7 +108,7 @@ class Experts(nn.Module):
         if ctx is not None and ctx.routing is not None:
             ctx.routing.real, ctx.routing.rows = real, x.shape[0]
             ctx.routing.add(self.spec, logits, chosen)
-        y = experts(rows, pairs, self.weights).view(x.shape)
+        y = experts(rows, pairs if self.spec.held is None else pairs.of(*self.spec.held), self.weights).view(x.shape)
         if self.shared is None:
             return y
         same = self.shared(x)

@@ -171,6 +171,7 @@ class MoE:
     shared_gate: bool = False  # it is multiplied by sigmoid(gate x)
     capacity: float | None = None  # tokens an expert takes at most in training, in shares of an even load; the others are dropped
     expert_choice: bool = False  # experts choose tokens (arXiv 2202.09368)
+    held: tuple[int, int] | None = None  # of several processes this one has the experts from .. to; None: all
     # What keeps the experts busy in training, and changes no number of the model:
     aux_loss: float = field(default=0.0, compare=False)  # weight of the balance loss
     balance: str = field(default="switch", compare=False)  # switch: over all tokens and layers; sequence: DeepSeek-V3's, within each

@@ -20,6 +20,11 @@ class Pairs:
     weights: Tensor
     counts: list[int]
 
+    def of(self, first: int, last: int) -> Pairs:
+        """Those of the experts first..last."""
+        here = slice(sum(self.counts[:first]), sum(self.counts[:last]))
+        return Pairs(self.tokens[here], self.weights[here], self.counts[first:last])
+
 
 def pairs_by_expert(weights: Tensor, chosen: Tensor, experts: int, real: Tensor | None = None, capacity: int | None = None) -> Pairs:
     """weights, chosen (N, k), as from `route`. real (N,): False for padding, which goes to no expert.

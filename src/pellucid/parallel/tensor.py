@@ -1,0 +1,134 @@
+"""Tensor parallelism: every process computes with its part of each layer, and sums make the results whole.
+
+    q, k, v = rows of W x        heads of this process            partial = o[:, mine] heads        x + sum of partials
+    gate, up = rows of W x       channels, or experts, of it      partial = down[:, mine] ...       x + sum of partials
+
+So a layer needs two sums over the processes (Megatron-LM, arXiv 1909.08053). They stand in hooks on mixer and feed-forward: the
+blocks are the ordinary ones. The embedding looks up its own rows and sums; the head gives the logits of its own rows, which
+are gathered. All that is computed from whole states (norms, routers) is computed by all, and is the same.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pellucid.errors import BadInput
+from pellucid.models.families import family_of
+from pellucid.models.hub import allocate, blank, main_layers, read_config, spec_of, tied_as_stored
+from pellucid.models.names import Piece, targets
+from pellucid.models.weights import Weights
+from pellucid.nn import Decoder, DecoderSpec
+from pellucid.parallel.group import Group
+from pellucid.parallel.split import Cut, Slice, cuts, part_spec
+from pellucid.runtime import forget_pages
+
+
+class DecoderPart(Decoder):
+    """What one process holds and computes of a decoder: called by all of them with the same tokens, it gives the whole's results.
+
+    spec: of the part (heads and widths are its own; `vocab` is the whole's).  whole: the spec of all together.
+    """
+
+    def __init__(self, whole: DecoderSpec, share: Slice, group: Group):
+        spec = part_spec(whole, share)
+        rows = -(-whole.vocab // share.size) if share.mixers else whole.vocab
+        super().__init__(replace(spec, vocab=rows))
+        self.spec, self.whole, self.share, self.group = spec, whole, share, group
+        self.rows = rows
+        if share.mixers:
+            layer: Any
+            for layer in self.layers:
+                layer.mixer.register_forward_hook(self._summed)
+                layer.ffn.register_forward_hook(self._summed)
+
+    def _summed(self, module: nn.Module, inputs: Any, partial: Tensor) -> Tensor:
+        return self.group.sum(partial)
+
+    def embedded(self, tokens: Tensor) -> Tensor:
+        if not self.share.mixers or self.share.size == 1:
+            return super().embedded(tokens)
+        own = tokens - self.share.rank * self.rows
+        here = (own >= 0) & (own < self.rows)
+        return self.group.sum(super().embedded(own.clamp(0, self.rows - 1)) * here[..., None])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        own = super().logits(hidden)
+        if not self.share.mixers or self.share.size == 1:
+            return own
+        return self.group.gather(own).movedim(0, -2).flatten(-2)[..., : self.whole.vocab]
+
+
+def load_part(
+    folder: Path, share: Slice, group: Group, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+) -> tuple[DecoderPart, int]:
+    """The part of a checkpoint's model, in eval mode, and the bytes that were read for it: of unquantized tensors its own slices.
+    Raises BadInput where the model cannot be cut so, and for what `pellucid.load` refuses."""
+    spec = spec_of(read_config(folder))
+    if not isinstance(spec, DecoderSpec):
+        raise BadInput(f"{folder} holds no decoder", "only decoders are served by several processes", "use one process")
+    with ExitStack() as stack:
+        weights = Weights(folder, stack, family_of(spec))
+        spec = tied_as_stored(spec, weights)
+        whole: Any = blank(spec)
+        if spec.mtp and not weights.hold(whole, "mtp.", main_layers(whole)):
+            spec = replace(spec, mtp=())
+            whole = blank(spec)
+        weights.check(whole, main_layers(whole))
+        with torch.device("meta"):
+            part = DecoderPart(spec, share, group)
+        allocate(part, dtype, torch.device(device))
+        read = fill_part(part, whole, weights, share)
+    return part.eval(), read
+
+
+@torch.no_grad()
+def fill_part(part: DecoderPart, whole: Decoder, weights: Weights, share: Slice) -> int:
+    """Every parameter pulls its slices of the Hub's tensors; returns the bytes read."""
+    found, parameters, read = dict(cuts(whole, part, share)), dict(part.named_parameters()), 0
+    for name, cut in found.items():
+        if cut.empty or cut.rows is not None:  # zeros where nothing comes: rows that fill up the vocabulary
+            parameters[name].zero_()
+    for name, parameter, piece in targets(whole, weights.family.names, main_layers(whole), weights):
+        if (cut := found.get(name)) is None or cut.empty or (cut.experts and piece.expert is not None and not cut.experts[0] <= piece.expert < cut.experts[1]):
+            continue  # of a layer that the part leaves out, or of others
+        coded = piece.name not in weights.where or any(scales in weights.where for scales in weights.companions(piece.name))
+        tensor = weights.get(piece.name)
+        for mine, theirs in _pairs(cut, piece, parameter, parameters[name], tensor):
+            mine.copy_(theirs)
+            read += 0 if coded else theirs.nbytes
+        read += tensor.nbytes if coded else 0  # codes are decoded whole
+        if not coded:
+            forget_pages(tensor.data_ptr(), tensor.nbytes)
+    return read
+
+
+def _pairs(cut: Cut, piece: Piece, whole: Tensor, part: Tensor, tensor: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """(view of the part's parameter, view of the Hub's tensor) of one shape, for what both hold."""
+    if cut.experts is not None:
+        start, stop = cut.experts
+        if piece.expert is not None:
+            return [(replace(piece, expert=piece.expert - start).ours(part), piece.theirs(tensor))]
+        return [(piece.ours(part), piece.theirs(tensor)[start:stop])]
+    if cut.rows is None and cut.columns is None:
+        return [(piece.ours(part), piece.theirs(tensor))]
+    a, b = piece.rows or (0, len(whole))
+    theirs = piece.theirs(tensor)
+    if piece.transposed and piece.within is None:
+        theirs = theirs.mT
+    if cut.columns is not None:
+        assert piece.within is None, "no file stores grouped rows of a matrix that is cut by columns"
+        return [(part[a:b], theirs.narrow(-1, cut.columns[0], cut.columns[1] - cut.columns[0]))]
+    views, at, width = [], 0, piece.within[1] if piece.within else 1
+    for start, stop in cut.rows or ():
+        x, y = max(a, start), min(b, stop)
+        if x < y:
+            mine = part.narrow(0, at + x - start, y - x)
+            views.append((mine.unflatten(0, (-1, width)) if piece.within else mine, theirs.narrow(0, (x - a) // width, (y - x) // width)))
+        at += stop - start
+    return views
