@@ -81,6 +81,11 @@ class Request:
         return len(self.tokens) - self.computed
 
     @property
+    def writing(self) -> bool:
+        """Its tokens are computed up to the last one (drafts apart): a step gives it its next."""
+        return self.behind - self.drafts <= 1
+
+    @property
     def limit(self) -> int:
         """Tokens that it may come to hold."""
         return len(self.prompt) + self.params.max_tokens

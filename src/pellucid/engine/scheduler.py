@@ -1,7 +1,8 @@
 """Who computes which tokens in the next step: continuous batching without a prefill or a decode phase.
 
-A step has a budget of tokens. Running requests come first (by priority, then arrival), each with as many tokens as it is
-behind; then waiting ones are admitted while budget, places and blocks last. A request is admitted only if the blocks of
+A step has a budget of tokens. Running requests come first, each with as many tokens as it is behind: those that are writing
+(one token each, so that nobody waits for another's prompt), then those whose prompts are not read yet, by priority and
+arrival; then waiting ones are admitted while budget, places and blocks last. `pace` can bound a step's time as well. A request is admitted only if the blocks of
 its first part are there, and starts behind what the prefix cache holds of it. When blocks run out, the last of the running
 ones gives way: its blocks go back, it waits at the head of the queue and is computed again (or its blocks' content is kept
 in host memory: `swap`).
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from pellucid.engine.pace import Pace
 from pellucid.engine.prefix_cache import PrefixCache
 from pellucid.engine.request import Request, State
 from pellucid.errors import BadInput
@@ -77,16 +79,16 @@ class Fair:
 
 class Scheduler:
     """budget: tokens of a step.  places: requests that run at a time.  chunk: most prompt tokens of one request in a step.
-    swap: preempted requests keep their computed blocks outside instead of computing them again."""
+    swap: preempted requests keep their computed blocks outside instead of computing them again.  pace: a bound on a step's time."""
 
     def __init__(
         self, cache: PrefixCache, *, budget: int = 512, places: int = 64, chunk: int | None = None, context: int = 2**31,
-        order: Order = first_come, swap: bool = False,
+        order: Order = first_come, swap: bool = False, pace: Pace | None = None,
     ):
         if budget < 1 or places < 1 or (chunk is not None and chunk < 1):
             raise BadInput("budget, places and chunk of a scheduler are at least 1")
         self.cache, self.budget, self.places, self.chunk, self.context = cache, budget, places, chunk or budget, context
-        self.order, self.swap = order, swap
+        self.order, self.swap, self.pace = order, swap, pace
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.arrivals = 0
@@ -128,15 +130,18 @@ class Scheduler:
 
     def plan(self) -> Plan:
         plan, left = Plan(), self.budget
-        for request in sorted(self.running, key=lambda r: (r.priority, r.number)):
-            most = left if request.drafts else min(left, self.chunk)  # drafts are no part of a prompt
-            if left and request.state is State.RUNNING and (count := min(request.behind, most)):
+        if self.pace:
+            self.pace.begin((r.computed, r.behind) for r in self.running if r.writing)
+        for request in sorted(self.running, key=lambda r: (not r.writing, r.priority, r.number)):
+            if left and request.state is State.RUNNING and (count := min(left, request.behind) if request.writing
+                                                            else self._chunk(request.computed, request.behind, left)):
                 if request.drafts and count < request.behind:  # no budget for guesses
                     self._drop_drafts(request)
                     count = min(request.behind, left)
                 if self._make_room(request, count, plan):
                     plan.parts.append(Part(request, request.computed, count))
                     left -= count
+                    self._take(plan.parts[-1])
         if not plan.preempted:
             self._admit(plan, left)
         return plan
@@ -153,10 +158,19 @@ class Scheduler:
             if extra > 0:
                 self.cache.release(r.blocks[-extra:])
                 del r.blocks[-extra:]
-            if part.count > 1:
-                self.cache.publish(r)
+            if part.count > 1 or (part.start < len(r.prompt) and r.computed % self.cache.size == 0):
+                self.cache.publish(r)  # blocks that generation fills are told of when it ends
         if isinstance(self.order, Fair):
             self.order.count(plan)
+
+    def _chunk(self, start: int, behind: int, left: int) -> int:
+        """Tokens of a prompt that this step has time for."""
+        most = min(behind, left, self.chunk)
+        return self.pace.largest(start, most) if self.pace and most else most
+
+    def _take(self, part: Part) -> None:
+        if self.pace and not part.request.writing:
+            self.pace.take(part.start, part.count)
 
     def _make_room(self, request: Request, count: int, plan: Plan) -> bool:
         """Blocks for `count` more tokens; others, of lower priority or later, give way. False if the request itself had to."""
@@ -202,7 +216,9 @@ class Scheduler:
         hit = min(len(found) * self.cache.size, len(request.tokens) - 1, request.reusable)
         found = found[: hit // self.cache.size]  # a block that is written again must be its own
         hit = len(found) * self.cache.size
-        count = min(len(request.tokens) - hit, left, self.chunk)
+        count = self._chunk(hit, len(request.tokens) - hit, left)
+        if not count:
+            return left
         self.cache.claim(found)
         wanted = self._blocks(hit + count) - len(found)
         if wanted > self.cache.available():
@@ -213,10 +229,11 @@ class Scheduler:
             request.hit = hit
         self._run(request, plan)
         plan.parts.append(Part(request, hit, count))
+        self._take(plan.parts[-1])
         return left - count
 
     def _swap_in(self, request: Request, plan: Plan, left: int) -> int:
-        count = min(request.behind, left, self.chunk)
+        count = self._chunk(request.computed, request.behind, left)
         wanted = self._blocks(request.computed + count)
         if wanted > self.cache.available():
             return left
@@ -225,6 +242,7 @@ class Scheduler:
         self._run(request, plan)
         if count:
             plan.parts.append(Part(request, request.computed, count))
+            self._take(plan.parts[-1])
         return left - count
 
     def _run(self, request: Request, plan: Plan) -> None:
