@@ -30,8 +30,8 @@ class Inspect(Common):
     """Show how the model's tokenizer cuts this text, with ids.
     显示该模型的分词器如何切分这段文字及其编号。"""
     cache_dtype: str = "bfloat16"
-    """Number format of the cache that is counted: float32, bfloat16, float16.
-    计算缓存大小所用的数值格式：float32、bfloat16、float16。"""
+    """Number format of the cache that is counted: float32, bfloat16, float16, fp8, int8 (the last two with a scale a token and head).
+    计算缓存大小所用的数值格式：float32、bfloat16、float16、fp8、int8（后两者每个词元每个头另有一个缩放因子）。"""
 
 
 def inspect(config: Inspect) -> None:

@@ -19,23 +19,51 @@ from torch import Tensor
 from pellucid.engine.request import Request
 from pellucid.nn.count import cache_shapes
 from pellucid.nn.specs import DecoderSpec
+from pellucid.ops.cache_codes import CacheCodes
+
+
+class Entries:
+    """One tensor of those that a mixer keeps of each token.  codes (N, K, d) in `format`, scales (N, K) where that has them."""
+
+    def __init__(self, form: CacheCodes, slots: int, heads: int, width: int, device: torch.device):
+        self.format = form
+        self.codes = torch.zeros(slots, heads, width, dtype=form.kept, device=device)
+        self.scales = None if form.top is None else torch.zeros(slots, heads, dtype=torch.bfloat16, device=device)
+
+    @property
+    def scales_or_none(self) -> Tensor:
+        """(N, K), or (0, 0)."""
+        return self.codes.new_empty(0, 0, dtype=torch.bfloat16) if self.scales is None else self.scales
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.codes] if self.scales is None else [self.codes, self.scales]
+
+    def write(self, where: Tensor, new: Tensor) -> None:
+        """new (n, K, d) to the slots where (n,)"""
+        for kept, fresh in zip(self.tensors, self.format.encode(new), strict=False):
+            kept[where] = fresh
+
+    def read(self, where: Tensor, dtype: torch.dtype) -> Tensor:
+        """(*where.shape, K, d)"""
+        return self.format.decode(self.codes[where], None if self.scales is None else self.scales[where], dtype)
 
 
 class Pages:
-    """entries[layer]: tensors (N, K, d).   states[layer]: name -> (places, ...), made when a mixer first writes one."""
+    """entries[layer]: what its mixer keeps of tokens, in the format of `codes`.   states[layer]: name -> (places, ...), made when
+    a mixer first writes one, in the mixer's own dtype (see ops/cache_codes.py why not in codes)."""
 
     def __init__(
-        self, spec: DecoderSpec, blocks: int, size: int, places: int, *, dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
+        self, spec: DecoderSpec, blocks: int, size: int, places: int, codes: CacheCodes, device: torch.device | str = "cpu",
     ):
-        self.size, self.places, self.device = size, places, torch.device(device)
-        self.entries = [[torch.zeros(blocks * size, heads, width, dtype=dtype, device=device)
-                         for heads, width in cache_shapes(layer.mixer)] for layer in spec.layers]
+        self.size, self.places, self.device, self.codes = size, places, torch.device(device), codes
+        self.entries = [[Entries(codes, blocks * size, heads, width, self.device) for heads, width in cache_shapes(layer.mixer)]
+                        for layer in spec.layers]
         self.states: list[dict[str, Tensor]] = [{} for _ in spec.layers]
 
     @property
     def bytes_per_block(self) -> int:
-        return sum(t[0].nbytes * self.size for entries in self.entries for t in entries)
+        return sum(t[0].nbytes * self.size for layer in self.entries for kept in layer for t in kept.tensors)
 
     def slots(self, blocks: Sequence[int], start: int, stop: int) -> Tensor:
         """(stop - start,) where the tokens start..stop of a request lie."""
@@ -45,14 +73,14 @@ class Pages:
     def copy_out(self, blocks: Sequence[int], tokens: int, place: int | None) -> Saved:
         """What a request's first `tokens` left, in memory of its own on the host: for swapping."""
         where = self.slots(blocks, 0, tokens)
-        entries = [[t[where].to("cpu", copy=True) for t in layer] for layer in self.entries]
+        entries = [[t[where].to("cpu", copy=True) for kept in layer for t in kept.tensors] for layer in self.entries]
         states = [{} if place is None else {name: t[place].to("cpu", copy=True) for name, t in layer.items()} for layer in self.states]
         return Saved(tokens, entries, states)
 
     def copy_in(self, blocks: Sequence[int], place: int, saved: Saved) -> None:
         where = self.slots(blocks, 0, saved.tokens)
         for layer, old in zip(self.entries, saved.entries, strict=True):
-            for t, part in zip(layer, old, strict=True):
+            for t, part in zip((t for kept in layer for t in kept.tensors), old, strict=True):
                 t[where] = part.to(self.device)
         for held, state in zip(self.states, saved.states, strict=True):
             for name, part in state.items():
@@ -61,7 +89,7 @@ class Pages:
 
 @dataclass
 class Saved:
-    """A request's cache outside of the blocks."""
+    """A request's cache outside of the blocks, as it was kept: codes and scales."""
 
     tokens: int
     entries: list[list[Tensor]]
@@ -98,11 +126,12 @@ class Rows:
         return found
 
     def extend(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
-        """new (B, K, T, d) written behind what is there -> all of it (B, K, S, d), right-aligned; see `key_mask`."""
+        """new (B, K, T, d) written behind what is there -> all of it (B, K, S, d), right-aligned; see `key_mask`. In the dtype of the
+        new ones; also they come back as they are kept, so that it makes no difference how a prompt is cut."""
         gathered = []
         for kept, fresh in zip(self.pages.entries[layer], new, strict=True):
-            kept[self.write] = fresh.transpose(1, 2).flatten(0, 1).to(kept.dtype)
-            gathered.append(kept[self.read].transpose(1, 2))
+            kept.write(self.write, fresh.transpose(1, 2).flatten(0, 1))
+            gathered.append(kept.read(self.read, fresh.dtype).transpose(1, 2))
         return tuple(gathered)
 
     def advance(self, tokens: int) -> None:

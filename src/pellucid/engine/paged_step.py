@@ -19,6 +19,8 @@ from pellucid.engine.paged_cache import Pages
 from pellucid.engine.scheduler import Part
 from pellucid.nn import Attn, Decoder
 
+READABLE = (torch.float32, torch.bfloat16, torch.uint8, torch.int8)
+"""What a cache may hold for the kernels to read it (uint8: e4m3)."""
 MOST_PAIRS = 2**17
 """Pairs of a token and one before it, in a step: more of them are faster as products (about 2 ns a pair and head entry of 32)."""
 
@@ -65,8 +67,9 @@ class PagedStep(CompiledStep):
         self.attended = self._buffer("attended", spec.heads * spec.head_dim)
         q_weight, k_weight = map(array, (mixer.q_norm.weight, mixer.k_norm.weight)) if spec.qk_norm else (self.nothing, self.nothing)
         eps, positions = mixer.q_norm.eps if spec.qk_norm else 0.0, array(cache.positions)
-        keys, values = map(array, cache.pages.entries[index])
+        keys, values = cache.pages.entries[index]
+        kept = array(keys.codes), array(values.codes), array(keys.scales_or_none), array(values.scales_or_none)
         write, attend = self.paged.attend_kernels(spec.head_dim, spec.heads // spec.kv_heads)
-        write(qkv, k_weight, eps, *self.tables[spec.rope], positions, array(cache.into), keys, values)
+        write(qkv, k_weight, eps, *self.tables[spec.rope], positions, array(cache.into), *kept, keys.format.top or 0.0)
         attend(qkv, q_weight, eps, *self.tables[spec.rope], positions, array(cache.request), array(cache.slots), spec.window or 0,
-               spec.head_dim**-0.5, keys, values, array(self.attended))
+               spec.head_dim**-0.5, *kept, array(self.attended))

@@ -15,26 +15,33 @@ from torch import Tensor
 from pellucid.engine.adapters import applied
 from pellucid.engine.decode import unsuited
 from pellucid.engine.paged_cache import Pages, Rows, Saved
-from pellucid.engine.paged_step import PagedBatch, PagedStep
+from pellucid.engine.paged_step import READABLE, PagedBatch, PagedStep
 from pellucid.engine.request import Request
 from pellucid.engine.sampler import best
 from pellucid.engine.scheduler import Part, Plan
 from pellucid.nn import Decoder
 from pellucid.nn.context import Context, Segment, open_context
+from pellucid.ops import choose_jit
+from pellucid.ops.cache_codes import CacheCodes, cache_codes
+from pellucid.runtime import Choice
 
 PROMPT_ROWS = 64
 """Places of a prompt whose log-probabilities are made at a time."""
 
 
 class Runner:
-    """Holds the pages. `places`: requests that can be in the engine at a time (for constant states)."""
+    """Holds the pages. `places`: requests that can be in the engine at a time (for constant states).  codes: the cache's format, by
+    default the numbers that the model computes with.
 
-    def __init__(self, model: Decoder, blocks: int, size: int, places: int, dtype: torch.dtype | None = None):
+    path: 'compiled' or 'flat', and why: whether steps run by compiled kernels. Long prompts and adapters take the flat pass in any case.
+    """
+
+    def __init__(self, model: Decoder, blocks: int, size: int, places: int, codes: CacheCodes | None = None):
         self.model = model
         self.device, self.dtype = model.embed.weight.device, model.compute_dtype or model.embed.weight.dtype
-        self.pages = Pages(model.spec, blocks, size, places, dtype=dtype or self.dtype, device=self.device)
-        suited = unsuited(model) is None and self.pages.entries[0][0].dtype == self.dtype
-        self.compiled = PagedStep(model) if suited else None
+        self.pages = Pages(model.spec, blocks, size, places, codes or cache_codes("auto", self.dtype), self.device)
+        self.path = choose_path(model, self.pages.codes)
+        self.compiled = PagedStep(model) if self.path.value == "compiled" else None
         self.free_places = list(range(places - 1, -1, -1))
         self.place_of: dict[Request, int] = {}
         self.swapped: dict[Request, Saved] = {}
@@ -148,6 +155,14 @@ class Runner:
     def _free_place(self, request: Request) -> None:
         if request in self.place_of:
             self.free_places.append(self.place_of.pop(request))
+
+
+def choose_path(model: Decoder, codes: CacheCodes) -> Choice:
+    """How a step runs, with the reason."""
+    why = unsuited(model)
+    if why is None and codes.kept not in READABLE:
+        why = f"a cache of {codes.name} has no compiled kernel"
+    return Choice("flat", why) if why else Choice("compiled", f"{choose_jit().reason}; attention reads {codes.name} where it lies")
 
 
 def segments_of(parts: Sequence[Part]) -> list[list[Part]]:

@@ -24,6 +24,7 @@ from pellucid.nn.specs import (
     Streaming,
     VisionSpec,
 )
+from pellucid.ops.cache_codes import CacheCodes
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,11 @@ def cache_shapes(mixer: Any) -> list[tuple[int, int]]:
 def cache_entries(mixer: Any) -> int:
     """Numbers that one token leaves in the mixer's cache."""
     return sum(heads * width for heads, width in cache_shapes(mixer))
+
+
+def cache_bytes(mixer: Any, codes: CacheCodes) -> int:
+    """Bytes that one token leaves in the mixer's cache, kept in that format."""
+    return sum(codes.bytes(heads, width) for heads, width in cache_shapes(mixer))
 
 
 def layer_norms(layer: Layer, norm: int) -> int:

@@ -19,9 +19,9 @@ from pellucid.models import known
 from pellucid.models.families import unwrapped
 from pellucid.models.hub import local_folder, read_config, shape_of, spec_of
 from pellucid.models.weights import stored_dtypes
-from pellucid.nn.count import cache_entries, count, forward_flops, image_flops, layer_norms
+from pellucid.nn.count import cache_bytes, count, forward_flops, image_flops, layer_norms
 from pellucid.nn.specs import DecoderSpec, DualEncoderSpec, EncoderDecoderSpec, Layer, MoE
-from pellucid.runtime import dtype_of
+from pellucid.ops.cache_codes import CacheCodes, cache_codes
 from pellucid.tokenizers import Tokenizer
 
 AHEAD = "multi-token prediction"
@@ -120,7 +120,7 @@ class Inspection:
     def cross_bytes_per_source_token(self) -> int:
         """What a token of the source leaves for the attentions that cross, in `cache_dtype`; 0 where there are none."""
         crossing = [layer.cross for layer in self.spec.decoder if layer.cross] if isinstance(self.spec, EncoderDecoderSpec) else []
-        return sum(map(cache_entries, crossing)) * dtype_of(self.cache_dtype).itemsize
+        return sum(cache_bytes(mixer, cache_codes(self.cache_dtype)) for mixer in crossing)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, as `--json` prints it."""
@@ -146,7 +146,7 @@ def inspect(target: str | os.PathLike[str], *, cache_dtype: str = "bfloat16") ->
     folder, fields = found(target)
     spec = spec_of(fields)
     text = unwrapped(fields)
-    width = dtype_of(cache_dtype).itemsize
+    codes = cache_codes(cache_dtype)
     decoder = isinstance(spec, DecoderSpec)
     quantization = fields.get("quantization_config")
     quantized = quantization.get("quant_method") if isinstance(quantization, dict) else None
@@ -154,7 +154,7 @@ def inspect(target: str | os.PathLike[str], *, cache_dtype: str = "bfloat16") ->
         name=str(target), spec=spec, shape=shape_of(spec).__name__, cache_dtype=cache_dtype,
         dtype=str(quantized or text.get("dtype") or text.get("torch_dtype") or "unknown"),
         parts=decoder_parts(spec) if decoder else built_parts(spec),
-        kinds=kinds_of(spec, width) if isinstance(spec, DecoderSpec | EncoderDecoderSpec) else [],
+        kinds=kinds_of(spec, codes) if isinstance(spec, DecoderSpec | EncoderDecoderSpec) else [],
         stored=stored_dtypes(folder) if folder else {}, tokenizer=tokenizer_facts(folder) if folder else {})
 
 
@@ -220,11 +220,11 @@ def built_parts(spec: Any) -> list[Part]:
     return [Part(name, parameters, parameters) for name, parameters in total.items()]
 
 
-def kinds_of(spec: DecoderSpec | EncoderDecoderSpec, width: int) -> list[Kind]:
-    """Layers that write and are alike stand together, with what they keep in cache entries of `width` bytes (states: 4 bytes)."""
+def kinds_of(spec: DecoderSpec | EncoderDecoderSpec, codes: CacheCodes) -> list[Kind]:
+    """Layers that write and are alike stand together, with what they keep (cache entries in that format, states in 4 bytes)."""
     alike: dict[Layer, list[int]] = {}
     for index, layer in enumerate(spec.layers):
         alike.setdefault(layer, []).append(index)
     return [Kind(numbers, type(layer.mixer).__name__, type(layer.ffn).__name__,
-                 cache_entries(layer.mixer) * width * len(numbers), 4 * count(layer.mixer, spec.dim).state * len(numbers))
+                 cache_bytes(layer.mixer, codes) * len(numbers), 4 * count(layer.mixer, spec.dim).state * len(numbers))
             for layer, numbers in alike.items()]

@@ -1,7 +1,8 @@
 """The words that all kernels are written with: bfloat16 as bits, a fast exponential, tensors as arrays.
 
-numba knows no bfloat16: such tensors go in as their bits (uint16), `wide` turns an element into a float32 and
-`narrow` rounds one back. Both cost one or two instructions and vectorise.
+numba knows no bfloat16 and no float8: such tensors go in as their bits (uint16, uint8 for e4m3), `wide` turns an element into
+a float32 and `narrow` rounds one back. Both cost a few instructions and vectorise. int8 are the codes of a cache
+(ops/cache_codes.py).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def bits_of(typingctx: Any, number: Any) -> Any:
 
 
 def wide(x: Any) -> Any:
-    """An element of a float32 array, or of a bfloat16 array given as bits -> float32."""
+    """An element of a float32 or int8 array, or of a bfloat16 or e4m3 array given as bits -> float32."""
 
 
 @overload(wide, inline="always")
@@ -39,14 +40,19 @@ def _wide(x: Any) -> Any:
     def from_bits(x: Any) -> Any:
         return float_of(np.uint32(x) << np.uint32(16))
 
+    def from_e4m3(x: Any) -> Any:  # its exponent and mantissa at their places in a float32, whose exponents begin 120 lower
+        bits = np.uint32(x)
+        number = float_of((bits & np.uint32(0x7F)) << np.uint32(20) | (bits & np.uint32(0x80)) << np.uint32(24))
+        return number * np.float32(2.0**120)
+
     def as_it_is(x: Any) -> Any:
         return np.float32(x)
 
-    return from_bits if x == types.uint16 else as_it_is
+    return from_bits if x == types.uint16 else from_e4m3 if x == types.uint8 else as_it_is
 
 
 def narrow(value: Any, like: Any) -> Any:
-    """float32 -> an element of the kind of `like`; bfloat16 to nearest, ties to even."""
+    """float32 -> an element of the kind of `like`, to nearest, ties to even; codes stop at their largest, 448 and 127."""
 
 
 @overload(narrow, inline="always")
@@ -55,10 +61,22 @@ def _narrow(value: Any, like: Any) -> Any:
         bits = bits_of(np.float32(value))
         return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
+    def as_e4m3(value: Any, like: Any) -> Any:
+        bits = bits_of(np.float32(value))
+        size = bits & np.uint32(0x7FFFFFFF)
+        code = ((size + np.uint32(0x7FFFF) + ((size >> np.uint32(20)) & np.uint32(1))) >> np.uint32(20)) - np.uint32(120 << 3)
+        small = np.uint32(np.rint(min(np.abs(np.float32(value)), np.float32(1.0)) * np.float32(512.0)))  # below 2^-6: steps of 2^-9
+        below = np.uint32(size < np.uint32(121 << 23))
+        code = below * small + (np.uint32(1) - below) * min(code, np.uint32(0x7E))
+        return np.uint8(code | (bits >> np.uint32(24)) & np.uint32(0x80))
+
+    def as_int8(value: Any, like: Any) -> Any:
+        return np.int8(min(max(np.rint(np.float32(value)), np.float32(-127.0)), np.float32(127.0)))
+
     def as_it_is(value: Any, like: Any) -> Any:
         return np.float32(value)
 
-    return rounded if like == types.uint16 else as_it_is
+    return {types.uint16: rounded, types.uint8: as_e4m3, types.int8: as_int8}.get(like, as_it_is)
 
 
 @njit(inline="always", fastmath=FAST)

@@ -1,7 +1,9 @@
 """Attention that reads a paged cache where it lies: every token of a step is a row, whatever request it belongs to.
 
 Legend: N tokens of the step, B requests, H query heads, K key/value heads, G = H / K, d head dim, S slots of the longest request,
-P positions. Arrays are float32, or bfloat16 as bits. A token at position p of request b reads slots[b, 0 .. p].
+P positions. A token at position p of request b reads slots[b, 0 .. p]. Arrays are float32, or bfloat16 as bits; keys and values also
+codes of 8 bits with a scale for each slot and head (ops/cache_codes.py), which a row's sum is multiplied by, not its entries.
+Scales are (slots, K) bfloat16 as bits, or empty.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
+from pellucid.ops.cache_codes import TINY
 from pellucid.ops.compiled import kernel_cache
 from pellucid.ops.jit.decode import _read_head, exp_from_top
 from pellucid.ops.jit.lanes import FAST, narrow, wide
@@ -61,6 +64,28 @@ def mix(shares: Array, values: Array, kh: int, slots: Array, mixed: Array, d: in
         s += 1
 
 
+@njit(fastmath=FAST, cache=True)
+def rescale(scores: Array, scales: Array, kh: int, slots: Array) -> None:
+    """scores[s] *= scales[slots[s], kh]"""
+    for s in range(scores.size):
+        scores[s] *= wide(scales[slots[s], kh])
+
+
+@njit(fastmath=FAST, error_model="numpy", cache=True)
+def keep(head: Array, into: Array, scales: Array, slot: int, kh: int, top: float, d: int) -> None:
+    """into[slot, kh] = head (d,), in codes up to `top` where there are scales."""
+    row, over = into[slot, kh], np.float32(1)
+    if scales.size:
+        largest = np.float32(0)
+        for i in range(d):
+            largest = max(largest, abs(head[i]))
+        scale = narrow(max(largest / np.float32(top), np.float32(TINY)), scales[slot, kh])
+        scales[slot, kh] = scale
+        over = np.float32(1) / wide(scale)
+    for i in range(d):
+        row[i] = narrow(head[i] * over, row[i])
+
+
 @cache
 def attend_kernels(d: int, G: int) -> tuple[Callable[..., None], Callable[..., None]]:
     """(write, attend) for heads of d entries and G query heads to a key/value head; both numbers are compiled in."""
@@ -73,6 +98,7 @@ def _write_kernel(d: int, G: int) -> Callable[..., None]:
     @njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
     def write(
         qkv: Array, k_weight: Array, eps: float, cos: Array, sin: Array, positions: Array, into: Array, keys: Array, values: Array,
+        k_scales: Array, v_scales: Array, top: float,
     ) -> None:
         """qkv (N, (H + 2K) d): k, normed and turned, and v go to the slots into (N,) of keys, values (slots, K, d)."""
         K = keys.shape[1]
@@ -80,10 +106,10 @@ def _write_kernel(d: int, G: int) -> Callable[..., None]:
             n, kh = pair // K, pair % K
             row, p, head = qkv[n], positions[n], np.empty(d, np.float32)
             _read_head(row, (K * G + kh) * d, k_weight, eps, cos[p], sin[p], 1.0, head, d)
-            k, v = keys[into[n], kh], values[into[n], kh]
+            keep(head, keys, k_scales, into[n], kh, top, d)
             for i in range(d):
-                k[i] = narrow(head[i], k[i])
-                v[i] = narrow(wide(row[(K * G + K + kh) * d + i]), v[i])
+                head[i] = wide(row[(K * G + K + kh) * d + i])
+            keep(head, values, v_scales, into[n], kh, top, d)
 
     return write  # type: ignore[no-any-return]
 
@@ -93,7 +119,7 @@ def _attend_kernel(d: int, G: int) -> Callable[..., None]:
     @njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
     def attend(
         qkv: Array, q_weight: Array, eps: float, cos: Array, sin: Array, positions: Array, request: Array, slots: Array, window: int,
-        scale: float, keys: Array, values: Array, out: Array,
+        scale: float, keys: Array, values: Array, k_scales: Array, v_scales: Array, out: Array,
     ) -> None:
         """out (N, H d): token n, of request[n], attends to slots[request[n], 0 .. positions[n]], the last `window` of them (0: all)."""
         K = keys.shape[1]
@@ -106,7 +132,11 @@ def _attend_kernel(d: int, G: int) -> Callable[..., None]:
             for g in range(G):
                 _read_head(row, (kh * G + g) * d, q_weight, eps, cos[p], sin[p], scale, head, d)
                 dots(head, keys, kh, mine, scores, d)
+                if k_scales.size:
+                    rescale(scores, k_scales, kh, mine)
                 total = exp_from_top(scores)
+                if v_scales.size:
+                    rescale(scores, v_scales, kh, mine)
                 mix(scores, values, kh, mine, mixed, d)
                 for i in range(d):
                     out[n, (kh * G + g) * d + i] = narrow(mixed[i] / total, out[n, i])
