@@ -39,12 +39,32 @@ def test_a_seeded_request_gives_the_same_whatever_runs_beside_it(model):
     alone = [sampled(s) for s in range(4)]
     for r in alone:
         run(model, [r], prefix="none")
-    for options in ({}, {"budget": 3}, {"cache_tokens": 120}, {"prefix": "radix"}, {"drafts": 4}, {"drafts": 4, "cache_tokens": 120, "swap": True}):
+    for options in ({}, {"budget": 3}, {"cache_tokens": 120}, {"prefix": "radix"}, {"drafts": 4}, {"drafts": 4, "cache_tokens": 120, "swap": True},
+                    {"order": "planned"}, {"step_seconds": 1e-6}, {"step_seconds": 1e-6, "prefix": "none", "cache_tokens": 120}):
         together = [sampled(s) for s in range(4)]
         run(model, [*together, *(sampled(50 + i, prompt=range(3, 9 + i)) for i in range(5))], **options)
         assert [r.output for r in together] == [r.output for r in alone]
         for a, b in zip(alone, together, strict=True):
             assert torch.allclose(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-4)
+
+
+def test_a_step_has_no_time_for_a_whole_prompt(model):
+    """With hardly any time a prompt comes in the smallest pieces once the engine knows what steps cost; without the bound in one."""
+    counts = {}
+    for bound in (None, 1e-6):
+        engine = Engine(model, eos=[1], config=EngineConfig(cache_tokens=600, block=4, step_seconds=bound))
+        engine.add(sampled(0, new=60, ignore_eos=True))
+        for _ in range(20):
+            engine.step()
+        engine.add(prompt := sampled(1, prompt=range(2, 34), new=2))
+        parts = []
+        with events.subscribed(lambda e: parts.append(e.tokens) if e.kind == "engine_step" else None):
+            while prompt.state is not State.FINISHED:
+                engine.step()
+        counts[bound] = max(parts)
+    assert counts == {None: 33, 1e-6: 17}
+    with pytest.raises(BadInput, match="not possible"):
+        Engine(model, config=EngineConfig(step_seconds=0.0))
 
 
 def test_speculation_accepts_what_repeats_and_counts_it(model):

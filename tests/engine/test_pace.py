@@ -73,7 +73,7 @@ def test_who_writes_comes_before_prompts_and_prompts_share_what_is_left():
     first = pace.largest(0, 1000)
     pace.take(0, first)
     parts = [(400, 1)] * 20 + [(0, first)]
-    assert taken(parts) <= 0.05 * 1.001 < taken(parts[:-1] + [(0, first + 2)])
+    assert taken(parts) <= 0.05 * 1.001 < taken([*parts[:-1], (0, first + 2)])
     assert pace.largest(0, 1000) in (0, 1)  # a second prompt waits for the next step
     pace.begin([(400, 1)] * 500)  # no time left at all: the first prompt moves all the same
     assert pace.largest(0, 1000) == LEAST

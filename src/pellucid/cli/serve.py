@@ -86,9 +86,12 @@ class Serve(RunsModel):
     prefix: Literal["chain", "radix", "radix-cost", "none"] = "chain"
     """Prefix cache: chain of block hashes, radix tree (exact to the token; radix-cost evicts what is cheapest to lose), or none.
     前缀缓存：分块哈希链、基数树（精确到词元；radix-cost 先淘汰损失最小者）或不用。"""
-    order: Literal["first-come", "longest-hit", "depth-first", "fair"] = "first-come"
+    order: Literal["first-come", "longest-hit", "depth-first", "planned", "fair"] = "first-come"
     """Who is admitted first: the oldest, the longest hit in the prefix cache, depth first by prefix, or the key or salt served least.
     准入次序：先到先得、前缀命中最长、按前缀深度优先，或得到服务最少的密钥。"""
+    step_ms: float | None = None
+    """Longest step in milliseconds: prompts are read in smaller pieces, so that answers on their way keep their pace.
+    每步的最长毫秒数：提示被切成更小的块读取，使正在进行的回答保持速度。"""
     budget: int = 512
     """Tokens computed in a step; prompts longer than that are cut into chunks.
     每步计算的词元数；更长的提示会被分块。"""
@@ -135,7 +138,8 @@ def serve(config: Serve) -> None:
     with bind(config.host, config.port) as listener:  # before the model is loaded: a taken port is told at once
         prepare(config, seed=None)
         engine = EngineConfig(cache_tokens=config.cache_tokens, prefix=config.prefix, order=config.order, running=config.running,
-                              budget=config.budget, **config.proposing())
+                              budget=config.budget, step_seconds=None if config.step_ms is None else config.step_ms / 1e3,
+                              **config.proposing())
         models = {name: opened(name, path, config, engine) for name, path in zip(names, config.models)}
         app = create_app(models, api_key=keys, waiting=config.waiting, engine=engine, max_tokens=config.max_tokens, timeout=config.timeout,
                          max_body=config.max_body, form=config.tool_format, tracing=config.otel, adapters=config.adapters)

@@ -20,6 +20,8 @@ from pellucid import events
 from pellucid.engine.adjust import Adjuster, Place
 from pellucid.engine.drafting import DraftModel, PredictionHead, check_proposer, is_stateful
 from pellucid.engine.hash_chain import HashChain
+from pellucid.engine.ordering import Planned
+from pellucid.engine.pace import Pace
 from pellucid.engine.params import SamplingParams
 from pellucid.engine.planning import depth_first
 from pellucid.engine.prefix_cache import NoReuse, PrefixCache
@@ -41,7 +43,7 @@ from pellucid.tokenizers import Tokenizer
 DRAFTS = 4
 """Tokens proposed at a time where nobody says how many."""
 ORDERS: dict[str, Callable[[], Order]] = {"first-come": lambda: first_come, "longest-hit": lambda: longest_hit,
-                                     "depth-first": lambda: depth_first, "fair": Fair}
+                                     "depth-first": lambda: depth_first, "planned": Planned, "fair": Fair}
 
 
 @dataclass
@@ -86,9 +88,11 @@ class EngineConfig:
     """Most prompt tokens of one request in a step; by default the budget."""
     running: int = 64
     """Requests that run at a time."""
+    step_seconds: float | None = None
+    """A step's time is kept under this by computing less of the prompts in it; those who are writing get a token in every step."""
     order: str = "first-come"
     """Who is admitted first: first-come, longest-hit (in the prefix cache), depth-first (through the tree of the waiting prompts' prefixes),
-    fair (the namespace served least)."""
+    planned (the next few so that the fewest tokens are computed, by dynamic programming), fair (the namespace served least)."""
     swap: bool = False
     """Preempted requests keep their cache in host memory instead of computing it again."""
     drafts: int | None = None
@@ -115,6 +119,8 @@ class Engine:
         c = config = config or EngineConfig()
         if c.order not in ORDERS:
             raise BadInput(f"order {c.order!r} is not known", next=f"use one of {', '.join(ORDERS)}")
+        if c.step_seconds is not None and not c.step_seconds > 0:
+            raise BadInput(f"a step of {c.step_seconds} seconds is not possible", next="give a time above 0, or none")
         self.model, self.eos, self.config, self.tokenizer = model, set(eos), config, tokenizer
         codes = codes_for(model, c)
         self.stop = None if tokenizer is None else StopTexts(tokenizer)
@@ -128,7 +134,7 @@ class Engine:
         self.cache = make_cache(c.prefix, model, -(-self.room.value // size), size)
         self.runner = runner(model, self.cache.blocks, size, c.running, codes)
         self.scheduler = Scheduler(self.cache, budget=c.budget, places=c.running, chunk=c.chunk, context=model.spec.limit,
-                                   order=ORDERS[c.order](), swap=c.swap)
+                                   order=ORDERS[c.order](), swap=c.swap, pace=Pace(c.step_seconds) if c.step_seconds else None)
         self.proposer = proposer or self._choose_proposer(c, draft, same)
         if isinstance(self.proposer, PredictionHead):
             self.runner.observer = self.proposer.observe
@@ -195,6 +201,8 @@ class Engine:
         planned = time.perf_counter()
         logits = self.runner.step(plan)
         given = self._sample(logits) if logits else []
+        if self.scheduler.pace:
+            self.scheduler.pace.observe([(p.start, p.count) for p in plan.parts], time.perf_counter() - start)
         self.scheduler.done(plan)
         for r, _ in given:
             for follower in self.held.pop(r, ()):
