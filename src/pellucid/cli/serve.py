@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 add({
     "serve.ready": ("{name}: weights loaded in {loaded} s, first pass in {warm} s", "{name}：加载权重 {loaded} 秒，首次前向 {warm} 秒"),
+    "serve.cache": ("{name}: cache of {tokens} tokens in {dtype} ({why}); attention: {path} ({reason})",
+                    "{name}：缓存 {tokens} 个词元，格式 {dtype}（{why}）；注意力：{path}（{reason}）"),
     "serve.stop": ("Ctrl-C: stop", "Ctrl-C 停止"),
     "serve.open": ("warning: everybody who reaches {host}:{port} can use this model",
                    "警告：凡能访问 {host}:{port} 者均可使用此模型"),
@@ -98,6 +100,19 @@ class Serve(RunsModel):
     adapters: Path | None = None
     """Folder of LoRA adapters (PEFT's format), one a subfolder: each is a model of its own name, and more can be loaded while it runs.
     LoRA 适配器目录（PEFT 格式），每个子目录一个：各以其名作为模型，运行中可继续加载。"""
+    tp: int = 1
+    """Processes that share every layer of a model: heads, channels and experts (tensor parallelism). Each reads its part of the weights.
+    分摊模型每一层（注意力头、通道、专家）的进程数（张量并行）；各进程只读取自己的权重。"""
+    dp: int = 1
+    """Engines beside each other, each with all weights; requests go to the one that has their prefix, or the emptiest. Goes with --tp.
+    并列的引擎数，各持全部权重；请求分给已有其前缀者或最空闲者。可与 --tp 合用。"""
+    dp_attention: int = 1
+    """Processes with requests and cache of their own that share feed-forwards and experts: for latent attention, whose cache --tp would hold
+    several times.
+    各有请求与缓存、共享前馈层与专家的进程数：适合潜在注意力（--tp 会重复存放其缓存）。"""
+    disaggregate: bool = False
+    """One process computes prompts, another goes on with the answers: long prompts do not hold up running answers.
+    一个进程计算提示，另一个继续生成：长提示不会拖慢正在进行的回答。"""
     tool_format: str | None = None
     """How the model writes tool calls: hermes, qwen3-coder, deepseek, deepseek-dsml, llama-json, pythonic, mistral, harmony; by default
     what its chat template shows.
@@ -143,6 +158,8 @@ def serve(config: Serve) -> None:
         models = {name: opened(name, path, config, engine) for name, path in zip(names, config.models)}
         app = create_app(models, api_key=keys, waiting=config.waiting, engine=engine, max_tokens=config.max_tokens, timeout=config.timeout,
                          max_body=config.max_body, form=config.tool_format, tracing=config.otel, adapters=config.adapters)
+        for served in app.state.desk.registry.engines:
+            tell_cache(served.name, served.engine)
         url = url_of(listener)
         emit(Serving(f"{url}/v1", ", ".join(names), bool(keys)))
         print(f"{', '.join(names)}: {url}/v1   ({say('serve.stop')})\n  {example(url, names[0], bool(keys))}", file=sys.stderr)
@@ -159,11 +176,21 @@ def opened(name: str, path: str, config: Serve, engine: EngineConfig) -> Any:
     from pellucid.server.registry import open_model
 
     began = time.perf_counter()
-    model = open_model(path, engine, **config.opening())
+    model = open_model(path, engine, **config.opening(), tp=config.tp, dp=config.dp, dp_attention=config.dp_attention,
+                       disaggregate=config.disaggregate)
     loaded = time.perf_counter() - began
+    if isinstance(model, LLM) and model.layout.processes > 1:
+        return model  # its processes load and warm up when the engine is made, and tell it themselves
     warm = warm_up(model.model) if isinstance(model, LLM) else 0.0
     note(say("serve.ready", name=name, loaded=f"{loaded:.1f}", warm=f"{warm:.1f}"))
     return model
+
+
+def tell_cache(name: str, engine: Any) -> None:
+    """How much the engine's cache holds and in which format, and by which path it is read."""
+    if runner := getattr(engine, "runner", None):  # of this process
+        note(say("serve.cache", name=name, tokens=f"{engine.room.value:,}", why=engine.room.reason, dtype=runner.pages.codes.name,
+                 path=runner.path.value, reason=runner.path.reason))
 
 
 @contextlib.contextmanager

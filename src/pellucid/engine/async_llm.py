@@ -27,6 +27,7 @@ from pellucid import events
 from pellucid.engine.adapters import Adapter
 from pellucid.engine.batch import check_length
 from pellucid.engine.core import Engine, EngineConfig
+from pellucid.engine.fleet import Fleet
 from pellucid.engine.job import Choice, Job, Reader, TextReader, per_token
 from pellucid.engine.latency import Latencies
 from pellucid.engine.llm import LLM, Chunk, Completion, Prompt, RequestOutput
@@ -34,6 +35,7 @@ from pellucid.engine.params import SamplingParams
 from pellucid.engine.request import Request, State
 from pellucid.errors import PellucidError
 from pellucid.nn import Decoder
+from pellucid.parallel import RankDied
 from pellucid.tokenizers import Tokenizer
 
 T = TypeVar("T")
@@ -75,6 +77,8 @@ class AsyncLLM:
         self.latencies = Latencies()
         self.reasons: dict[str, int] = {}  # how many samples ended for which reason
         self.llm.model.eval()
+        self.dead: RankDied | None = None  # the process that died, where several work
+        self.when_dead: Callable[[], None] | None = None
         self.engine = self._new_engine()
         self._past: dict[str, int] = {}  # totals of engines that failed
         self._open: set[Job] = set()
@@ -149,8 +153,8 @@ class AsyncLLM:
     def call_soon(self, function: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future()
         with self._wake:
-            if self._closing:
-                raise Closed("the engine is shutting down")
+            if self._closing or self.dead is not None:
+                raise self.dead or Closed("the engine is shutting down")
             self._calls.append((function, future))
             self._wake.notify()
         return future
@@ -183,6 +187,8 @@ class AsyncLLM:
         else:
             self._check(requests)
         with self._wake:
+            if self.dead is not None:
+                raise self.dead
             if self._closing:
                 raise Closed("the engine is shutting down")
             if self.waiting is not None and len(self._open) >= self.config.running + self.waiting:
@@ -199,6 +205,7 @@ class AsyncLLM:
             self._dropped += self._open
             self._wake.notify()
         self._thread.join()
+        self.llm.close()
 
     async def __aenter__(self) -> AsyncLLM:
         return self
@@ -209,7 +216,10 @@ class AsyncLLM:
     # --- the engine's thread ------------------------------------------------------------------------------------------
 
     def _new_engine(self) -> Engine:
-        return self.llm.engine(config=self.config)
+        engine = self.llm.engine(config=self.config)
+        if isinstance(engine, Fleet):
+            engine.on_death = self._die
+        return engine
 
     def _check(self, requests: list[Request]) -> None:
         with self._checking:
@@ -225,11 +235,16 @@ class AsyncLLM:
     def _loop(self) -> None:
         while True:
             with self._wake:
-                while not (self._new or self._dropped or self._calls or self.engine.busy or self._closing):
+                while not (self._new or self._dropped or self._calls or self.engine.busy or self._closing or self.dead):
                     self._wake.wait()
                 new, self._new = self._new, []
                 dropped, self._dropped = self._dropped, []
                 calls, self._calls = self._calls, []
+            if self.dead is not None:
+                self._fail(self.dead)
+                for _, future in calls:
+                    future.set_exception(self.dead)
+                return
             try:
                 for job in new:
                     self._start(job)
@@ -239,6 +254,8 @@ class AsyncLLM:
                     answer(function, future)
                 if self.engine.busy:
                     self._step()
+            except RankDied as error:
+                self._die(error)
             except Exception as error:  # whatever it is, the clients must hear of it, and the next ones must be served
                 self._fail(error)
             with self._wake:
@@ -309,11 +326,20 @@ class AsyncLLM:
     def _fail(self, error: Exception) -> None:
         """Everybody in the engine hears of it; a new engine serves those who come."""
         with self._wake:
-            jobs = [job for job in self._open if job not in self._new]
-        self._past = self.totals
-        self.engine, self._queued = self._new_engine(), []
+            jobs = [job for job in self._open if job not in self._new or self.dead]
+        if self.dead is None:
+            self._past = self.totals
+            self.engine, self._queued = self._new_engine(), []
         for job in jobs:
             self._end(job, error)
+
+    def _die(self, error: RankDied) -> None:
+        """Of several processes one has died: nobody can be served any more. From any thread."""
+        with self._wake:
+            self.dead = self.dead or error
+            self._wake.notify()
+        if self.when_dead is not None:
+            self.when_dead()
 
 
 def answer(function: Callable[[], Any], future: Future[Any]) -> None:

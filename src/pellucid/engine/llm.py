@@ -21,13 +21,15 @@ from pellucid.engine.batch import check_length
 from pellucid.engine.beam import Search, run_searches
 from pellucid.engine.core import Engine, EngineConfig, choose_room, drafts_of
 from pellucid.engine.drafting import check_proposer
+from pellucid.engine.fleet import Fleet
+from pellucid.engine.layout import Layout
 from pellucid.engine.params import SamplingParams
-from pellucid.engine.request import Request
+from pellucid.engine.request import Request, State
 from pellucid.engine.stopping import cut
 from pellucid.errors import BadInput
 from pellucid.models import embed_texts, load
 from pellucid.models.embedding import read_recipe
-from pellucid.models.hub import local_folder, read_config, spec_of
+from pellucid.models.hub import blank, local_folder, read_config, spec_of
 from pellucid.nn import Decoder, DecoderSpec
 from pellucid.quant import bits_named, bits_of, quantize
 from pellucid.runtime import choose_device
@@ -79,14 +81,18 @@ class LLM:
 
     config: of the engine that answers.  max_batch: requests that run at a time, if the config does not say.  draft: a smaller model
     of the same vocabulary that proposes tokens (folder, Hub id or `Decoder`); what is written is the same without it.
-    quantize: round the weights to int8 or int4 while loading (the draft's too).
+    quantize: round the weights to int8 or int4 while loading (the draft's too).  tp, dp, dp_attention, disaggregate: work by several
+    processes, which run until `close`; see engine/layout.py.
     """
 
     def __init__(
         self, model: str | os.PathLike[str] | Decoder, tokenizer: Tokenizer | None = None, *, dtype: str = "float32",
         device: str = "cpu", max_batch: int = 512, allow_missing: bool = False, config: EngineConfig | None = None,
-        draft: str | os.PathLike[str] | Decoder | None = None, quantize: str | None = None,
+        draft: str | os.PathLike[str] | Decoder | None = None, quantize: str | None = None, tp: int = 1, dp: int = 1, dp_attention: int = 1,
+        disaggregate: bool = False,
     ):
+        self.layout = Layout(tp, dp, dp_attention, disaggregate)
+        self.fleet: Fleet | None = None
         if isinstance(model, Decoder) and tokenizer is None:
             raise TypeError("LLM(model, tokenizer): a model object needs its tokenizer")
         bits = bits_named(quantize)
@@ -96,9 +102,27 @@ class LLM:
         self.same = None if draft is None else self._common(model, draft)
         if drafts_of(self.config, draft is not None):  # before anything large is loaded
             check_proposer(spec_at(model), self.config.proposer, None if draft is None else spec_at(draft), self.same)
+        if self.layout.processes > 1:
+            self._spread(model, draft, dict(dtype=dtype, device=device, allow_missing=allow_missing, quantize=quantize))
+            return
         self.model = model if isinstance(model, Decoder) else open_model(model, dtype, device, allow_missing, bits)
         self.draft = draft if draft is None or isinstance(draft, Decoder) else open_model(
             draft, dtype, device, allow_missing, None if bits_of(read_config(local_folder(draft))) else bits)
+
+    def _spread(self, model: str | os.PathLike[str] | Decoder, draft: Any, options: dict[str, Any]) -> None:
+        """The weights will be in other processes, which are started when an engine is asked for."""
+        if self.folder is None or draft is not None:
+            raise BadInput(f"{'a model object' if self.folder is None else 'a draft model'} cannot be spread over processes",
+                           "each of them reads its part from a folder", "give a folder or Hub id, and no draft model")
+        spec = spec_at(model)
+        self.layout.check(spec)
+        self.model, self.draft, self._options = blank(spec), None, options  # type: ignore[assignment]
+
+    def close(self) -> None:
+        """Ends the processes that work for this object, if there are any."""
+        if self.fleet is not None:
+            self.fleet.close()
+            self.fleet = None
 
     def _common(self, model: str | os.PathLike[str] | Decoder, draft: str | os.PathLike[str] | Decoder) -> int | None:
         """Ids that mean the same to both models; None where there is no draft, or nothing but its number of tokens tells."""
@@ -111,11 +135,22 @@ class LLM:
         return getattr(self.model.spec, "limit", self.model.spec.context)
 
     def engine(self, tokens: int | None = None, config: EngineConfig | None = None, **options: Any) -> Engine:
-        """A new engine for this model.  tokens: of its cache, if the config does not say.  options: of the config, that differ."""
+        """A new engine for this model.  tokens: of its cache, if the config does not say.  options: of the config, that differ. Where
+        several processes work it is one for all, with all that memory allows."""
+        if self.layout.processes > 1:
+            return self._fleet(config or self.config)
         config = replace(config or self.config, **options)
         if config.cache_tokens is None and tokens is not None:
             config = replace(config, cache_tokens=min(tokens, choose_room(self.model, config, self.draft).value))
         return Engine(self.model, self.tokenizer.eos_ids, config, self.tokenizer, draft=self.draft, same=self.same)
+
+    def _fleet(self, config: EngineConfig) -> Fleet:
+        if self.fleet is not None and self.fleet.config != config:
+            self.close()
+        if self.fleet is None:
+            assert self.folder is not None
+            self.fleet = Fleet(self.folder, self.layout, self.model.spec, self.tokenizer, config, **self._options)
+        return self.fleet
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None,
@@ -188,6 +223,7 @@ class LLM:
         if any(len(word) != 1 for word in words):
             raise BadInput("this tokenizer writes yes or no as several tokens", "their probabilities cannot be read in one place",
                            "score by likelihood or embedding")
+        self._here("a score by yes or no")
         prompts = [self.chat_ids([{"role": "system", "content": JUDGE}, {"role": "user", "content": QUESTION.format(instruction, *pair)}], thinking=False)
                    for pair in texts]
         for p in prompts:
@@ -209,6 +245,7 @@ class LLM:
     def embed(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
         """texts -> (N, D) float32 of length 1, with the pooling that the folder states, else of each text's last token. Encoders,
         which can do nothing else here, and all options: `pellucid.models.embed_texts`."""
+        self._here("a vector")
         recipe = None if self.folder is None else read_recipe(self.folder)[0]
         return embed_texts(self.model, texts, tokenizer=self.tokenizer, recipe=recipe, batch_size=batch_size)
 
@@ -239,14 +276,21 @@ class LLM:
         return self._stream(engine, request)
 
     def _stream(self, engine: Engine, request: Request) -> Iterator[Chunk]:
-        decoder, shown, text, held = self.tokenizer.stream(), 0, "", []
+        engine.add(request)
+        try:
+            yield from self._pieces(engine, request)
+        finally:
+            engine.cancel(request)  # nothing where it has ended
+
+    def _pieces(self, engine: Engine, request: Request) -> Iterator[Chunk]:
+        decoder, shown, text = self.tokenizer.stream(), 0, ""
+        held: list[int] = []
         ends, stops = {*self.tokenizer.eos_ids, *request.params.stop_token_ids}, request.params.stop
         longest_stop = max((len(s) for s in stops), default=0)
-        engine.add(request)
-        while engine.busy:
+        while request.state is not State.FINISHED:
             with self._evaluating():
                 given = engine.step()
-            for _, tokens in given:
+            for tokens in [tokens for r, tokens in given if r is request]:
                 held += tokens
                 done = request.finish_reason
                 text += "".join(decoder.add(t) for i, t in enumerate(tokens) if not (done == "stop" and i == len(tokens) - 1 and t in ends))
@@ -283,6 +327,10 @@ class LLM:
         block = self.config.block
         longest = sorted((-(-r.limit // block) * block for r in requests), reverse=True)[: self.config.running]
         return self.engine(max(sum(longest), 1), running=max(len(longest), 1))
+
+    def _here(self, what: str) -> None:
+        if self.layout.processes > 1:
+            raise BadInput(f"{what} needs the whole model in this process", "it works in others here", "use one process, or a score by likelihood")
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

@@ -95,8 +95,9 @@ def fill_part(part: DecoderPart, whole: Decoder, weights: Weights, share: Slice)
         if cut.empty or cut.rows is not None:  # zeros where nothing comes: rows that fill up the vocabulary
             parameters[name].zero_()
     for name, parameter, piece in targets(whole, weights.family.names, main_layers(whole), weights):
-        if (cut := found.get(name)) is None or cut.empty or (cut.experts and piece.expert is not None and not cut.experts[0] <= piece.expert < cut.experts[1]):
-            continue  # of a layer that the part leaves out, or of others
+        cut = found.get(name, Cut(empty=True))  # of a layer that the part leaves out
+        if cut.empty or (cut.experts is not None and piece.expert is not None and not cut.experts[0] <= piece.expert < cut.experts[1]):
+            continue
         coded = piece.name not in weights.where or any(scales in weights.where for scales in weights.companions(piece.name))
         tensor = weights.get(piece.name)
         for mine, theirs in _pairs(cut, piece, parameter, parameters[name], tensor):

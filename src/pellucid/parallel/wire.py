@@ -111,7 +111,7 @@ class Channel:
 
 def as_bytes(t: Tensor) -> memoryview:
     """The bytes of a contiguous tensor, in place."""
-    return memoryview(t.reshape(-1).view(torch.uint8).numpy())
+    return t.reshape(-1).view(torch.uint8).numpy().data
 
 
 def pair() -> tuple[socket.socket, socket.socket]:

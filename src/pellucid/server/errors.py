@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 
 from pellucid.engine.async_llm import Closed, QueueFull
 from pellucid.errors import BadInput
+from pellucid.parallel import RankDied
 
 KINDS = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error",
          500: "server_error", 503: "server_error", 504: "timeout_error"}
@@ -113,6 +114,8 @@ def refusal_of(error: Exception) -> Refused:
             return Refused(429, f"{error.what}; try again soon", code="queue_full", headers={"Retry-After": "1"})
         case Closed():
             return Refused(503, error.what, code="shutting_down", headers={"Retry-After": "5"})
+        case RankDied():
+            return Refused(503, f"{error.what}: the server is ending", code="process_died")
         case TimeoutError():
             return Refused(504, str(error) or "the request took too long", code="timeout")
         case BadInput():

@@ -196,6 +196,9 @@ class Registry:
         if len(self.models) >= MOST_NAMES:
             raise Refused(400, f"{MOST_NAMES} models and adapters are loaded; unload one first", "lora_name", "invalid_value")
         parent = self.find(base or next(m.name for m in self.models.values() if isinstance(m, Served)))
+        if parent.llm.layout.processes > 1:
+            raise BadInput("adapters need the whole model in one process", f"{parent.name} works in {parent.llm.layout.processes}",
+                           "serve it in one process")
         adapter = read_adapter(path, parent.llm.model, name)
         served = Served(name, parent.engine, parent.form, adapter, parent.name, str(path), f"{name}#{next(self._versions)}")
         self.models[name] = served

@@ -51,10 +51,16 @@ def server_of(app: FastAPI, grace: int = GRACE) -> uvicorn.Server:
 
 
 def serve_forever(app: FastAPI, listener: socket.socket, grace: int = GRACE) -> None:
-    """Until Ctrl-C or SIGTERM; then no new connections are taken, and open answers may end within `grace` seconds."""
+    """Until Ctrl-C or SIGTERM; then no new connections are taken, and open answers may end within `grace` seconds. Raises RankDied where
+    one of a model's processes died: open answers hear it, and the server ends."""
     before = signal.signal(signal.SIGTERM, leave) if threading.current_thread() is threading.main_thread() else None
+    server, engines = server_of(app, grace), app.state.desk.registry.engines
+    for engine in engines:
+        engine.when_dead = lambda: setattr(server, "should_exit", True)
     try:
-        server_of(app, grace).run(sockets=[listener])  # raises the signal again when all is drained
+        server.run(sockets=[listener])  # raises the signal again when all is drained
+        if dead := next((engine.dead for engine in engines if engine.dead is not None), None):
+            raise dead
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)

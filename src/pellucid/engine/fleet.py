@@ -1,0 +1,330 @@
+"""An engine whose work is done by other processes: the same face, for `LLM`, `AsyncLLM` and the server.
+
+    fleet = Fleet("runs/grow/model", Layout(tp=2), spec, tokenizer, EngineConfig())
+    fleet.add(request)
+    while fleet.busy:
+        for request, tokens in fleet.step(): ...
+
+The processes (engine/worker.py) hold weights and caches; this one holds the requests, gives each to an engine, and writes what
+comes back into them. It computes nothing and waits in no collective: when a process dies it sees that, ends the others, and
+everybody who waits hears it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+
+from pellucid import events
+from pellucid.engine.core import Engine, EngineConfig, EngineStep
+from pellucid.engine.layout import Layout
+from pellucid.engine.prefix_cache import NoReuse
+from pellucid.engine.request import Request, State
+from pellucid.engine.routing import Router
+from pellucid.engine.scheduler import Scheduler
+from pellucid.engine.served import message_of
+from pellucid.engine.stopping import StopTexts
+from pellucid.errors import BadInput
+from pellucid.models.hub import blank, local_folder, read_config
+from pellucid.nn import DecoderSpec
+from pellucid.parallel import Gone, Processes, RankDied
+from pellucid.quant import bits_of
+from pellucid.tokenizers import Tokenizer
+
+
+@dataclass
+class ProcessReady(events.Event):
+    """A process of a model is ready.  weights, read: bytes that it holds, and that it read.  peak: of its memory.  cache: bytes that a
+    token takes in its cache."""
+
+    kind = "process_ready"
+    rank: int
+    weights: int
+    read: int
+    cache: float
+    peak: int | None
+    seconds: float
+
+    def __str__(self) -> str:
+        peak = "" if self.peak is None else f", peak memory {self.peak / 2**20:,.0f} MiB"
+        return (f"process {self.rank}: {self.weights / 2**20:,.1f} MiB of weights ({self.read / 2**20:,.1f} MiB read), "
+                f"{self.cache:,.0f} bytes of cache a token{peak}, {self.seconds:.1f} s")
+
+
+class Figures:
+    """What is known of the caches of all engines together; as a cache, for those who look at one."""
+
+    def __init__(self, blocks: int, size: int):
+        self.blocks, self.size = blocks, size
+        self.free = blocks
+
+    def available(self) -> int:
+        return self.free
+
+    @property
+    def references(self) -> list[int]:
+        """How many are in use, not which."""
+        return [1] * (self.blocks - self.free) + [0] * self.free
+
+
+class Fleet(Engine):
+    """model: folder or Hub id.  spec: of the whole model.  processes: that run already, and go on afterwards."""
+
+    def __init__(self, model: str | os.PathLike[str], layout: Layout, spec: DecoderSpec, tokenizer: Tokenizer, config: EngineConfig | None = None, *,
+                 dtype: str = "float32", device: str = "cpu", allow_missing: bool = False, quantize: str | None = None,
+                 processes: Processes | None = None, threads: int | None = None):
+        layout.check(spec)
+        self.layout, self.config, self.tokenizer = layout, config or EngineConfig(), tokenizer
+        refuse_what_is_not_shared(model, self.config, layout, device, quantize)
+        self.model: Any = blank(spec)  # without memory: for those who ask what it is
+        self.eos, self.stop, self.grammars = set(tokenizer.eos_ids), StopTexts(tokenizer), None
+        self.own = processes is None
+        self.processes = processes or Processes("pellucid.engine.worker", layout.processes, layout.links, threads)
+        self.heard: queue.SimpleQueue[tuple[int, dict[str, Any] | None]] = queue.SimpleQueue()
+        self.dead: RankDied | None = None
+        self.closing = False
+        self.on_death: Callable[[RankDied], None] | None = None
+        self.numbers = itertools.count()
+        self.requests: dict[int, tuple[Request, int]] = {}  # number -> the request, the place of its engine
+        self.number_of: dict[Request, int] = {}
+        self.router = Router(len(layout.entries))
+        self.latest: dict[int, dict[str, Any]] = {}  # of each engine
+        self.early: list[dict[str, Any]] = []  # tokens that came before those in front of them
+        self.steps = 0
+        job = {"do": "open", "model": os.fspath(model), "layout": asdict(layout), "config": asdict(self.config), "dtype": dtype,
+               "device": device, "allow_missing": allow_missing, "quantize": quantize}
+        for rank in range(layout.processes):
+            self._send(rank, job)
+            threading.Thread(target=self._listen, args=(rank,), daemon=True, name=f"rank {rank}").start()
+        self._opened()
+
+    # --- the processes --------------------------------------------------------------------------------------------------
+
+    def _send(self, rank: int, message: dict[str, Any]) -> None:
+        try:
+            self.processes[rank].send(message)
+        except Gone:
+            raise self._bury() from None
+
+    def _listen(self, rank: int) -> None:
+        """A thread: what one process says is taken from it at once, so that it never waits for us."""
+        with contextlib.suppress(Gone):
+            while True:
+                message = self.processes[rank].receive()[0]
+                self.heard.put((rank, message))
+                if "closed" in message:
+                    return
+        self.heard.put((rank, None))
+        if not self.closing and self.on_death is not None:
+            self.on_death(self._bury())
+
+    def _bury(self) -> RankDied:
+        """One has died: the others end."""
+        if self.dead is None:
+            self.dead = self.processes.died()
+            self.processes.kill()
+        return self.dead
+
+    def _hear(self, block: bool = True) -> tuple[int, dict[str, Any]]:
+        rank, message = self.heard.get(block)
+        if message is None:
+            raise self._bury()
+        if "failed" in message and "given" not in message:
+            failed = message["failed"]
+            self.heard.put((rank, None))
+            self.dead = self.dead or RankDied(f"process {rank}: {failed['what']}", failed["why"], failed["next"])
+            self.processes.kill()
+            raise self.dead
+        return rank, message
+
+    def _opened(self) -> None:
+        ready: dict[int, dict[str, Any]] = {}
+        failed: list[dict[str, str]] = []
+        for _ in range(self.layout.processes):
+            rank, message = self.heard.get()
+            if message is None:
+                raise self._bury()
+            if "failed" in message:
+                failed.append(message["failed"])
+                break
+            ready[rank] = message["opened"]
+        if failed:
+            self.closing = True
+            self.processes.kill()
+            raise BadInput(failed[0]["what"], failed[0]["why"], failed[0]["next"])
+        self.ready = [ready[rank] for rank in sorted(ready)]
+        for r in self.ready:
+            events.emit(told := ProcessReady(r["rank"], r["weights"], r["read"], r["cache_bytes_per_token"], r["peak"], r["seconds"]))
+            events.note(str(told))
+        leads = [ready[rank] for rank in self.layout.leads]
+        self.cache: Any = Figures(sum(r["blocks"] for r in leads), leads[0]["size"])
+        self.totals = dict.fromkeys(leads[0]["totals"], 0)
+        most = min(r["blocks"] for r in leads)
+        c = self.config
+        self.scheduler = Scheduler(NoReuse(most, leads[0]["size"]), budget=c.budget, places=c.running, chunk=c.chunk, context=self.model.spec.limit)
+
+    def close(self) -> None:
+        """Everything ends; nothing where it was done."""
+        if self.closing:
+            return
+        self.closing = True
+        if self.dead is None and not self.own:
+            for rank in self.layout.leads:
+                self._send(rank, {"do": "close"})
+            closed = 0
+            while closed < self.layout.processes:
+                _, message = self.heard.get()
+                if message is None:
+                    raise self._bury()
+                closed += "closed" in message
+        if self.own:
+            self.processes.close()
+
+    # --- the face of an engine --------------------------------------------------------------------------------------------
+
+    def add(self, request: Request, behind: Request | None = None) -> None:
+        self._living()
+        if request.adapter is not None:
+            raise BadInput("adapters run in one process only", "their matrices are not cut yet", "serve the model without --tp and the like")
+        self.check(request)
+        known = None if behind is None else self.number_of.get(behind)
+        place = self.router.choose(request)
+        if known is not None:  # samples of a prompt stay together
+            self.router.leave(request, place)
+            place = self.requests[known][1]
+            self.router.loads[place] += request.limit
+            self.router.counts[place] += 1
+        number = next(self.numbers)
+        request.number = number
+        self.requests[number], self.number_of[request] = (request, place), number
+        self.scheduler.waiting.append(request)
+        self._send(self.layout.entries[place], {"do": "add", "number": number, "behind": known, **message_of(request)})
+
+    def cancel(self, request: Request) -> None:
+        number = self.number_of.get(request)
+        if number is None:
+            if request.state is not State.FINISHED:
+                request.state, request.finish_reason = State.FINISHED, "cancelled"
+            return
+        place = self.requests[number][1]
+        self._leave(request, "cancelled")
+        if self.dead is None:
+            self._send(self.layout.entries[place], {"do": "cancel", "number": number})
+
+    def step(self) -> list[tuple[Request, list[int]]]:
+        """Engines that step together make one step; of the others the next answers are taken."""
+        self._living()
+        given: list[tuple[Request, list[int]]] = []
+        if self.layout.together:
+            for rank in self.layout.leads:
+                self._send(rank, {"do": "step"})
+            waiting = set(self.layout.leads)
+            while waiting:
+                rank, message = self._hear()
+                given += self._take(rank, message)
+                if "step" in message:
+                    waiting.discard(rank)
+            return given
+        given += self._take(*self._hear())
+        with contextlib.suppress(queue.Empty):
+            while True:
+                given += self._take(*self._hear(block=False))
+        return given
+
+    def snapshot(self) -> dict[str, Any]:
+        def row(r: Request) -> dict[str, Any]:
+            return {"number": r.number, "state": r.state.value, "prompt": len(r.prompt), "computed": max(0, len(r.tokens) - 1) if r.generated else 0,
+                    "known": len(r.tokens), "hit": r.hit, "preemptions": r.preemptions, "priority": r.priority, "namespace": r.namespace, "blocks": []}
+        return {"running": [row(r) for r in self.scheduler.running], "waiting": [row(r) for r in self.scheduler.waiting],
+                "available": self.cache.available(), "blocks": self.cache.blocks, "block": self.cache.size, "totals": dict(self.totals),
+                "processes": self.ready}
+
+    def _living(self) -> None:
+        if self.dead is not None:
+            raise self.dead
+
+    def _leave(self, request: Request, reason: str) -> None:
+        number = self.number_of.pop(request)
+        self.router.leave(request, self.requests.pop(number)[1])
+        for some in (self.scheduler.waiting, self.scheduler.running):
+            if request in some:
+                some.remove(request)
+        request.state, request.finish_reason = State.FINISHED, reason
+
+    def _take(self, rank: int, message: dict[str, Any]) -> list[tuple[Request, list[int]]]:
+        """What an engine said, into the requests. Those that were cancelled meanwhile are not known any more."""
+        if "refused" in message:
+            known = self.requests.get(message["refused"])
+            if known is None:
+                return []
+            events.note(f"a request was refused: {message['what']}", "warning")
+            self._leave(known[0], "error")
+            return [(known[0], [])]
+        for number in message.get("running", ()):
+            if (known := self.requests.get(number)) is not None and known[0].state is State.WAITING:
+                self._start(known[0])
+        given = []
+        self.early += message.get("step", ())
+        for row in sorted(self.early, key=lambda row: row["at"]):
+            if (known := self.requests.get(row["number"])) is None:
+                self.early.remove(row)
+            elif row["at"] == known[0].generated:  # else what comes before it is on its way from another process
+                self.early.remove(row)
+                given.append(self._received(known[0], row))
+        self._count(rank, message)
+        return given
+
+    def _received(self, r: Request, row: dict[str, Any]) -> tuple[Request, list[int]]:
+        if r.state is State.WAITING:
+            self._start(r)
+        r.tokens += row["tokens"]
+        r.computed, r.hit, r.preemptions = len(r.tokens) - 1, max(r.hit, row["hit"]), max(r.preemptions, row["preemptions"])
+        r.logprobs += row.get("logprobs", ())
+        r.tops += [[(token, logprob) for token, logprob in top] for top in row.get("tops", ())]
+        r.prompt_logprobs += row.get("prompt_logprobs", ())
+        r.prompt_tops += [[(token, logprob) for token, logprob in top] for top in row.get("prompt_tops", ())]
+        if row["reason"]:
+            self._leave(r, row["reason"])
+        return r, row["tokens"]
+
+    def _start(self, r: Request) -> None:
+        r.state = State.RUNNING
+        self.scheduler.waiting.remove(r)
+        self.scheduler.running.append(r)
+
+    def _count(self, rank: int, message: dict[str, Any]) -> None:
+        if "totals" not in message:
+            return
+        self.latest[rank] = message
+        self.totals = {name: sum(m["totals"][name] for m in self.latest.values()) for name in self.totals}
+        used = sum(r["blocks"] - self.latest[r["rank"]]["available"] for r in self.ready if r["rank"] in self.latest)
+        self.cache.free = self.cache.blocks - used
+        if record := message.get("record"):
+            self.steps += 1
+            names = {f.name for f in fields(EngineStep)}
+            record = {name: value for name, value in record.items() if name in names}
+            record |= {"running": len(self.scheduler.running), "waiting": len(self.scheduler.waiting), "available": self.cache.free,
+                       "blocks": self.cache.blocks, "step": self.steps}
+            events.emit(EngineStep(**record))
+
+
+def refuse_what_is_not_shared(model: str | os.PathLike[str], config: EngineConfig, layout: Layout, device: str, quantize: str | None) -> None:
+    """BadInput for settings that need the whole model in one process."""
+    if layout.kind in ("tensor", "attention"):
+        if config.proposer == "mtp":
+            raise BadInput("drafts by the model's own prediction layer need the whole model in one process", next="use proposer lookup, or one process")
+        if quantize or bits_of(read_config(local_folder(model))):
+            raise BadInput("INT8 and INT4 weights are not cut over processes yet", "their scales belong to whole rows",
+                           "serve the float checkpoint, or give --dp or --disaggregate, which keep models whole")
+    if device != "cpu" and torch.cuda.is_available() and 1 < torch.cuda.device_count() < layout.processes:
+        raise BadInput(f"{layout.processes} processes and {torch.cuda.device_count()} GPUs", "each process needs one of its own", "use fewer processes")
+
+

@@ -1,0 +1,173 @@
+"""One of the processes of a model: `python -m pellucid.engine.worker SOCKET`, started by `engine.fleet`.
+
+What it is told (JSON over the socket, see parallel/wire.py), and what it answers:
+
+    open    a model, its layout, the engine's settings      opened: memory, cache, seconds     or failed: what, why, next
+    add     a request                                       refused: where it could never run
+    cancel  a request by its number
+    step    (engines that step together)                    step: tokens by request, figures, the record of the step
+    close   the engine                                      closed
+    stop    the process
+
+An engine that steps by itself does so while it has work, and answers after every step. It never reads what it is sent as code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pellucid.engine import disaggregation
+from pellucid.engine.core import Engine, EngineConfig, choose_room, codes_for
+from pellucid.engine.dp_attention import SharingRunner
+from pellucid.engine.layout import Layout
+from pellucid.engine.llm import open_model
+from pellucid.engine.params import SamplingParams
+from pellucid.engine.request import Request
+from pellucid.engine.runner import Runner
+from pellucid.engine.served import Served, in_three
+from pellucid.engine.tensor_parallel import Follower, LeadRunner
+from pellucid.errors import BadInput
+from pellucid.models.hub import local_folder
+from pellucid.nn import Decoder
+from pellucid.parallel import ALONE, Channel, Gone, Group, Slice, load_part
+from pellucid.parallel.group import join
+from pellucid.quant import bits_named
+from pellucid.runtime import choose_device, dtype_of, peak_memory_bytes
+from pellucid.tokenizers import Tokenizer
+
+
+class Worker:
+    """What this process is, whatever model it has."""
+
+    def __init__(self, driver: Channel):
+        self.driver = driver
+        hello = driver.receive()[0]
+        self.rank, self.count, self.folder = int(hello["rank"]), int(hello["count"]), Path(hello["folder"])
+        self.links = {int(rank): Channel(socket.socket(fileno=fd)) for rank, fd in hello["links"].items()}
+        self.world: Group | None = None
+        self.groups: dict[int, Group] = {}  # size -> of neighbours
+        torch.set_num_threads(hello["threads"])
+
+    def run(self) -> None:
+        while (message := self.driver.receive()[0])["do"] != "stop":
+            if message["do"] == "open":
+                self.open(message)
+
+    def open(self, job: dict[str, Any]) -> None:
+        """A model from beginning to end. What is wrong with it is told; the process is there for another one."""
+        began = time.perf_counter()
+        try:
+            serve = self.prepare(job)
+        except (BadInput, MemoryError) as error:
+            self.driver.send({"failed": in_three(error)})
+            return
+        serve(began)
+        self.driver.send({"closed": True})
+
+    def prepare(self, job: dict[str, Any]) -> Callable[[float], None]:
+        layout, config, folder = Layout(**job["layout"]), EngineConfig(**job["config"]), local_folder(job["model"])
+        device = self.device(job["device"])
+        share = Slice(0, 1)
+        if layout.kind in ("tensor", "attention"):
+            whole_group = layout.kind == "attention"
+            size = layout.dp_attention if whole_group else layout.tp
+            group = self.neighbours(size, device)
+            share = Slice(group.rank, size, mixers=not whole_group)
+            model: Decoder
+            model, read = load_part(folder, share, group, dtype_of(job["dtype"]), device)
+        else:
+            model = open_model(folder, job["dtype"], str(device), job["allow_missing"], bits_named(job["quantize"]))
+            group, read = ALONE, sum(p.nbytes for p in model.parameters())
+        about = {"rank": self.rank, "read": read, "weights": sum(p.nbytes for p in model.parameters())}
+        if self.rank not in layout.leads:
+            return partial(self.follow, model, config, self.links[self.rank - share.rank], about)
+        runner: Callable[..., Runner] = Runner
+        if layout.kind == "tensor":
+            runner = partial(LeadRunner, others=list(self.links.values()))
+        elif layout.kind == "attention":
+            runner = partial(SharingRunner, group=group)
+        tokenizer = Tokenizer.load(folder)
+        engine = Engine(model, tokenizer.eos_ids, self.roomy(model, config, layout), tokenizer, runner=runner)
+        role = disaggregation.ROLES[self.rank] if layout.disaggregate else Served
+        return partial(self.lead, role(engine, self.driver, layout.together, self.links), about)
+
+    def device(self, name: str) -> torch.device:
+        chosen: torch.device = choose_device(name).value
+        return torch.device("cuda", self.rank % torch.cuda.device_count()) if chosen.type == "cuda" else chosen
+
+    def neighbours(self, size: int, device: torch.device) -> Group:
+        """The group of this process and those beside it; the first time all processes meet."""
+        if self.world is None:
+            self.world = join(self.rank, self.count, self.folder, device)
+        if size not in self.groups:
+            self.groups[size] = self.world.blocks_of(size)
+        return self.groups[size]
+
+    def roomy(self, model: Decoder, config: EngineConfig, layout: Layout) -> EngineConfig:
+        """Where memory decides about the cache, processes on one machine share it."""
+        room = choose_room(model, config).value
+        limited = config.cache_tokens is None and room < config.running * model.spec.context
+        if limited and not model.embed.weight.is_cuda:
+            room = max(config.block, room // layout.processes)
+        return replace(config, cache_tokens=room)
+
+    def follow(self, model: Decoder, config: EngineConfig, lead: Channel, about: dict[str, Any], began: float) -> None:
+        message = lead.receive()[0]
+        runner = Runner(model, message["blocks"], message["size"], message["places"], codes_for(model, config))
+        self.driver.send({"opened": self.memory(about, runner, began)})
+        Follower(runner).run(lead)
+
+    def lead(self, served: Served, about: dict[str, Any], began: float) -> None:
+        engine = served.engine
+        warm_up(engine)
+        more = {"blocks": engine.cache.blocks, "size": engine.cache.size, "totals": engine.totals}
+        self.driver.send({"opened": self.memory(about, engine.runner, began) | more})
+        try:
+            served.loop()
+        finally:
+            if isinstance(engine.runner, LeadRunner):
+                with contextlib.suppress(Gone):
+                    engine.runner.finish()
+
+    def memory(self, about: dict[str, Any], runner: Runner, began: float) -> dict[str, Any]:
+        return about | {"cache_bytes_per_token": runner.pages.bytes_per_block / runner.pages.size, "path": runner.path.value,
+                        "peak": peak_memory_bytes(), "seconds": time.perf_counter() - began}
+
+
+def warm_up(engine: Engine) -> None:
+    """Two tokens: kernels are compiled, and states have their memory, before anybody waits. What was counted is forgotten."""
+    engine.add(Request([0, 1], SamplingParams(max_tokens=2, ignore_eos=True)))
+    while engine.busy:
+        engine.step()
+    engine.totals = dict.fromkeys(engine.totals, 0)
+
+
+def main() -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started it decides
+    driver = Channel(socket.socket(fileno=int(sys.argv[1])))
+    try:
+        Worker(driver).run()
+    except Gone:  # the one that started it, or a neighbour: nothing is left to do
+        return 0
+    except BaseException as error:
+        traceback.print_exc()
+        with contextlib.suppress(Gone):
+            driver.send({"failed": in_three(error)})
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
