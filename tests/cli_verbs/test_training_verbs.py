@@ -15,7 +15,7 @@ import pytest
 
 from pellucid import events, tasks
 from pellucid.__main__ import main
-from pellucid.align.rollout import Rollouts
+from pellucid.align.online import OnlineLoop
 from pellucid.models import load, save
 from pellucid.nn import MLP, Attn, Decoder, DecoderSpec, Layer, Rope, init_weights
 from pellucid.tokenizers import Tokenizer, train_bpe
@@ -117,7 +117,7 @@ def test_a_resumed_run_is_compared_with_the_given_weights(
         return SimpleNamespace(pass_at_1=float(model.embed.weight.detach().double().abs().sum()), format=0.0, mean_length=0.0)
 
     monkeypatch.setattr(tasks, "evaluate", score)
-    monkeypatch.setattr(Rollouts, "for_evaluation", lambda self, seed: self.model)
+    monkeypatch.setattr(OnlineLoop, "for_evaluation", lambda self, seed: self.rollouts.model)
     monkeypatch.setattr(tasks.Mixture, "grade", lambda self, p, text: {"correct": 0.0, "format": 0.0, "progress": sum(map(ord, text)) % 2 / 2})
     argv = ["align", "grpo", folder, "--tasks", "sorting", "--steps", "2", "--prompts", "2", "--group", "4", "--max-tokens", "4",
             "--lr", "0.01", "--out", tmp_path / "run", "--json"]

@@ -6,6 +6,7 @@ preset of the objective (`align/recipes.py`); the verbs themselves are in `align
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from dataclasses import dataclass, replace
@@ -133,6 +134,9 @@ class Online(OpensModel):
     out: Path | None = None
     """Folder for the model, the log and the resume state; by default runs/METHOD.
     结果、日志与续训状态的目录；默认 runs/方法名。"""
+    processes: int = 1
+    """Processes that do the run together, each its share of a step (torchrun does as well); one computes the same.
+    共同完成训练的进程数，各做每步的一份（也可用 torchrun 启动）；结果与单进程相同。"""
     dry_run: bool = False
     """Print the formula, the arithmetic of a step, the memory and the first group as the model sees it, and stop.
     只打印公式、每步算术、内存与模型所见的第一组样本，然后停止。"""
@@ -244,6 +248,7 @@ def online(config: Online, method: str) -> None:
     from pellucid.models import load, save
     from pellucid.models.lora import LoraConfig, attach, save_adapters
     from pellucid.tokenizers import Tokenizer
+    from pellucid.train.ranks import joined
 
     settings, task = settings_of(config, method), prompts_of(config)
     device, tokenizer = prepare(config), Tokenizer.load(config.model)
@@ -257,21 +262,24 @@ def online(config: Online, method: str) -> None:
 
         show_online(config, settings, task, rewards, model, tokenizer)
         return
+    ranks = joined()
     events.note(formula(settings.objective))
     out, problems = config.out or Path("runs") / method, config.problems if config.data else held_out(task, config.problems)
     loop = OnlineLoop(model, tokenizer, task, settings, rewards=rewards, evaluate=lambda: measured(loop, problems),  # type: ignore[arg-type]
-                      checkpoint=out / "checkpoint", resume_hint="the same command with --resume")
+                      checkpoint=out / "checkpoint", resume_hint="the same command with --resume", ranks=ranks)
     loop.rollouts.tools = {"auto": None, "describe": True, "omit": False}[config.tools]
     name, before, _ = measured(loop, problems)  # of the given weights: before a resumed run's own are read
     if config.resume and not loop.resume():
         events.note(f"nothing to resume in {out}: starting from {config.model}", "warning")
-    with recorded(out, loop):
+    with recorded(out, loop) if ranks.first else contextlib.nullcontext():
         history = loop.run()
+        after = history.evaluations[-1][1] if history.evaluations else measured(loop, problems)[1]
+        events.emit(events.StageEnd(method, history.seconds, before, after, name, "", True))
+    if not ranks.first:
+        return
     save(loop.plain, out / "model", tokenizer=tokenizer)  # with adapters: merged, and the adapters apart for PEFT
     if config.lora is not None:
         save_adapters(model, out / "adapters", config.model)
-    after = history.evaluations[-1][1] if history.evaluations else measured(loop, problems)[1]
-    events.emit(events.StageEnd(method, history.seconds, before, after, name, "", True))
     shown = (f"{before:.1%} -> {after:.1%}" if name.startswith(("pass@1", "correct")) else f"{before:.4f} -> {after:.4f}")
     print(f"held-out {'accuracy' if name == 'pass@1' else name} {shown}; model in {out / 'model'}; report in {report_of(out)}")
 
@@ -298,10 +306,10 @@ def measured(loop: OnlineLoop, problems: int) -> tuple[str, float, dict[str, Any
 
     task, rollouts = loop.task, loop.rollouts
     if not isinstance(task, Prompts):
-        scores = tasks.evaluate(task, rollouts.for_evaluation(0), problems, 1, 1)
+        scores = tasks.evaluate(task, loop.for_evaluation(0), problems, 1, 1)
         return "pass@1", scores.pass_at_1, {"format": scores.format, "mean_length": scores.mean_length}
     asked: list[Problem] = task.measured(problems)
-    parts = components(rollouts.groups(asked, 1, 0.0, 0))
+    parts = components(loop.groups(asked, 1, 0.0, 0))
     means = {name: float(values.nanmean()) for name, values in parts.items()}
     if "correct" in means:
         return "correct answers", means["correct"], means

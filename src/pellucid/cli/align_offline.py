@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,9 @@ class OfflineOptions(OpensModel):
     split: str = "train"
     """Which part of a data set with several.
     数据集含多个部分时取哪一部分。"""
+    processes: int = 1
+    """Processes that do the run together, each its share of a step (torchrun does as well); one computes the same.
+    共同完成训练的进程数，各做每步的一份（也可用 torchrun 启动）；结果与单进程相同。"""
     dry_run: bool = False
     """Print the objective, the arithmetic of a step and the first example as the model sees it, and stop.
     只打印目标函数、每步的算术与模型所见的第一个样本，然后停止。"""
@@ -220,18 +224,22 @@ class Job:
         from pellucid import events
         from pellucid.align.recording import recorded
         from pellucid.cli.align_page import report_of
+        from pellucid.train.ranks import joined
 
-        c = self.config
-        loop = make(self.settings(), checkpoint=c.out / "checkpoint", tokenizer=self.tokenizer, resume_hint="the same command with --resume")
+        c, ranks = self.config, joined()
+        loop = make(self.settings(), checkpoint=c.out / "checkpoint", tokenizer=self.tokenizer, resume_hint="the same command with --resume",
+                    ranks=ranks)
         assert loop.evaluate is not None
         name, before, _ = loop.evaluate()
         if c.resume and not loop.resume():
             events.note(f"nothing to resume in {c.out}: starting from {c.model}", "warning")
-        with recorded(c.out, loop):
+        with recorded(c.out, loop) if ranks.first else contextlib.nullcontext():
             history = loop.run()
-        _, after, _ = loop.evaluate()
+            _, after, _ = loop.evaluate()
+            events.emit(events.StageEnd(self.stage, history.seconds, before, after, name, "", True))
+        if not ranks.first:
+            return
         write(self.model, c.out / "model", self.tokenizer)
-        events.emit(events.StageEnd(self.stage, history.seconds, before, after, name, "", True))
         print(f"{name} {before:.1%} -> {after:.1%}; model in {c.out / 'model'}; report in {report_of(c.out)}")
 
     def settings(self) -> OfflineConfig:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeVar
 from tyro.conf import FlagCreatePairsOff, Positional
 
 from pellucid import events, messages, runtime
-from pellucid.cli import usage
+from pellucid.cli import processes, usage
 from pellucid.cli.failures import did_you_mean
 from pellucid.errors import BadInput
 
@@ -72,6 +72,8 @@ def run(config_class: type[T], function: Callable[[T], int | None], argv: list[s
         return 0
     config: Any = parse(config_class, argv, verb)
     messages.set_language(config.lang)
+    if getattr(config, "processes", 1) > 1 and not getattr(config, "dry_run", False) and not processes.started_by_others():
+        return processes.start([*verb.split(), *argv], config.processes)
     with shown(json_lines=config.json, quiet=config.quiet):
         return function(config) or 0
 
@@ -166,11 +168,14 @@ def _refusal(page: str) -> str:
 def shown(json_lines: bool, quiet: bool) -> Iterator[None]:
     """Events go to stdout as JSON lines, to a live view, to plain lines on stderr, or nowhere.
 
-    With `json_lines` whatever is printed meanwhile goes to stderr, so that stdout holds events alone.
+    With `json_lines` whatever is printed meanwhile goes to stderr, so that stdout holds events alone. Of several processes the first one shows.
     """
     from pellucid.cli import display
 
-    if json_lines:
+    if not processes.is_first():
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    elif json_lines:
         out = sys.stdout
         with events.subscribed(JsonLines(out)), contextlib.redirect_stdout(sys.stderr):
             yield
@@ -197,7 +202,8 @@ def prepare(config: Common, seed: int | None = 0) -> torch.device:
 
     `seed` is used where the person gave none; None there leaves the generators as they are.
     """
-    device, threads = runtime.choose_device(config.device), runtime.choose_threads(config.threads)
+    processes.check(config)
+    device, threads = runtime.choose_device(config.device), runtime.choose_threads(processes.threads_here(config.threads))
     chosen = seed if config.seed is None else config.seed
     if chosen is not None:
         runtime.seed_everything(chosen)

@@ -58,6 +58,9 @@ class TrainOptions(OpensModel):
     compile: bool = False
     """Compile the layers: needs a C++ compiler, costs up to a minute at the start, pays on long runs.
     编译各层：需要 C++ 编译器，启动多花最多一分钟，长时间训练才划算。"""
+    processes: int = 1
+    """Processes that do the run together, each its share of a step (torchrun does as well); one computes the same.
+    共同完成训练的进程数，各做每步的一份（也可用 torchrun 启动）；结果与单进程相同。"""
     resume: bool = False
     """Go on with the interrupted run in the same folder.
     继续同一目录中被中断的训练。"""
@@ -143,6 +146,7 @@ def _train(config: TrainOptions, tokenizer: Any, rows: Packed, heldout: HeldOut,
     from pellucid.models import load, save
     from pellucid.runtime import choose_dtype, dtype_of
     from pellucid.train import Loop
+    from pellucid.train.ranks import joined
 
     device = prepare(config)
     if config.compile and device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++") or shutil.which("cl")):
@@ -151,16 +155,20 @@ def _train(config: TrainOptions, tokenizer: Any, rows: Packed, heldout: HeldOut,
     if config.length > model.spec.context:
         raise BadInput(f"--length {config.length} exceeds the model's context of {model.spec.context}",
                        next=f"use --length {model.spec.context} or less")
-    choice = choose_dtype(model.spec.dim, device) if config.dtype == "auto" else None
-    model.compute_dtype = choice.value if choice else dtype_of(config.dtype)
+    ranks = joined()
+    choice = choose_dtype(model.spec.dim, device) if config.dtype == "auto" and ranks.first else None
+    model.compute_dtype = choice.value if choice else dtype_of(config.dtype if config.dtype != "auto" else "float32")
+    model.compute_dtype = dtype_of(ranks.gathered(str(model.compute_dtype).removeprefix("torch."))[0])  # one measures, all follow
     events.note(f"activations in {str(model.compute_dtype).removeprefix('torch.')}: {choice.reason if choice else 'asked for'}")
 
     name, before, details = heldout.measure(model)
     loop = Loop(model, rows, _loop_config(config, stage), evaluate=lambda: heldout.measure(model), checkpoint=config.out / "checkpoint",
-                tokenizer=tokenizer, resume_hint="the same command with --resume")
+                tokenizer=tokenizer, resume_hint="the same command with --resume", ranks=ranks)
     if config.resume and not loop.resume():
         events.note(f"nothing to resume in {config.out}: starting from {config.model}", "warning")
     history = loop.run()
+    if not ranks.first:
+        return
     save(model, config.out / "model", tokenizer=tokenizer)
     after = history.evaluations[-1][1]
     events.emit(events.StageEnd(stage, history.seconds, before, after, name, "nats" if heldout.sizes is None else "bpb", False))

@@ -10,6 +10,7 @@ of additions. Clocks and Ctrl-C are agreed on, and one process writes files. Wha
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import json
@@ -125,10 +126,10 @@ class Ranks:
 
     def _sum_loads(self, model: nn.Module) -> None:
         """Of routers that are balanced without a loss: how many tokens each expert got, in all processes."""
-        for router in (m for m in model.modules() if isinstance(m, Router) and m.select_bias is not None):
-            load = torch.zeros_like(router.select_bias) if router.load is None else router.load.to(torch.float32)
-            self._sum(load)
-            router.load = load
+        for router in (m for m in model.modules() if isinstance(m, Router)):
+            if (bias := router.select_bias) is not None:
+                router.load = torch.zeros_like(bias) if router.load is None else router.load.to(bias.dtype)
+                self._sum(router.load)
 
     # --- messages -----------------------------------------------------------------------------------------------------
 
@@ -185,6 +186,7 @@ def joined() -> Ranks:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(dist.destroy_process_group)  # its threads must not outlive the interpreter
     ranks = Ranks(dist.get_rank(), dist.get_world_size())
     ranks.agree()
     return ranks
