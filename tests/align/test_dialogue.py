@@ -278,6 +278,7 @@ def test_given_tokens_have_no_gradient_of_their_own(monkeypatch):
     groups = running._rollout()
     x, credit = running._judge(groups, running.resolved())
     chosen = [k for k, (i, j) in enumerate(x.places) if credit.lengths[i, j] > 0]
+    x.share = False  # a prompt for each completion: easier to count
     update = Update(x, chosen, count(credit.lengths.flatten()))
     assert x.tokens == int(trained_lengths(groups)[credit.live].sum())
     caught, hidden = [], Decoder.hidden

@@ -15,6 +15,7 @@ from pellucid.ops import (
     attention_sdpa,
     attention_tiled,
     choose_attention,
+    tiles,
     visible,
 )
 
@@ -208,3 +209,22 @@ def test_sinks(shape, window, causal):
         got = both(lambda q, k, v, sinks, mask=mask: attention(q, k, v, sinks=sinks, mask=mask, window=window, causal=causal), [*qkv, sinks])
         for what, a, b in zip(("out", "q", "k", "v", "sinks"), got, want, strict=True):
             assert (a - b).abs().max() <= 1e-5 * max(1.0, b.abs().max().item()), (name, what)
+
+
+@pytest.mark.parametrize("B", [1, 3])
+@pytest.mark.parametrize("causal", [True, False])
+def test_keys_that_a_tile_does_not_see_are_not_read(B, causal, monkeypatch):
+    """A text with continuations behind it, of which none sees another: some tiles see few keys."""
+    T = 330
+    q, k, v = made(B, 4, 2, T, T, 8)
+    bounds = torch.tensor([[50, 120, 200, 320], [40, 170, 230, 300], [70, 110, 220, 329]])[:B]
+    piece = (torch.arange(T) >= bounds[..., None]).sum(1)  # 0: the text
+    seen = ((piece[:, :, None] == piece[:, None, :]) | (piece[:, None, :] == 0)) & torch.ones(T, T).tril().bool()
+    bias = ops.bias_of(seen[:, None], q.dtype)
+    reads, read = [], tiles._read
+    monkeypatch.setattr(tiles, "_read", lambda x, low, high, seen: reads.append((high - low, seen)) or read(x, low, high, seen))
+    got = both(attention_tiled, (q, k, v), mask=bias, causal=causal)
+    for a, b in zip(got, both(attention_reference, (q, k, v), mask=bias), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    few = [len(seen) / width for width, seen in reads if seen is not None]
+    assert len(few) >= 8 and max(few) <= tiles.WORTH if causal else not few  # k and v, each way, of two tiles or more

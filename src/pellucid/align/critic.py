@@ -61,7 +61,7 @@ class Critic:
             loss = value_loss(values, returns[at], old[at], clip)
             return coefficient * (loss * token_weights(whose, "token-mean", update.counts)).sum()
 
-        result = self.stepper.step(update.micro(self.ranks.rows(len(update.rows), micro_rows)), share, progress)
+        result = self.stepper.step(update.micro(micro_rows, self.ranks), share, progress)
         return {"loss": result.loss, "grad_norm": result.grad_norm, "seen": [self.ranks.cat(torch.cat(parts)) for parts in zip(*seen)]}
 
     # --- stop and go on -----------------------------------------------------------------------------------------------

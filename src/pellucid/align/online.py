@@ -58,6 +58,7 @@ from pellucid.align.update import Experience, Update, pick
 from pellucid.errors import BadInput
 from pellucid.models.lora import merge_into, with_merged, without_adapters
 from pellucid.nn import Decoder
+from pellucid.nn.context import branching
 from pellucid.nn.lora import adapted
 from pellucid.tasks import Completion, Problem, Task
 from pellucid.tokenizers import Tokenizer
@@ -122,12 +123,19 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
         return replace(self.config.objective, beta=self.beta.value, reward_beta=self.reward_beta.value,
                        entropy_coef=self.bonus.coefficient)
 
+    @property
+    def share(self) -> bool:
+        """Whether a group's prompt is computed once in the update: all models that read the rows must be able to."""
+        models = [self.model, self.reference, None if self.critic is None else self.critic.model]
+        return all(branching(m.spec) is None for m in models if m is not None)
+
     # --- one step -----------------------------------------------------------------------------------------------------
 
     def step(self, progress: float) -> dict[str, float]:
         c, h, began = self.config, self.history, time.perf_counter()
         groups = self._rollout()
-        h.sampling_seconds += time.perf_counter() - began
+        sampled = time.perf_counter()
+        h.sampling_seconds += sampled - began
         cfg = self.resolved()
         x, credit = self._judge(groups, cfg)
         numbers = self._rollout_numbers(groups, credit, x)
@@ -137,6 +145,8 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
             numbers |= self._update(x, credit, cfg, progress)
         if self.adapted:
             merge_into(self.plain, self.model)
+        learned = c.epochs * credit.counts.tokens if not credit.skip else 0
+        numbers |= tables.cost_table(sum(s.trained for g in groups for s in g.samples), sampled - began, learned, time.perf_counter() - sampled, self.device)
         self.count()
         numbers["time/sampling"] = h.sampling_seconds / max(h.seconds, 1e-9)
         h.metrics.append((progress, numbers))
@@ -200,7 +210,7 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
 
     def _judge(self, groups: list[Group], cfg: ObjectiveConfig) -> tuple[Experience, Credit]:
         """Everything that is measured before the first optimizer step on a rollout."""
-        x = Experience(groups, self._live(groups).nonzero().flatten().tolist(), self.device)
+        x = Experience(groups, self._live(groups).nonzero().flatten().tolist(), self.device, self.share)
         kl = None
         if in_total := cfg.reward_beta > 0 and not cfg.by_token:
             self._measure(x, list(range(len(x.samples))), cfg)  # of masked completions too: they stay in the baseline
@@ -286,8 +296,8 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
             seen.add(at=at, entropy=entropy.detach(), trainer=logp.detach() if x.old is None else x.old[at], sampler=x.sampler[at])
             return loss
 
-        result = self.stepper.step(batch.micro(self.ranks.rows(len(batch.rows), c.micro_rows)), share, progress)
-        seen.steps.append(tables.merge(self.ranks.gathered(tables.merge(parts))) | {"grad_norm": result.grad_norm})
+        result = self.stepper.step(batch.micro(c.micro_rows, self.ranks), share, progress)
+        seen.steps.append(tables.merge(self.ranks.gathered(tables.merge(parts))) | {"grad_norm": result.grad_norm, "update/ratio": result.ratio})
         if self.critic is not None:
             seen.critic.append(self.critic.step(batch, c.micro_rows, progress, coefficient=cfg.value_coef, clip=cfg.value_clip))
             seen.value_clip = cfg.value_clip

@@ -32,10 +32,12 @@ class Experience:
     sampler could draw there, where it truncated. The others are None until they are needed: old (the policy that the ratio
     compares with), ref (the reference), values and returns (of the critic), advantages, entropy (of the policy at the rollout; none
     or one), keep (which tokens learn).
+
+    share: a prompt is computed once for the completions of its group in a row, forward and backward; see `rows.py`.
     """
 
-    def __init__(self, groups: Sequence[Group], chosen: Sequence[int], device: torch.device | str = "cpu"):
-        self.device = torch.device(device)
+    def __init__(self, groups: Sequence[Group], chosen: Sequence[int], device: torch.device | str = "cpu", share: bool = False):
+        self.device, self.share = torch.device(device), share
         self.places = [(i, j) for i in chosen for j, s in enumerate(groups[i].samples) if s.trained]
         self.samples = [groups[i].samples[j] for i, j in self.places]
         self.number = {place: k for k, place in enumerate(self.places)}
@@ -80,7 +82,8 @@ class Update:
     def __init__(self, experience: Experience, chosen: Sequence[int], counts: Counts):
         samples = [experience.samples[k] for k in chosen]
         self.experience, self.counts = experience, counts
-        self.rows: Packed = pack_completions(samples).to(experience.device)
+        self.rows: Packed = pack_completions(samples, share=experience.share).to(experience.device)
+        self.usual = 2 * max(len(s.prompt) + len(s.tokens) - 1 for s in samples)  # tokens of a row
         trained = self.rows.labels != IGNORE
         whose = self.rows.documents[trained]
         ranks = torch.cat([experience.ranks[k] for k in chosen]).to(experience.device)
@@ -90,7 +93,10 @@ class Update:
         self.at = torch.full_like(self.rows.labels, -1)
         self.at[trained] = ranks[begins[whose] + offset]
 
-    def micro(self, rows: int) -> Iterator[slice]:
+    def micro(self, rows: int, ranks: Ranks = ALONE) -> Iterator[slice]:
+        """The micro-batches, of at most so many rows; of fewer (at least one) where rows are longer than usual, so that none holds more
+        tokens, and where all processes are to get one."""
+        rows = ranks.rows(len(self.rows), max(1, rows * self.usual // max(self.usual, self.rows.tokens.shape[1])))
         for start in range(0, len(self.rows), rows):
             yield slice(start, start + rows)
 
@@ -98,7 +104,7 @@ class Update:
         """Of the micro-batch's m trained positions: last hidden states (m, D), tokens to predict, completions (numbers within
         this update), and numbers of the tokens in the experience, (m,) each."""
         rows, at = self.rows.rows(micro), self.at[micro].flatten()
-        hidden = model.hidden(rows.tokens, positions=rows.positions, documents=rows.documents).flatten(0, 1)
+        hidden = model.hidden(rows.tokens, positions=rows.positions, documents=rows.documents, parents=rows.parents).flatten(0, 1)
         on = at >= 0
         return hidden[on], rows.labels.flatten()[on], rows.documents.flatten()[on], at[on]
 
@@ -121,7 +127,7 @@ class Update:
         """Numbers of every trained token, micro-batch by micro-batch: `found` gives `kinds` of them, and last the tokens' numbers in
         the experience. (M,) each, NaN at tokens that are not in this update. ranks: processes that share the work."""
         whole = [torch.full((self.experience.tokens,), torch.nan, device=self.experience.device) for _ in range(kinds)]
-        for micro in ranks.mine(self.micro(ranks.rows(len(self.rows), micro_rows))):
+        for micro in ranks.mine(self.micro(micro_rows, ranks)):
             *values, at = found(micro)
             for into, v in zip(whole, values, strict=True):
                 into[at] = v.to(into.dtype)

@@ -26,6 +26,7 @@ from pellucid.errors import BadInput
 
 IGNORE = -100  # the label of a position that is not trained; PyTorch's cross-entropy skips it by default
 PADDING = -1  # the document id of padding
+NONE = -2  # in place of a parent: a document that goes on from no other
 Sample = tuple[Sequence[int], Sequence[bool]]
 
 
@@ -57,18 +58,21 @@ class Packed:
     positions: torch.Tensor  # (N, T) int64, from 0 in every document piece
     documents: torch.Tensor  # (N, T) int64, 0, 1, ... within a row; -1 = padding
     report: Packing | None = None
+    parents: torch.Tensor | None = None  # (N, T) int64, the document that a token's own goes on from; NONE: it begins by itself
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def rows(self, index: Any) -> Packed:
         """The rows at `index` (a slice, a list or an integer tensor)."""
-        return Packed(self.tokens[index], self.labels[index], self.positions[index], self.documents[index])
+        return Packed(self.tokens[index], self.labels[index], self.positions[index], self.documents[index],
+                      parents=None if self.parents is None else self.parents[index])
 
     def to(self, device: torch.device | str) -> Packed:
         tokens, labels, positions, documents = (
             part.to(device, non_blocking=True) for part in (self.tokens, self.labels, self.positions, self.documents))
-        return Packed(tokens, labels, positions, documents, self.report)
+        parents = None if self.parents is None else self.parents.to(device, non_blocking=True)
+        return Packed(tokens, labels, positions, documents, self.report, parents)
 
 
 def pack_stream(encoded: Iterable[Sequence[int]], T: int, remainder: str = "drop", pad_id: int = 0,

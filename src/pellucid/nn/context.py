@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pellucid.nn.cache import KVCache
-from pellucid.nn.specs import MoE, Rope
+from pellucid.nn.specs import MLA, Attn, DecoderSpec, MoE, Rope
 from pellucid.ops import bias_of, rope_angles, rope_frequencies, visible
 
 
@@ -118,10 +118,11 @@ class Segment:
 
 def open_context(
     tokens: Tensor, dtype: torch.dtype, positions: Tensor | None = None, documents: Tensor | None = None,
-    cache: KVCache | None = None, mask: Tensor | None = None, causal: bool = True,
+    cache: KVCache | None = None, mask: Tensor | None = None, causal: bool = True, parents: Tensor | None = None,
 ) -> Context:
     """The context of a pass over `tokens` (B, T, ...): default positions 0, 1, ... or those behind the cache; what each may
-    see from documents (B, T), padding mask (B, T; 1 = real) or cache; causality folded in once instead of once a layer."""
+    see from documents and their parents (B, T), padding mask (B, T; 1 = real) or cache; causality folded in once instead of once
+    a layer."""
     T = tokens.shape[1]
     if cache is not None and (documents is not None or mask is not None):
         raise ValueError("a cache carries its own mask: documents and mask cannot be given with it")
@@ -129,7 +130,7 @@ def open_context(
         positions = torch.arange(T, device=tokens.device)[None] if cache is None else cache.positions(T)
     seen, real = None, None if mask is None else mask.bool()
     if documents is not None:
-        seen = document_mask(documents)
+        seen = document_mask(documents, parents)
     if real is not None:
         keys = real[:, None, None, :]
         seen = keys if seen is None else seen & keys
@@ -146,9 +147,28 @@ def _frequencies(rope: Rope, device: torch.device, length: int) -> Tensor:
         return rope_frequencies(rope.dim, rope.theta, rope.scaling_dict, length).to(device)
 
 
-def document_mask(documents: Tensor) -> Tensor:
-    """documents (B, T) -> (B, 1, T, T): tokens see only their own document. Padding (-1) sees padding only."""
-    return (documents[:, None, :, None] == documents[:, None, None, :])
+def document_mask(documents: Tensor, parents: Tensor | None = None) -> Tensor:
+    """documents (B, T) -> (B, 1, T, T): tokens see only their own document, and the one that it goes on from (`parents`, (B, T)).
+    Padding (-1) sees padding only."""
+    keys = documents[:, None, None, :]
+    seen = documents[:, None, :, None] == keys
+    return seen if parents is None else seen | (parents[:, None, :, None] == keys)
+
+
+def branching(spec: DecoderSpec) -> str | None:
+    """Why a model cannot compute several continuations of one text in a row (`parents`); None if it can.
+
+    Mixers must follow the mask and the positions: a window counts keys, a state of constant size knows only the token before,
+    and where experts have limited room, or choose, what a token gets depends on how often the shared ones are there.
+    """
+    for layer in spec.layers:
+        mixer, ffn = layer.mixer, layer.ffn
+        plain = isinstance(mixer, Attn) and mixer.window is None and mixer.reach is None and mixer.causal
+        if not plain and not (isinstance(mixer, MLA) and mixer.indexer is None):
+            return f"{type(mixer).__name__} does not see what a mask and positions say alone"
+        if isinstance(ffn, MoE) and (ffn.capacity is not None or ffn.expert_choice or ffn.select_bias):
+            return "its experts count the tokens"
+    return None
 
 
 def padding_positions(mask: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ class Decoder(nn.Module):
     """tokens (B, T) int64 -> logits (B, T, V).
 
     positions: (B, T), default 0, 1, ...; or counted behind the cache; or from `mask`.
-    documents: (B, T) ids of packed documents; attention stays within equal ids.
+    documents: (B, T) ids of packed documents; attention stays within equal ids.   parents: (B, T), the document that a token's own
+    goes on from, which it sees too: several continuations of one text stand behind it in a row (see `context.branching`).
     mask: (B, T), 1 = real token, for padded batches.   cache: a `KVCache` that is read and extended.
     routing: collects what the routers of a mixture of experts decide (for balance losses).
     compute_dtype: the dtype of activations; None means the weights' own.
@@ -50,13 +51,13 @@ class Decoder(nn.Module):
 
     def hidden(
         self, tokens: Tensor, positions: Tensor | None = None, documents: Tensor | None = None,
-        cache: KVCache | None = None, mask: Tensor | None = None, routing: Routing | None = None,
+        cache: KVCache | None = None, mask: Tensor | None = None, routing: Routing | None = None, parents: Tensor | None = None,
     ) -> Tensor:
         """The last hidden state (B, T, D), after the final norm."""
         if positions is None and cache is None and mask is not None:
             positions = padding_positions(mask)
         dtype = self.compute_dtype or self.embed.weight.dtype
-        ctx = open_context(tokens, dtype, positions, documents, cache, mask)
+        ctx = open_context(tokens, dtype, positions, documents, cache, mask, parents=parents)
         ctx.routing = routing
         return self.run(tokens, ctx)
 

@@ -1,7 +1,8 @@
 """Attention by plain batched products over tiles of query rows: the fast path of a CPU.
 
 A causal tile of rows a..b needs only the keys up to its last row: with n tiles, (n + 1) / 2n of the square is
-computed. Query heads that share a key/value head are stacked as further rows, so that one product serves the group.
+computed; and where a mask hides most of these from all of the tile's queries (other documents of a packed row, other
+continuations of a prompt), only the others are read. Query heads that share a key/value head are stacked as further rows, so that one product serves the group.
 The probabilities are kept for the backward pass: memory grows with T * S, where FlashAttention (arXiv 2205.14135)
 recomputes them.
 
@@ -18,11 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakIdKeyDictionary
 
 from pellucid.ops.visible import bias_of, visible
 
 ROWS = 64  # queries of a tile: few enough to skip most of the hidden half, enough for efficient products
 TILES = 16  # at most: each tile costs some ten calls
+WORTH = 0.75  # keys are gathered where at most this share of a tile's is seen
 
 
 def attention_tiled(
@@ -89,6 +92,26 @@ def _edge(n: int, keys: int, window: int | None, dtype: torch.dtype) -> Tensor:
         return bias_of(visible(n, keys, window=window), dtype)
 
 
+_SEEN = WeakIdKeyDictionary()  # bias -> what `seen_keys` found: all layers of a pass share one
+
+
+def seen_keys(bias: Tensor | None, plan: list[tuple[int, int, int, int]], edge: int) -> list[Tensor | None]:
+    """For each tile the keys that any of its queries may see, of any sequence, and always the last `edge` of them; None: nearly all, or no mask."""
+    if bias is None or bias.shape[-2] == 1 or len(plan) == 1 or torch.compiler.is_compiling():
+        return [None] * len(plan)
+    known = _SEEN.setdefault(bias, {})
+    if (found := known.get((len(plan), edge))) is None:
+        found = known[len(plan), edge] = [_keys_of(bias, a, b, low, high, edge) for a, b, low, high in plan]
+    return found  # type: ignore[no-any-return]
+
+
+def _keys_of(bias: Tensor, a: int, b: int, low: int, high: int, edge: int) -> Tensor | None:
+    seen = (bias[..., a:b, low:high] > -torch.inf).flatten(0, -2).any(0)
+    seen[high - low - edge :] = True
+    keys = seen.nonzero().squeeze(-1) + low
+    return keys if len(keys) <= WORTH * (high - low) else None
+
+
 class _Tiled(torch.autograd.Function):
     """P = softmax(q (scale k)^T + bias), O = P v.   dV = P^T dO,  dP = dO V^T,  dS = P (dP - sum(P dP)),
     dQ = dS (scale k),  dK = scale dS^T q."""
@@ -99,21 +122,24 @@ class _Tiled(torch.autograd.Function):
     ) -> Tensor:
         (B, H, T, d), (K, S, e) = q.shape, v.shape[1:]
         ctx.plan, ctx.scale, ctx.shape = list(tiles(T, S, causal, window)), scale, (B, H, K, T, S, d)
+        ctx.seen = seen_keys(bias, ctx.plan, min(ctx.plan[0][1], S) if causal else 0) if window is None else [None] * len(ctx.plan)
         groups = q.unflatten(1, (K, H // K))  # (B, K, G, T, d)
         k, v = (k * scale).reshape(B * K, S, d), v.reshape(B * K, S, e)
         out = q.new_empty(B, T, H, e)  # heads last: the output projection reads it without a copy
         kept = []
-        for a, b, low, high in ctx.plan:
+        for (a, b, low, high), seen in zip(ctx.plan, ctx.seen, strict=True):
             rows = groups[:, :, :, a:b].reshape(B * K, -1, d)
-            scores = torch.bmm(rows, k[:, low:high].mT)
-            by_head = scores.view(B, H, b - a, high - low)
+            keys, entries = _read(k, low, high, seen), _read(v, low, high, seen)
+            scores = torch.bmm(rows, keys.mT)
+            by_head = scores.view(B, H, b - a, keys.shape[1])
             if bias is not None:
-                by_head += bias[..., a:b, :][..., low:high] if bias.shape[-2] > 1 else bias[..., low:high]
+                some = bias[..., a:b, :] if bias.shape[-2] > 1 else bias
+                by_head += some[..., low:high] if seen is None else some.index_select(-1, seen)
             if causal:
                 edge = _edge(b - a, high - low if window else b - a, window, q.dtype)
-                by_head[..., high - low - edge.shape[1] :] += edge
+                by_head[..., keys.shape[1] - edge.shape[1] :] += edge
             P = torch.softmax(scores, -1)
-            out[:, a:b] = torch.bmm(P, v[:, low:high]).view(B, H, b - a, e).transpose(1, 2)
+            out[:, a:b] = torch.bmm(P, entries).view(B, H, b - a, e).transpose(1, 2)
             if any(ctx.needs_input_grad[:3]):
                 kept += [rows, P]
         ctx.save_for_backward(k, v, *kept)
@@ -127,11 +153,20 @@ class _Tiled(torch.autograd.Function):
         groups = grads[0].unflatten(1, (K, H // K))
         dq = k.new_empty(B, T, H, d)
         dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-        for (a, b, low, high), rows, P in zip(ctx.plan, kept[::2], kept[1::2], strict=True):
+        for (a, b, low, high), seen, rows, P in zip(ctx.plan, ctx.seen, kept[::2], kept[1::2], strict=True):
             g = groups[:, :, :, a:b].reshape(B * K, -1, v.shape[-1])
-            dP = torch.bmm(g, v[:, low:high].mT)
+            dP = torch.bmm(g, _read(v, low, high, seen).mT)
             dS = torch._softmax_backward_data(dP, P, -1, P.dtype)
-            dq[:, a:b] = torch.bmm(dS, k[:, low:high]).view(B, H, b - a, d).transpose(1, 2)
-            dk[:, low:high].baddbmm_(dS.mT, rows)
-            dv[:, low:high].baddbmm_(P.mT, g)
+            dq[:, a:b] = torch.bmm(dS, _read(k, low, high, seen)).view(B, H, b - a, d).transpose(1, 2)
+            if seen is None:
+                dk[:, low:high].baddbmm_(dS.mT, rows)
+                dv[:, low:high].baddbmm_(P.mT, g)
+            else:
+                dk.index_add_(1, seen, torch.bmm(dS.mT, rows))
+                dv.index_add_(1, seen, torch.bmm(P.mT, g))
         return dq.transpose(1, 2), dk.mul_(ctx.scale).view(B, K, S, d), dv.view(B, K, S, -1), None, None, None, None
+
+
+def _read(x: Tensor, low: int, high: int, seen: Tensor | None) -> Tensor:
+    """x (N, S, d) -> the keys low..high, or those that are seen."""
+    return x[:, low:high] if seen is None else x.index_select(1, seen)
