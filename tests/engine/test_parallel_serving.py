@@ -1,0 +1,299 @@
+"""Several processes as one engine: outputs are those of one process, token by token, however the work is shared out.
+
+One pair of processes (module-scoped) opens one model after the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
+from tiny_checkpoints import checkpoint, tokenizer
+
+from pellucid import events
+from pellucid.engine import LLM, AsyncLLM, SamplingParams, StructuredOutput
+from pellucid.engine.core import Engine, EngineConfig
+from pellucid.engine.fleet import Fleet
+from pellucid.engine.layout import Layout
+from pellucid.engine.llm import open_model
+from pellucid.engine.request import Request, State
+from pellucid.errors import BadInput
+from pellucid.models.hub import read_config, spec_of
+from pellucid.parallel import Processes, RankDied
+
+LAYOUTS = {"tensor": Layout(tp=2), "attention": Layout(dp_attention=2), "replicas": Layout(dp=2), "disaggregated": Layout(disaggregate=True)}
+ROOMY, TIGHT = EngineConfig(cache_tokens=800, block=4), EngineConfig(cache_tokens=80, block=4, budget=7, running=4)
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """Processes by their links, made when first asked for."""
+    made = {}
+
+    def of(layout: Layout) -> Processes:
+        key = tuple(layout.links)
+        if key not in made:
+            made[key] = Processes("pellucid.engine.worker", layout.processes, layout.links, threads=1)
+        return made[key]
+
+    yield of
+    for processes in made.values():
+        processes.close()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = {}
+
+    def folder(family):
+        if family not in made:
+            made[family] = checkpoint(family, tmp_path_factory.mktemp(family) / "model")
+        return made[family]
+
+    return folder
+
+
+@pytest.fixture
+def fleet_of(pairs, folders):
+    open_now = []
+
+    def of(family: str, kind: str, config: EngineConfig = ROOMY) -> Fleet:
+        layout, folder = LAYOUTS[kind], folders(family)
+        open_now.append(Fleet(folder, layout, spec_of(read_config(folder)), tokenizer(), config, processes=pairs(layout)))
+        return open_now[-1]
+
+    yield of
+    for fleet in open_now:
+        fleet.close()
+
+
+def requests(**fields) -> list[Request]:
+    """Prompts of several lengths, half of them with a prefix in common."""
+    generator = torch.Generator().manual_seed(1)
+    common, made = torch.randint(0, 280, (24,), generator=generator).tolist(), []
+    for i, length in enumerate((3, 30, 17, 1, 40, 9)):
+        prompt = (common if i % 2 else []) + torch.randint(0, 280, (length,), generator=generator).tolist()
+        params = {"max_tokens": 10 + i, "ignore_eos": True, "logprobs": 2, "prompt_logprobs": 1 if i == 1 else None, **fields}
+        made.append(Request(prompt, SamplingParams(**params), seed=i))
+    return made
+
+
+def run(engine: Engine, asked: list[Request]) -> list[Request]:
+    for r in asked:
+        engine.add(r)
+    while engine.busy:
+        engine.step()
+    return asked
+
+
+def same(ours: list[Request], theirs: list[Request]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.output == b.output and a.finish_reason == b.finish_reason and a.state is State.FINISHED
+        assert torch.allclose(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=5e-5)
+        assert [[t for t, _ in top] for top in a.tops] == [[t for t, _ in top] for top in b.tops]
+        assert torch.allclose(torch.tensor(a.prompt_logprobs), torch.tensor(b.prompt_logprobs), atol=5e-5)
+        assert [[t for t, _ in top] for top in a.prompt_tops] == [[t for t, _ in top] for top in b.prompt_tops]
+
+
+@pytest.fixture(scope="module")
+def alone(folders):
+    """One process's answers, by family."""
+    made = {}
+
+    def of(family):
+        if family not in made:
+            made[family] = run(Engine(open_model(folders(family)), [], ROOMY, tokenizer()), requests())
+        return made[family]
+
+    return of
+
+
+CONFIGS = {"roomy": ROOMY, "tight": TIGHT, "swap": EngineConfig(cache_tokens=128, block=4, budget=16, running=4, swap=True),
+           "radix": EngineConfig(cache_tokens=160, budget=16, prefix="radix"), "drafts": EngineConfig(cache_tokens=800, block=4, drafts=3)}
+
+
+@pytest.mark.parametrize(("kind", "family", "config"), [
+    *[("tensor", family, config) for family in ("llama", "qwen3", "qwen3-moe", "deepseek-v3") for config in ("roomy", "tight")],
+    ("tensor", "llama", "swap"), ("tensor", "qwen3", "radix"), ("tensor", "deepseek-v3", "drafts"), ("tensor", "llama-one-kv", "roomy"),
+    ("tensor", "qwen3-next", "swap"), ("tensor", "gpt-oss", "tight"), ("tensor", "gpt2", "roomy"),
+    *[("attention", family, config) for family in ("deepseek-v3", "qwen3-moe") for config in ("roomy", "tight", "radix")],
+    ("attention", "llama", "drafts"), ("attention", "qwen3-next", "swap"),
+    ("replicas", "qwen3", "roomy"),
+    *[("disaggregated", family, "roomy") for family in ("llama", "deepseek-v3", "gpt-oss", "qwen3-next")],
+    ("disaggregated", "llama", "tight"), ("disaggregated", "llama", "drafts"), ("disaggregated", "gpt-oss", "swap"), ("disaggregated", "deepseek-v3", "radix"),
+])
+def test_outputs_are_those_of_one_process(kind, family, config, fleet_of, alone):
+    fleet = fleet_of(family, kind, CONFIGS[config])
+    same(run(fleet, requests()), alone(family))
+    assert fleet.cache.available() == fleet.cache.blocks and not fleet.requests and not fleet.number_of
+    if config == "tight":
+        assert fleet.totals["preemptions"] > 0
+    if config == "roomy" and family != "qwen3-next" and kind != "attention":
+        again = run(fleet, requests())
+        same(again, alone(family))
+        assert fleet.totals["hit_tokens"] > 0 and again[4].hit > 0
+
+
+def test_outputs_are_those_of_transformers(fleet_of, folders):
+    """One family a layout, beside an engine that is not ours."""
+    import transformers
+
+    for kind, family in (("tensor", "deepseek-v3"), ("attention", "qwen3-moe"), ("disaggregated", "llama")):
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folders(family))
+        fleet = fleet_of(family, kind)
+        for r in run(fleet, requests(prompt_logprobs=None)[:3]):
+            with torch.no_grad():
+                want = theirs.generate(torch.tensor([r.prompt]), max_new_tokens=r.params.max_tokens, do_sample=False, pad_token_id=0)
+            assert r.output == want[0, len(r.prompt) :].tolist()
+        fleet.close()
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_everything_that_a_request_can_ask_for_goes_with_it(kind, fleet_of, folders):
+    asked = dict(temperature=0.8, top_k=50, top_p=0.95, repetition_penalty=1.2, frequency_penalty=0.3, logit_bias={5: 1.5, 9: -2.0}, min_tokens=3,
+                 stop_token_ids=(17,), stop=("or", "12"), ignore_eos=False)
+    ours, model = fleet_of("qwen3-moe", kind), open_model(folders("qwen3-moe"))
+    want = run(Engine(model, tokenizer().eos_ids, ROOMY, tokenizer()), requests(**asked))
+    same(run(ours, requests(**asked)), want)
+    form = StructuredOutput(regex="[0-9]{3}-[a-f]+")
+    want = run(Engine(model, tokenizer().eos_ids, ROOMY, tokenizer()), requests(structured=form, ignore_eos=False))
+    same(run(ours, requests(structured=form, ignore_eos=False)), want)
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_cancelling_at_any_time_frees_everything(kind, fleet_of, alone):
+    fleet = fleet_of("deepseek-v3", kind, TIGHT)
+    for moment in range(8):
+        some = requests()
+        for r in some:
+            fleet.add(r)
+        for _ in range(moment):
+            if fleet.busy:
+                fleet.step()
+        for r in some[::2]:
+            fleet.cancel(r)
+            fleet.cancel(r)
+        while fleet.busy:
+            fleet.step()
+        assert all(r.state is State.FINISHED for r in some) and {r.finish_reason for r in some[1::2]} == {"length"}
+        same(some[1::2], alone("deepseek-v3")[1::2])
+    same(run(fleet, requests()), alone("deepseek-v3"))  # its answers come behind all that was cancelled
+    assert fleet.cache.available() == fleet.cache.blocks and fleet.router.loads == [0] * len(fleet.router.loads)
+
+
+def test_the_latent_cache_is_divided_by_requests_and_held_several_times_by_tensor_parallelism(fleet_of, folders):
+    """Bytes of cache a token and process: MLA keeps one latent for all heads; GQA's heads can be shared out."""
+    spec = spec_of(read_config(folders("deepseek-v3")))
+    tensor, attention = fleet_of("deepseek-v3", "tensor"), None
+    assert [r["cache_bytes_per_token"] for r in tensor.ready] == [spec.kv_bytes_per_token] * 2
+    tokens = tensor.cache.blocks * tensor.cache.size
+    tensor.close()
+    attention = fleet_of("deepseek-v3", "attention")
+    assert [r["cache_bytes_per_token"] for r in attention.ready] == [spec.kv_bytes_per_token] * 2
+    assert attention.cache.blocks * attention.cache.size == 2 * tokens  # in the same bytes: each process holds other requests
+    used = []
+    for r in requests()[:4]:
+        attention.add(r)
+    with events.subscribed(lambda e: used.append(e.blocks - e.available) if e.kind == "engine_step" else None):
+        while attention.busy:
+            attention.step()
+    assert len({place for place in range(2) if attention.latest.get(place)}) == 2 and max(used) > 0
+    attention.close()
+    qwen = fleet_of("qwen3", "tensor")
+    assert [r["cache_bytes_per_token"] for r in qwen.ready] == [spec_of(read_config(folders("qwen3"))).kv_bytes_per_token / 2] * 2
+    assert all(r["read"] <= r["weights"] < 0.6 * 4 * 2 * 10**6 for r in qwen.ready) and all(r["peak"] for r in qwen.ready)
+
+
+def test_an_idle_process_takes_part(fleet_of, alone):
+    """All requests in one process: the other computes its experts for it in every step."""
+    fleet = fleet_of("deepseek-v3", "attention")
+    fleet.router.choose = lambda request: 1  # type: ignore[method-assign]
+    same(run(fleet, requests()), alone("deepseek-v3"))
+    assert fleet.latest[0]["totals"]["computed_tokens"] == 0 < fleet.latest[1]["totals"]["computed_tokens"]
+
+
+# --- the faces --------------------------------------------------------------------------------------------------------------
+
+
+def test_llm_and_async_llm_speak_to_processes(folders):
+    folder = folders("qwen3")
+    plain, llm = LLM(folder), LLM(folder, tp=2, config=EngineConfig(cache_tokens=2048, running=8))
+    try:
+        prompts = ["hello world", "12 + 30 =", "assistant think"]
+        params = SamplingParams(max_tokens=12, n=2, temperature=0.7, seed=3)
+        assert [[c.text for c in o.outputs] for o in llm.generate(prompts, params)] == [[c.text for c in o.outputs] for o in plain.generate(prompts, params)]
+        assert [c.token_ids for c in llm.beam_search("hello", 3, 8)[0].outputs] == [c.token_ids for c in plain.beam_search("hello", 3, 8)[0].outputs]
+        stream = llm.stream("hello world", SamplingParams(max_tokens=30))
+        next(stream)
+        stream.close()
+        assert not llm.fleet.busy
+        assert llm.score("hello", [" world", " 12"], how="likelihood") == pytest.approx(plain.score("hello", [" world", " 12"], how="likelihood"), abs=1e-4)
+        with pytest.raises(BadInput, match="whole model in this process"):
+            llm.embed(["hello"])
+
+        async def asked() -> list[str]:
+            async with AsyncLLM(llm, config=llm.config) as served:
+                async def one(prompt: str) -> str:
+                    return "".join([c.text async for c in served.stream(prompt, SamplingParams(max_tokens=10))])
+                return await asyncio.gather(*(one(p) for p in prompts))
+
+        assert asyncio.run(asked()) == [o.outputs[0].text for o in plain.generate(prompts, SamplingParams(max_tokens=10))]
+        assert llm.fleet is None  # its processes have ended with it
+    finally:
+        llm.close()
+
+
+def test_a_process_that_dies_is_told_to_everybody_at_once(folders):
+    async def story() -> None:
+        served = AsyncLLM(LLM(folders("llama"), tp=2), config=EngineConfig(cache_tokens=4096, running=8))
+        told = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        served.when_dead = lambda: loop.call_soon_threadsafe(told.set)
+        processes = served.engine.processes
+        got = 0
+        with pytest.raises(RankDied, match="process 1 of 2 has ended") as died:
+            async for _ in served.stream("hello world", SamplingParams(max_tokens=200, ignore_eos=True)):
+                got += 1
+                if got == 3:
+                    os.kill(processes.running[1].pid, signal.SIGKILL)
+        assert "signal 9" in died.value.why
+        await asyncio.wait_for(told.wait(), 10)
+        with pytest.raises(RankDied):
+            await served.submit([[1]], [SamplingParams(max_tokens=4)], lambda p, n: None)
+        await asyncio.to_thread(served.close)
+        assert all(p.poll() is not None for p in processes.running)
+
+    began = time.monotonic()
+    asyncio.run(story())
+    assert time.monotonic() - began < 60
+
+
+def test_what_cannot_be_spread_is_refused_before_a_process_starts(folders):
+    folder = folders("qwen3")
+    for options, told in (({"tp": 3}, "4 attention heads"), ({"tp": 2, "dp_attention": 2}, "do not go together"), ({"tp": 0}, "--tp 0"),
+                          ({"tp": 2, "draft": folder}, "draft model")):
+        with pytest.raises(BadInput, match=told):
+            LLM(folder, **options)
+    llm = LLM(folder, tp=2, quantize="int8")
+    with pytest.raises(BadInput, match="INT8"):
+        llm.engine()
+    with pytest.raises(BadInput, match="prediction layer"):
+        Fleet(folder, Layout(tp=2), spec_of(read_config(folder)), tokenizer(), EngineConfig(proposer="mtp"))
+
+
+def test_what_a_process_refuses_is_told_here(folders, tmp_path):
+    """A folder whose weights do not fit its config."""
+    for path in folders("qwen3").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(BadInput, match="model.safetensors is not a whole safetensors file"):
+        LLM(tmp_path, tp=2).engine()
