@@ -1,10 +1,10 @@
 """What INT8 and INT4 weights cost in perplexity, on a model that this project trained.
 
-    pellucid bench quality --minutes 12                      # trains a model of 5M parameters first, on Python's own library
+    pellucid bench quality --minutes 12                      # trains a model of 2M parameters first, on Python's documentation
     pellucid bench quality --model runs/grow/model           # or measures a folder that is there
 
-Trained on the standard library's documentation and sources (what every machine has), measured on the part that was held
-out by content. Every variant runs as `pellucid serve` would run it: quantized products, quantized head. Reference is the
+Trained on the standard library's documentation (what every machine has), measured on the part that was held out by
+content. Every variant runs as `pellucid serve` would run it: quantized products, quantized head. Reference is the
 same model in bfloat16; float32 stands beside it. Goals: INT8 at most 0.5 %, INT4 at most 3 % more perplexity.
 The folder stays in runs/quality, so that a second call can use it with --model.
 """
@@ -21,21 +21,22 @@ from pellucid.data.split import divide
 from pellucid.models import load, save
 from pellucid.nn import MLP, Attn, Decoder, DecoderSpec, Layer, Rope, count_parameters, init_weights
 from pellucid.optim import OptimConfig, Schedule
-from pellucid.quant.measure import GOALS, quality
+from pellucid.quant import GOALS, quality, rows_of
 from pellucid.tokenizers import Tokenizer, train_bpe
 from pellucid.train import Loop, LoopConfig
 
 FOLDER = Path("runs/quality")
-LAYER = Layer(Attn(8, 2, 32, Rope(32), qk_norm=True), MLP(768))
-VOCAB, ROW, ROWS = 4096, 256, 8
+LAYER = Layer(Attn(6, 2, 32, Rope(32), qk_norm=True), MLP(512))
+SPEC = DecoderSpec(2048, 192, (LAYER,) * 5, tied=True, context=512, family="qwen3")
+ROW, ROWS = 256, 8
 
 
 def trained(folder: Path, minutes: float) -> dict[str, Any]:
     """A model folder, and how it was made."""
-    train, _ = divide(corpora.standard_library("both"))
-    tokenizer = train_bpe((d.text for d in train[::4]), VOCAB)
+    train, _ = divide(corpora.standard_library("docs"))
+    tokenizer = train_bpe((d.text for d in train), SPEC.vocab)
     rows = packing.pack_stream([[*ids, tokenizer.pad_id] for ids in tokenizer.encode_each([d.text for d in train])], ROW)
-    model = init_weights(Decoder(DecoderSpec(VOCAB, 256, (LAYER,) * 6, tied=True, context=512, family="qwen3")), 0)
+    model = init_weights(Decoder(SPEC), 0)
     config = LoopConfig("pretrain", seconds=minutes * 60, rows=ROWS, optim=OptimConfig("muon", lr=0.02, adam_lr=0.003),
                         schedule=Schedule("wsd", warmup=0.02, decay=0.4))
     history = Loop(model, rows, config).run()
@@ -55,11 +56,10 @@ def main(argv: list[str] | None = None) -> int:
     if chosen.model is None:
         result["training"] = trained(folder, chosen.minutes)
     model, tokenizer = load(folder), Tokenizer.load(folder)
-    texts = list(corpora.read(chosen.corpus)) if chosen.corpus else divide(corpora.standard_library("both"))[1]
-    rows = packing.pack_stream(tokenizer.encode_each([d.text for d in texts]), min(ROW, model.spec.context), remainder="drop")
-    rows = rows.rows(slice(0, max(1, chosen.tokens // rows.tokens.shape[1])))
-    found = quality(model, rows.tokens)
-    result |= {"model": folder.name, "parameters": count_parameters(model.spec), "tokens": int(rows.tokens.numel()), "goals": GOALS, **found}
+    texts = list(corpora.read(chosen.corpus)) if chosen.corpus else divide(corpora.standard_library("docs"))[1]
+    rows = rows_of(tokenizer.encode_each([d.text for d in texts]), min(ROW, model.spec.context), chosen.tokens)
+    found = quality(model, rows)
+    result |= {"model": folder.name, "parameters": count_parameters(model.spec), "tokens": rows.numel(), "goals": GOALS, **found}
     for name, value in found["perplexity"].items():
         more = f"  {found['more'][name]:+.3%} of bfloat16's" + (f", goal {GOALS[name]:.1%}" if name in GOALS else "") if name in found["more"] else ""
         print(f"  {name:9s} perplexity {value:9.4f}{more}")

@@ -176,14 +176,14 @@ def test_refusals():
 def test_the_folder_and_the_model_are_the_same(tmp_path: Path, family: str, tied: bool):
     model = tiny(tied, family == "llama", vocab=400, family=family)
     save(model, tmp_path / "float")
-    size = compress(tmp_path / "float", tmp_path / "int4", bits=4)
+    told = compress(tmp_path / "float", tmp_path / "int4", bits=4)
     small, opened = quantize(model, bits=4), open_model(tmp_path / "int4")
     assert any(isinstance(m, Int4Linear) for m in opened.modules())
     tokens = torch.randint(0, 400, (3, 17), generator=torch.Generator().manual_seed(0))
     assert torch.equal(opened(tokens), small(tokens)), "bit for bit"
-    assert size == stored_bytes(small) == stored_bytes(opened)
+    assert told.size == stored_bytes(small) == stored_bytes(opened)
     on_disk = (tmp_path / "int4" / "model.safetensors").stat().st_size
-    assert size < on_disk < size + 10_000
+    assert told.size < on_disk < told.size + 10_000
     tensors = load_file(tmp_path / "int4" / "model.safetensors")
     q = "model.layers.1.self_attn.q_proj.weight"
     assert tensors[q].dtype == torch.uint8 and tensors[q].shape == (64, 32) and tensors[f"{q}_scale"].shape == (64, 64 // GROUP)

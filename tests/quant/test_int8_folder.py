@@ -30,14 +30,14 @@ def model_of(family: str, tied: bool) -> Decoder:
 def test_quantizing_the_folder_and_the_model_are_the_same(tmp_path: Path, family: str, tied: bool):
     model = model_of(family, tied)
     save(model, tmp_path / "float")
-    size = compress(tmp_path / "float", tmp_path / "int8")
+    told = compress(tmp_path / "float", tmp_path / "int8")
     small, opened = quantize(model), open_model(tmp_path / "int8")
     assert is_quantized(opened)
     tokens = torch.randint(0, 400, (3, 17), generator=torch.Generator().manual_seed(0))
     assert torch.equal(opened(tokens), small(tokens)), "bit for bit"
-    assert size == stored_bytes(small) == stored_bytes(opened)
+    assert told.size == stored_bytes(small) == stored_bytes(opened)
     on_disk = (tmp_path / "int8" / "model.safetensors").stat().st_size
-    assert size < on_disk < size + 10_000 and on_disk < 0.4 * (tmp_path / "float" / "model.safetensors").stat().st_size
+    assert told.size < on_disk < told.size + 10_000 and on_disk < 0.4 * (tmp_path / "float" / "model.safetensors").stat().st_size
     as_float = load(tmp_path / "int8")
     assert not is_quantized(as_float)
     assert all(torch.equal(a.weight, b.weight) for a, b in zip(as_float.layers[0].modules(), small.layers[0].modules()) if hasattr(a, "weight"))

@@ -59,6 +59,30 @@ class BenchServe(Bench):
     NAME=PYTHON：用该 Python 运行 llama.cpp、openvino 或 vllm。"""
 
 
+@dataclass(frozen=True)
+class BenchQuality(Bench):
+    """What INT8 and INT4 weights cost in perplexity, on a model trained for it here, or on yours.
+    INT8 与 INT4 权重在困惑度上的代价：在此训练的模型上，或在给定的模型上。
+
+    $ pellucid bench quality --minutes 12 --out benchmarks/results/quality.json
+    """
+
+    model: Path | None = None
+    """Measure this model folder instead of training one.
+    测量此模型目录，而不另行训练。"""
+    minutes: float = 12.0
+    """Of training, where no model is given.
+    未给出模型时的训练分钟数。"""
+    corpus: Path | None = None
+    """Text to measure on, all of it; by default the held-out part of Python's own documentation.
+    用于测量的文本（全部使用）；默认为 Python 自带文档的留出部分。"""
+
+
+def quality(config: BenchQuality) -> int:
+    given = {"--model": config.model, "--corpus": config.corpus, "--minutes": f"{config.minutes:g}", "--threads": config.threads}
+    return _run("quality", config, [str(a) for name, value in given.items() if value is not None for a in (name, value)])
+
+
 def train(config: Bench) -> int:
     return _run("train", config, [])
 

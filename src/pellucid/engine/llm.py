@@ -27,14 +27,21 @@ from pellucid.engine.params import SamplingParams
 from pellucid.engine.request import Request, State
 from pellucid.engine.stopping import cut
 from pellucid.errors import BadInput
+from pellucid.events import note
+from pellucid.messages import add, say
 from pellucid.models import embed_texts, load
 from pellucid.models.embedding import read_recipe
 from pellucid.models.hub import blank, local_folder, read_config, spec_of
 from pellucid.nn import Decoder, DecoderSpec
-from pellucid.quant import bits_named, bits_of, quantize
+from pellucid.quant import bits_named, bits_of, held_bytes, left_float, quantize
 from pellucid.runtime import choose_device
 from pellucid.tokenizers import Tokenizer
 
+add({
+    "llm.quantized": ("{folder}: INT{bits} weights made while loading, {after} MB in memory ({before} MB as stored)",
+                      "{folder}：加载时量化为 INT{bits}，内存中 {after} MB（原为 {before} MB）"),
+    "llm.left": ("; not quantized: {names}", "；未量化：{names}"),
+})
 Prompt = str | list[int]
 
 # The prompt of Qwen3-Reranker (arXiv 2506.05176).
@@ -395,4 +402,11 @@ def open_model(
     if choose_device(device).value.type != "cpu" and device != "auto":
         raise BadInput(f"INT{stored or bits} models do not run on {device} yet", "their products are made for the CPU",
                        "use --device cpu, or the float checkpoint")
-    return quantize(load(folder, dtype="float32" if stored else "auto", allow_missing=allow_missing), bits=stored or bits or 8, consume=True)
+    model = load(folder, dtype="float32" if stored else "auto", allow_missing=allow_missing)
+    before = sum(p.nbytes for p in model.parameters())
+    small = quantize(model, bits=stored or bits or 8, consume=True)
+    if not stored:
+        left = ", ".join(f"{name} ({count:,})" for name, count in left_float(small).items())
+        note(say("llm.quantized", folder=folder.name, bits=bits, after=f"{held_bytes(small) / 1e6:,.0f}", before=f"{before / 1e6:,.0f}")
+             + (say("llm.left", names=left) if left else ""))
+    return small

@@ -27,7 +27,7 @@ from pellucid.files import atomic_folder, write_atomic
 from pellucid.messages import add, three_parts
 from pellucid.models.config import Config, with_dual_chunks
 from pellucid.models.families import config_of, family_of, find, find_all, unwrapped
-from pellucid.models.names import Piece
+from pellucid.models.names import Piece, targets
 from pellucid.models.weights import Weights, assemble, planned
 from pellucid.nn import (
     Decoder,
@@ -38,8 +38,10 @@ from pellucid.nn import (
     EncoderDecoder,
     EncoderDecoderSpec,
     EncoderSpec,
+    Linear,
     init_weights,
 )
+from pellucid.nn.experts import ExpertLinear
 from pellucid.runtime import choose_device, dtype_of
 
 add({
@@ -126,6 +128,21 @@ def blank(spec: Any) -> nn.Module:
     """The model of a spec, without memory."""
     with torch.device("meta"):
         return shape_of(spec)(spec)
+
+
+def matrices_of(folder: Path) -> dict[str, str]:
+    """The folder's tensors that are matrices of products, by the names in its files: "rows" where they stand as (out, in), with experts
+    or without, "columns" as (in, out); "table" for the embedding and the head."""
+    spec = spec_of(read_config(folder))
+    found: dict[str, str] = {}
+    with ExitStack() as stack:
+        weights, model = Weights(folder, stack, family_of(spec)), blank(spec)
+        for ours, _, piece in targets(model, weights.family.names, main_layers(model), weights):
+            owner, _, leaf = ours.rpartition(".")
+            if piece.name in weights.where and leaf == "weight" and (owner == "embed" or isinstance(model.get_submodule(owner), (Linear, ExpertLinear))):
+                kind = "table" if owner in ("embed", "head") else "columns" if piece.transposed else "rows"
+                found[weights.where[piece.name][1]] = kind
+    return found
 
 
 def main_layers(model: nn.Module) -> int:

@@ -103,7 +103,7 @@ class Weights:
         """Two codes to a byte (see ops/int4.py)."""
         path, stored = self.where[name]
         part = self._handle(path).get_slice(stored)
-        return f"{name}_scale" in self.where and part.get_dtype() == "U8" and len(part.get_shape()) == 2
+        return f"{name}_scale" in self.where and part.get_dtype() == "U8"
 
     def companions(self, name: str) -> set[str]:
         """Tensors that belong to this one: its scales, or codes and scales."""
@@ -122,19 +122,19 @@ class Weights:
 
     def _groups_scaled(self, name: str, packed: Tensor) -> Tensor:
         """INT4 codes with one scale for each group of a row (see quant/)."""
-        scale, (rows, half) = self.stored(f"{name}_scale"), packed.shape
-        if scale.dim() != 2 or len(scale) != rows or not scale.shape[1] or 2 * half % scale.shape[1] or not scale.is_floating_point():
-            raise BadInput(f"{name}_scale is {tuple(scale.shape)} for {rows} rows of {2 * half} codes",
+        scale, (*rows, half) = self.stored(f"{name}_scale"), packed.shape
+        if list(scale.shape[:-1]) != rows or scale.dim() < 2 or not scale.shape[-1] or 2 * half % scale.shape[-1] or not scale.is_floating_point():
+            raise BadInput(f"{name}_scale is {tuple(scale.shape)} for {tuple(rows)} rows of {2 * half} codes",
                            "there should be a scale for each group of a row", "quantize the checkpoint again")
         return int4_decode(int4_unpack(packed), scale)
 
     def _rows_scaled(self, name: str, codes: Tensor) -> Tensor:
-        """INT8 codes with one scale a row (see quant/)."""
-        scale = f"{name}_scale"
+        """INT8 codes with one scale a row, or a column where the file holds the matrix transposed (see quant/)."""
+        scale, (*lead, rows, columns) = f"{name}_scale", (*codes.shape,)
         found = self.stored_shape(scale) if scale in self.where else None
-        if found != (len(codes), 1):
+        if found not in ((*lead, rows, 1), (*lead, 1, columns)):
             raise BadInput(f"{name} holds {codes.dtype} codes, and {scale} is {found or 'missing'}",
-                           f"there should be a scale for each row: {(len(codes), 1)}", "quantize the checkpoint again")
+                           f"there should be a scale for each row: {(*lead, rows, 1)}", "quantize the checkpoint again")
         return codes.float() * self.stored(scale)
 
     def _tiles(self, name: str, codes: Tensor, side: int = 128) -> Tensor:

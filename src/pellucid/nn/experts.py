@@ -19,7 +19,7 @@ from pellucid.nn.site import Site
 from pellucid.nn.specs import MLP, MoE
 from pellucid.ops import balance
 from pellucid.ops.dispatch import Pairs, capacity_of, pairs_by_expert, pairs_of_choice
-from pellucid.ops.experts import ExpertWeights, experts
+from pellucid.ops.experts import ExpertLayers, ExpertWeights, experts
 from pellucid.ops.router import expert_choice, route
 
 
@@ -115,8 +115,10 @@ class Experts(nn.Module):
         return y + (same if self.shared_gate is None else torch.sigmoid(self.shared_gate(x)) * same)
 
     @property
-    def weights(self) -> ExpertWeights:
+    def weights(self) -> ExpertWeights | ExpertLayers:
         gate_up, down = self.experts["gate_up"], self.experts["down"]
+        if isinstance(gate_up, nn.ModuleList):  # of layers: quantized
+            return ExpertLayers(gate_up, down, self.spec.act, self.spec.clamp)  # type: ignore[arg-type]
         return ExpertWeights(gate_up.weight, down.weight, gate_up.bias, down.bias, self.spec.act, self.spec.clamp)  # type: ignore[arg-type]
 
     def dispatch(self, logits: Tensor, real: Tensor | None) -> tuple[Pairs, Tensor]:

@@ -11,7 +11,7 @@ of another dtype than x (float32 under bfloat16 activations): those that are use
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,16 @@ class ExpertWeights:
     clamp: Clamp | None = None  # (alpha, limit) of gpt-oss's gate
 
 
+@dataclass(frozen=True)
+class ExpertLayers:
+    """Experts whose matrices are layers of their own (quantized ones): rows -> product, with what bias they have."""
+
+    gate_up: Sequence[Callable[[Tensor], Tensor]]
+    down: Sequence[Callable[[Tensor], Tensor]]
+    act: str = "silu"
+    clamp: Clamp | None = None
+
+
 def gated(gate_up: Tensor, act: str = "silu", clamp: Clamp | None = None) -> Tensor:
     """(..., 2I) -> (..., I): act(gate) * up, or gpt-oss's (up + 1) * gate * sigmoid(alpha gate), where the gate is at most
     `limit` and up within +-limit."""
@@ -59,6 +69,16 @@ def experts_reference(x: Tensor, pairs: Pairs, w: ExpertWeights) -> Tensor:
         h = gated(F.linear(x[tokens], w.gate_up[e].to(x.dtype), _row(w.gate_up_bias, e, x)), w.act, w.clamp)
         y = F.linear(h, w.down[e].to(x.dtype), _row(w.down_bias, e, x))
         out = out.index_add(0, tokens, weights[:, None].to(out.dtype) * y)
+    return out.to(x.dtype)
+
+
+def experts_of_layers(x: Tensor, pairs: Pairs, w: ExpertLayers) -> Tensor:
+    """The same through layers; experts without tokens are passed over."""
+    out = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+    for e, (tokens, weights) in enumerate(zip(pairs.tokens.split(pairs.counts), pairs.weights.split(pairs.counts), strict=True)):
+        if len(tokens):
+            y = w.down[e](gated(w.gate_up[e](x[tokens]), w.act, w.clamp))
+            out.index_add_(0, tokens, weights[:, None].to(out.dtype) * y)
     return out.to(x.dtype)
 
 
@@ -123,8 +143,10 @@ def choose_experts(x: Tensor, pairs: Pairs, w: ExpertWeights) -> tuple[str, str]
     return "sorted", f"{P} rows for {used} experts: a product for each"
 
 
-def experts(x: Tensor, pairs: Pairs, w: ExpertWeights) -> Tensor:
+def experts(x: Tensor, pairs: Pairs, w: ExpertWeights | ExpertLayers) -> Tensor:
     """The fast path of this machine; `experts_reference` is what it must equal."""
+    if isinstance(w, ExpertLayers):
+        return experts_of_layers(x, pairs, w)
     paths = {"grouped": experts_grouped, "few": experts_few, "sorted": experts_sorted}
     return paths[choose_experts(x, pairs, w)[0]](x, pairs, w)
 

@@ -13,16 +13,16 @@ from torch import Tensor
 
 
 def int4_pack(codes: Tensor) -> Tensor:
-    """codes (N, K) uint8 in 0..15, K even -> (N, K / 2) uint8"""
-    return codes[:, ::2] | (codes[:, 1::2] << 4)
+    """codes (..., K) uint8 in 0..15, K even -> (..., K / 2) uint8"""
+    return codes[..., ::2] | (codes[..., 1::2] << 4)
 
 
 def int4_unpack(packed: Tensor) -> Tensor:
-    """(N, K / 2) uint8 -> codes (N, K) uint8"""
-    return torch.stack((packed & 15, packed >> 4), -1).flatten(1)
+    """(..., K / 2) uint8 -> codes (..., K) uint8"""
+    return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
 
 
 def int4_decode(codes: Tensor, scale: Tensor) -> Tensor:
-    """codes (N, K), scale (N, K / group) -> (N, K) float32"""
+    """codes (..., K), scale (..., K / group) -> (..., K) float32"""
     groups = codes.view(*scale.shape, -1).float().sub_(8)
-    return groups.mul_(scale.float()[..., None]).flatten(1)
+    return groups.mul_(scale.float()[..., None]).flatten(-2)

@@ -5,16 +5,19 @@ from pellucid.quant.int4 import Int4Linear, choose_int4, int4_linear_reference, 
 from pellucid.quant.int8 import (
     Int8Linear,
     bits_named,
+    held_bytes,
     int8_linear_reference,
     is_quantized,
+    left_float,
     quantize,
     quantize_rows,
     stored_bytes,
 )
 from pellucid.quant.kernels import choose_kernel
-from pellucid.quant.measure import measure
+from pellucid.quant.measure import GOALS, measure, quality, rows_of
 
 __all__ = [
+    "GOALS",
     "Int4Linear",
     "Int8Linear",
     "bits_named",
@@ -22,13 +25,17 @@ __all__ = [
     "choose_int4",
     "choose_kernel",
     "compress",
+    "held_bytes",
     "int4_linear_reference",
     "int8_linear_reference",
     "is_int8",
     "is_quantized",
+    "left_float",
     "measure",
+    "quality",
     "quantize",
     "quantize_groups",
     "quantize_rows",
+    "rows_of",
     "stored_bytes",
 ]

@@ -1,6 +1,8 @@
 """INT8 and INT4 checkpoint folders: each matrix as codes under its own name, its scales as `<name>_scale`.
 
-int8 codes have a scale for each row; 4-bit codes lie two to a byte (ops/int4.py), with a scale for each group of a row.
+int8 codes have a scale for each row; 4-bit codes lie two to a byte (ops/int4.py), with a scale for each group of a row. Experts that
+stand in one tensor (E, out, in) are as many matrices. Where a file holds a matrix transposed (GPT-2, gpt-oss), the scales of INT8
+stand for its columns; in 4 bits it stays as it is and is rounded when the folder is opened.
 
 Made from a float folder, tensor by tensor: no model is built, so a checkpoint larger than memory can be quantized.
 Everything else (names, config.json, tokenizer) stays as it is in the Hugging Face folder; config.json gains
@@ -14,7 +16,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,8 @@ from pellucid.quant.int8 import check_bits, quantize_rows
 
 METHODS = {8: "pellucid-int8", 4: "pellucid-int4"}
 WEIGHTS = {8: "symmetric, one scale a row", 4: f"symmetric, one scale for {GROUP} in a row; embedding and head as int8 with one scale a row"}
-EIGHT = re.compile(r"embed|lm_head|wte|wpe|\.gate\.weight$")  # what stays in INT8: tables, heads, routers
+TABLES = re.compile(r"embed_tokens|lm_head|wte|word_embeddings")  # by their names, where nobody says what a tensor is
+FLOAT = re.compile(r"\.(gate|router)\.weight$|wpe|position_embeddings|bias$")
 KEPT = {".json", ".jinja", ".txt", ".model", ".tiktoken"}  # tokenizer, generation settings; weights are written anew
 
 
@@ -45,10 +49,19 @@ def is_int8(config: dict[str, Any]) -> bool:
     return bits_of(config) == 8
 
 
-def compress(source: str | os.PathLike[str], out: str | os.PathLike[str], bits: int = 8) -> int:
-    """The float checkpoint in folder `source` as an INT8 or INT4 folder `out`; returns the bytes of its tensors.
+@dataclass
+class Compressed:
+    """size: bytes of the folder's tensors.  kept: matrices of products that could not be written as codes, and why."""
 
-    `out` appears whole or not at all; an earlier model folder there is replaced, any other folder is refused.
+    size: int = 0
+    kept: dict[str, str] = field(default_factory=dict)
+
+
+def compress(source: str | os.PathLike[str], out: str | os.PathLike[str], bits: int = 8, matrices: Mapping[str, str] | None = None) -> Compressed:
+    """The float checkpoint in folder `source` as an INT8 or INT4 folder `out`.
+
+    `out` appears whole or not at all; an earlier model folder there is replaced, any other folder is refused. matrices: which tensors
+    are matrices of products, and how they lie, as `models.hub.matrices_of` tells; without it all that look like it by shape and name.
     """
     source, out = Path(source), Path(out)
     check_bits(bits)
@@ -56,13 +69,17 @@ def compress(source: str | os.PathLike[str], out: str | os.PathLike[str], bits: 
     config = read_config(source)
     skipped = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
     tensors: dict[str, Tensor] = {}
+    told = Compressed()
     for name, tensor in float_tensors(source):
         if name in skipped:
             continue
-        if tensor.ndim == 2 and tensor.is_floating_point():
-            tensors[name], tensors[f"{name}_scale"] = rounded(name, tensor, bits)
-        else:
+        kind = guessed(name, tensor) if matrices is None else matrices.get(name)
+        if kind is None or not tensor.is_floating_point():
             tensors[name] = tensor
+        elif kind == "columns" and bits == 4:
+            tensors[name], told.kept[name] = tensor, "the file holds it transposed; it is rounded when the folder is opened"
+        else:
+            tensors[name], tensors[f"{name}_scale"] = rounded(tensor, kind, bits)
     with atomic_folder(out) as new:
         for entry in source.iterdir():
             if entry.is_file() and entry.suffix in KEPT and entry.name != "model.safetensors.index.json":
@@ -72,15 +89,29 @@ def compress(source: str | os.PathLike[str], out: str | os.PathLike[str], bits: 
         save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
         body = config | {"dtype": "float32", "quantization_config": description(bits)}
         write_atomic(new / "config.json", json.dumps(body, indent=2) + "\n")
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+    told.size = sum(t.numel() * t.element_size() for t in tensors.values())
+    return told
 
 
-def rounded(name: str, weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """What stands in the file: codes, and their scales."""
-    if bits == 8 or EIGHT.search(name) or weight.shape[1] % GROUP:
-        return quantize_rows(weight)
-    codes, scale = quantize_groups(weight)
-    return int4_pack(codes), scale
+def guessed(name: str, tensor: Tensor) -> str | None:
+    """What a tensor is, by its name and shape alone."""
+    if tensor.ndim != 2 or FLOAT.search(name):
+        return None
+    return "table" if TABLES.search(name) else "rows"
+
+
+def rounded(weight: Tensor, kind: str, bits: int) -> tuple[Tensor, Tensor]:
+    """What stands in the file: codes, and their scales.  weight (..., rows, columns)"""
+    if kind == "columns":
+        codes, scale = rounded(weight.mT, "rows", bits)
+        return codes.mT.contiguous(), scale.mT.contiguous()
+    lead, rows = weight.shape[:-1], weight.flatten(0, -2)
+    if bits == 8 or kind == "table" or weight.shape[-1] % GROUP:
+        codes, scale = quantize_rows(rows)
+    else:
+        codes, scale = quantize_groups(rows)
+        codes = int4_pack(codes)
+    return codes.unflatten(0, lead), scale.unflatten(0, lead)
 
 
 def description(bits: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ former costs 10 to 20 % of a large product and is more accurate from two rows on
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from pellucid.errors import BadInput, PellucidError
 from pellucid.nn import Decoder, Linear
+from pellucid.nn.experts import ExpertLinear
 from pellucid.quant.int4 import GROUP, Int4Linear, quantize_groups
 from pellucid.quant.kernels import Kernel, Native, choose_kernel
 
@@ -116,7 +118,7 @@ def quantize(model: Decoder, activations: Activations = "token", kernel: str = "
     """A copy of `model` (eval mode, float32 around the products); the model itself is left as it is, or with `consume` gives up
     each matrix as it is rounded, and is of no use afterwards.
 
-    All matrices become `Int8Linear`, the head too. The embedding is rounded in the same way and kept as float32 rows to
+    All matrices become `Int8Linear`, the head and each expert's too. The embedding is rounded in the same way and kept as float32 rows to
     gather from; a tied head has its codes, so the file holds them once. Norms and biases stay. `kernel`: "auto", or the
     name of one of `quant.kernels`. bits=4: matrices whose rows divide into groups become `Int4Linear`; embedding and
     head, and the matrices that do not, stay in INT8.
@@ -131,17 +133,22 @@ def quantize(model: Decoder, activations: Activations = "token", kernel: str = "
     def layer(codes: Tensor, scale: Tensor, bias: Tensor | None = None, parts: tuple[int, ...] | None = None) -> Int8Linear:
         return Int8Linear(codes.cpu(), scale.cpu(), bias, parts, activations, chosen)
 
-    def small_layer(m: Linear) -> nn.Module:
+    def small_layer(weight: Tensor, bias: Tensor | None, parts: tuple[int, ...], head: bool = False) -> nn.Module:
+        if bits == 4 and not head and weight.shape[1] % GROUP == 0:
+            return Int4Linear(*quantize_groups(weight.cpu()), bias, parts)
+        return layer(*quantize_rows(weight), bias, parts)
+
+    def small_module(m: Linear | ExpertLinear) -> nn.Module:
         weight = m.weight
         if consume:
             m.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
-        if bits == 4 and m is not model.head and weight.shape[1] % GROUP == 0:
-            return Int4Linear(*quantize_groups(weight.cpu()), m.bias, m.parts)
-        return layer(*quantize_rows(weight), m.bias, m.parts)
+        if isinstance(m, Linear):
+            return small_layer(weight, m.bias, m.parts, m is model.head)
+        return nn.ModuleList(small_layer(w, None if m.bias is None else m.bias[e], m.parts) for e, w in enumerate(weight))
 
     codes, scale = quantize_rows(model.embed.weight)
     # deepcopy takes what its memo holds instead of copying: no float copy of a matrix is ever made
-    memo: dict[int, Any] = {id(m): small_layer(m) for m in model.modules() if isinstance(m, Linear)}
+    memo: dict[int, Any] = {id(m): small_module(m) for m in model.modules() if isinstance(m, (Linear, ExpertLinear))}
     memo[id(model.embed)] = nn.Embedding.from_pretrained(codes.float() * scale)
     small = copy.deepcopy(model, memo)
     if small.head is None:
@@ -164,6 +171,22 @@ def bits_named(name: str | None) -> int | None:
 
 def is_quantized(model: nn.Module) -> bool:
     return any(isinstance(m, (Int8Linear, Int4Linear)) for m in model.modules())
+
+
+def left_float(small: nn.Module) -> dict[str, int]:
+    """Matrices that no product of a quantized model has in codes (routers, convolutions, ...): their names, `*` for the number of a
+    layer, with how many numbers they hold. The embedding, rounded and gathered from, is not one of them."""
+    found: dict[str, int] = {}
+    for name, p in small.named_parameters():
+        if p.dim() > 1 and name != "embed.weight":
+            name = re.sub(r"\d+", "*", name)
+            found[name] = found.get(name, 0) + p.numel()
+    return found
+
+
+def held_bytes(small: Decoder) -> int:
+    """Bytes of a quantized model's numbers in memory; its embedding is float32 there."""
+    return sum(p.nbytes for p in small.parameters()) + sum(m.stored_bytes for m in small.modules() if isinstance(m, (Int8Linear, Int4Linear)))
 
 
 def stored_bytes(model: Decoder) -> int:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from pellucid.errors import BadInput
 from pellucid.nn import Decoder, KVCache
+from pellucid.nn.experts import ExpertLinear
 from pellucid.quant.int4 import Int4Linear, choose_int4
 from pellucid.quant.int8 import Int8Linear, quantize, stored_bytes
 from pellucid.quant.kernels import choose_kernel
@@ -63,14 +67,25 @@ def perplexity(model: Decoder, tokens: torch.Tensor, rows: int = 16) -> float:
     return math.exp(nats / (tokens.shape[0] * (tokens.shape[1] - 1)))
 
 
-def quality(model: Decoder, tokens: torch.Tensor) -> dict[str, Any]:
-    """A float model on a text, tokens (N, T): "perplexity" of it in float32, bfloat16, int8 and int4; how much "more" than bfloat16's
-    that is; which "goals" are met."""
-    variants = {"float32": lambda: plain(model, torch.float32), "bfloat16": lambda: plain(model, torch.bfloat16),
-                "int8": lambda: quantize(model), "int4": lambda: quantize(model, bits=4)}
+def rows_of(texts: Sequence[Sequence[int]], length: int, most: int = 100_000) -> torch.Tensor:
+    """Texts as ids, one behind the other -> rows (N, T) of `length` ids, at most `most` of them; a short text is one short row."""
+    ids = torch.tensor(list(itertools.islice(itertools.chain.from_iterable(texts), most)))
+    if len(ids) < 2:
+        raise BadInput("the text is too short", f"{len(ids)} tokens: nothing can be predicted", "give more text with --corpus")
+    length = min(length, len(ids))
+    return ids[: len(ids) // length * length].view(-1, length)
+
+
+def quality(model: Decoder, tokens: torch.Tensor, small: Mapping[str, Decoder] | None = None) -> dict[str, Any]:
+    """A float model on a text, tokens (N, T): "perplexity" of it in float32 and bfloat16, and of its quantized forms (int8 and int4, or
+    those given); how much "more" than bfloat16's that is; which goals are "met"."""
+    variants: dict[str, Callable[[], Decoder]] = {name: (lambda d=dtype: plain(model, d)) for name, dtype in  # type: ignore[misc]
+                                                  (("float32", torch.float32), ("bfloat16", torch.bfloat16))}
+    variants |= {name: (lambda m=m: m) for name, m in small.items()} if small else {  # type: ignore[misc]
+        f"int{bits}": (lambda b=bits: quantize(model, bits=b)) for bits in (8, 4)}  # type: ignore[misc]
     found = {name: perplexity(make(), tokens) for name, make in variants.items()}
     more = {name: value / found["bfloat16"] - 1 for name, value in found.items() if name != "bfloat16"}
-    return {"perplexity": found, "more": more, "met": {name: more[name] <= most for name, most in GOALS.items()}}
+    return {"perplexity": found, "more": more, "met": {name: more[name] <= most for name, most in GOALS.items() if name in more}}
 
 
 def name_of(small: Decoder) -> str:
@@ -123,14 +138,21 @@ def decoder_round(model: Decoder, batch: int, step: Step, steps: int = 8) -> Cal
     return run
 
 
+def matrix_of(name: str, matrices: dict[str, nn.Module], model: Decoder) -> torch.Tensor:
+    """What a quantized layer was made from: the layer of its name, one of stacked experts, or the embedding under a tied head."""
+    stack, _, number = name.rpartition(".")
+    if isinstance(matrices.get(stack), ExpertLinear):
+        return matrices[stack].weight[int(number)]  # type: ignore[no-any-return, index]
+    return matrices[name].weight if getattr(matrices.get(name), "weight", None) is not None else model.embed.weight  # type: ignore[return-value]
+
+
 def product_error(model: Decoder, small: Decoder, rows: int = 16) -> float:
     """||quantized product - float32 product|| / ||float32 product|| on normal activations, the mean over all layers."""
     matrices = dict(model.named_modules())
     errors = []
     for name, layer in small.named_modules():
         if isinstance(layer, (Int8Linear, Int4Linear)):
-            source = matrices[name] if getattr(matrices.get(name), "weight", None) is not None else model.embed
-            weight = source.weight.detach().to("cpu", torch.float32)
+            weight = matrix_of(name, matrices, model).detach().to("cpu", torch.float32)
             x = torch.randn(rows, layer.inputs, generator=torch.Generator().manual_seed(0))
             exact = x @ weight.mT
             found = layer(x) - (0 if layer.bias is None else layer.bias)
