@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from pellucid.engine.hash_chain import HashChain
+from pellucid.engine.ordering import Planned
 from pellucid.engine.params import SamplingParams
 from pellucid.engine.planning import depth_first
 from pellucid.engine.prefix_cache import NoReuse, PrefixCache
@@ -119,7 +120,7 @@ CACHES = {
     "chain, tokens": lambda tokens: HashChain(tokens, 1), "radix, lru": lambda tokens: RadixTree(tokens),
     "radix, cost": lambda tokens: RadixTree(tokens, policy="cost"),
 }
-ORDERS = {"first come": first_come, "longest hit": longest_hit, "depth first": depth_first}
+ORDERS = {"first come": lambda: first_come, "longest hit": lambda: longest_hit, "depth first": lambda: depth_first, "planned": Planned}
 
 
 def main() -> None:
@@ -131,8 +132,8 @@ def main() -> None:
     for kind in (few_shot, chat, tree, agent):
         trace = kind(random.Random(0))
         for name, make in CACHES.items():
-            for how, order in ORDERS.items() if name != "none" else [("first come", first_come)]:
-                rows.append({"trace": kind.__name__, "cache": name, "order": how} | play(trace, make(chosen.tokens), order))
+            for how, order in ORDERS.items() if name != "none" else [("first come", lambda: first_come)]:
+                rows.append({"trace": kind.__name__, "cache": name, "order": how} | play(trace, make(chosen.tokens), order()))
                 print("{trace:9} {cache:20} {order:12} hit {hit:6.1%}  computed {computed:8,}  steps {steps:6}  {microseconds:8.1f} us".format(**rows[-1]), flush=True)
     if chosen.json:
         chosen.json.write_text(json.dumps({"experiment": "prefix_caches", "tokens": chosen.tokens, "rows": rows}, indent=1) + "\n", encoding="utf-8")
