@@ -1,5 +1,6 @@
 """Every compiled training kernel, forward and backward, against its readable twin in float64 (which no kernel serves)."""
 
+import itertools
 import os
 import threading
 
@@ -18,8 +19,10 @@ from pellucid.ops import (
     rope_frequencies,
     swiglu,
     swiglu_reference,
+    token_logprobs,
 )
 from pellucid.ops.compiled import jit_serves
+from pellucid.ops.loss import _logprobs_and_entropies, _losses_and_gradient
 
 pytestmark = pytest.mark.skipif(not choose_jit().value, reason=choose_jit().reason)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -88,7 +91,6 @@ def test_heads(dtype, norm):
 @pytest.mark.parametrize("V", [1, 5, 64, 203])
 def test_cross_entropy_of_logits(dtype, V):
     """An identity as head: the logits themselves, up to +-400, some of them -inf."""
-    from pellucid.ops.loss import _losses_and_gradient
 
     for M in (1, 2, 77):
         logits, labels = random((M, V), dtype, 100.0).detach(), torch.arange(M) % V
@@ -118,6 +120,43 @@ def test_cross_entropy(dtype):
             assert (a.double() - b).norm() <= 2 * PRECISION[dtype] * b.norm()
     with pytest.raises(IndexError):
         chunked_cross_entropy(*inputs, torch.full((M,), V))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 3.0])
+def test_log_probabilities_and_entropies(dtype, temperature):
+    for (M, V), scale in itertools.product(((1, 1), (3, 2), (40, 70), (257, 1000)), (1e-3, 1.0, 30.0)):
+        logits, labels = random((M, V), dtype, scale).detach(), torch.arange(M) * 7 % V
+        if V > 3:
+            logits[:, 1] = -torch.inf
+            logits[0, 2] = 200.0
+            labels[labels == 1] = 0
+        want = torch.log_softmax(logits.double() / temperature, -1)
+        before = logits.clone()
+        logp, entropy = _logprobs_and_entropies(logits, labels, temperature)
+        assert torch.equal(logits, before) and logp.dtype == entropy.dtype == torch.float32
+        torch.testing.assert_close(logp.double(), want.gather(1, labels[:, None])[:, 0], rtol=1e-6, atol=3e-6)
+        torch.testing.assert_close(entropy.double(), torch.special.entr(want.exp()).sum(-1), rtol=3e-6, atol=3e-6)
+    logits[5, 9] = torch.nan
+    logp, entropy = _logprobs_and_entropies(logits, labels, temperature)
+    assert logp[5].isnan() and entropy[5].isnan() and int(logp.isnan().sum()) == int(entropy.isnan().sum()) == 1
+    for bad in (-1, V):
+        with pytest.raises(IndexError):
+            _logprobs_and_entropies(logits, torch.full((M,), bad), temperature)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_token_logprobs(dtype):
+    """Gradients too, against PyTorch in float64."""
+    M, D, V = 300, 24, 129
+    inputs, tokens = [random((M, D), dtype), random((V, D), dtype, seed=1)], torch.arange(M) * 7 % V
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    want = torch.log_softmax(wide[0] @ wide[1].T / 0.7, -1).gather(1, tokens[:, None])[:, 0]
+    got, _ = token_logprobs(*inputs, tokens, 0.7, entropy=True)
+    assert (got.double() - want).norm() <= PRECISION[dtype] * want.norm()
+    upstream = random((M,), torch.bfloat16, seed=5).detach()
+    for a, b in zip(torch.autograd.grad(got, inputs, upstream.float()), torch.autograd.grad(want, wide, upstream.double()), strict=True):
+        assert (a.double() - b).norm() <= 3 * PRECISION[dtype] * b.norm()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

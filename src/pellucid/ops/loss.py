@@ -90,6 +90,21 @@ def _losses_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
     return losses, P
 
 
+def _logprobs_and_entropies(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """log softmax(logits / temperature)[label] and the entropy of softmax(logits / temperature), (rows,) each, float32 or wider."""
+    if jit_serves(logits):
+        from pellucid.ops.jit import train
+        from pellucid.ops.jit.lanes import array
+
+        if bool(((labels < 0) | (labels >= logits.shape[-1])).any()):
+            raise IndexError("tokens must be ids of the vocabulary")
+        logps, entropies = (logits.new_empty(len(labels), dtype=torch.float32) for _ in range(2))
+        train.log_probability(array(logits), labels.contiguous().numpy(), 1 / temperature, array(logps), array(entropies))
+        return logps, entropies
+    logp = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature), -1)
+    return logp.gather(1, labels[:, None]).squeeze(1), torch.special.entr(logp.exp()).sum(-1)
+
+
 def _log_of_picked(P: Tensor, logits: Tensor, picked: tuple[Tensor, Tensor]) -> Tensor:
     """log softmax(logits)[picked] (rows,), from P = softmax(logits). Rows whose probability is so small that its
     logarithm would be wrong or -inf are computed again in log space: rare, and exact."""
@@ -132,12 +147,8 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, entropy: bool, chunk: int,
     ) -> tuple[Tensor, Tensor]:
         w = weight.to(hidden.dtype)
-        logps, entropies = [], []
-        for h, y in zip(hidden.split(chunk), tokens.split(chunk)):
-            logp = torch.log_softmax((h @ w.mT).to(torch.promote_types(h.dtype, torch.float32)).div_(temperature), -1)
-            logps.append(logp.gather(1, y[:, None]).squeeze(1))
-            if entropy:
-                entropies.append(torch.special.entr(logp.exp_()).sum(-1))
+        parts = [_logprobs_and_entropies(h @ w.mT, y, temperature) for h, y in zip(hidden.split(chunk), tokens.split(chunk))]
+        logps, entropies = zip(*parts)
         ctx.save_for_backward(hidden, weight, tokens)
         ctx.temperature, ctx.chunk = temperature, chunk
         result = torch.cat(logps), torch.cat(entropies) if entropy else logps[0].new_empty(0)
@@ -153,8 +164,7 @@ class _TokenLogprobs(torch.autograd.Function):
         d_weight = torch.zeros(weight.shape, dtype=g.dtype, device=g.device) if ctx.needs_input_grad[1] else None
         for rows in g.nonzero().squeeze(-1).split(ctx.chunk):
             h = hidden[rows]
-            P = torch.softmax((h @ w.mT).div_(ctx.temperature), -1)
-            P[torch.arange(len(rows), device=rows.device), tokens[rows]] -= 1.0
+            _, P = _losses_and_gradient((h @ w.mT).div_(ctx.temperature), tokens[rows])
             minus = g[rows, None].neg().to(h.dtype)  # scales rows: cheaper on h and d_hidden than on P
             if d_hidden is not None:
                 d_hidden[rows] = (P @ w).mul_(minus)

@@ -155,3 +155,21 @@ def cross_entropy(logits: Array, labels: Array, losses: Array) -> None:
         for i in range(V):
             logits[n, i] = narrow(exp(wide(logits[n, i]) - top) * share, logits[n, i])
         logits[n, label] = narrow(np.float32(np.expm1(-losses[n])), logits[n, label])  # p - 1, exact where p is near 1
+
+
+@njit(parallel=True, cache=True, fastmath=FAST, error_model="numpy")
+def log_probability(logits: Array, labels: Array, scale: float, logps: Array, entropies: Array) -> None:
+    """logps (N,) of the labels under softmax(scale * logits), logits (N, V) as they are, and the entropies of that, both from one pass:
+    with y = scale (logits - max) and Z = sum exp(y), log p = y[label] - log Z and H = log Z - sum exp(y) y / Z."""
+    N, V = logits.shape
+    factor = np.float32(scale)
+    for n in prange(N):
+        row, top, total, dot = logits[n], largest(logits[n]), np.float32(0), np.float32(0)
+        for i in range(V):
+            y = (wide(row[i]) - top) * factor
+            e = np.float32(0) if y <= np.float32(-87) else exp(y)  # NaN stays NaN
+            total += e
+            dot += e * max(y, np.float32(-87))
+        log_total = np.log(np.float64(total))
+        logps[n] = (np.float64(wide(row[labels[n]])) - np.float64(top)) * scale - log_total
+        entropies[n] = log_total - np.float64(dot) / np.float64(total)
