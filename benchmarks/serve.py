@@ -40,6 +40,7 @@ from common import Contestant, begin, finish, options, quiet_transformers
 from peers import DECODE, PREFILL, REQUESTS, TOKENS, answer_turns, prompts_of
 from pellucid import events, quant
 from pellucid.engine.core import Engine, EngineConfig
+from pellucid.engine.native_step import NativeStep
 from pellucid.engine.paged_step import PagedBatch, PagedStep
 from pellucid.engine.params import SamplingParams
 from pellucid.engine.request import Request
@@ -126,6 +127,8 @@ def ours(what: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[[], A
     while engine.busy:
         engine.step()
 
+    native = isinstance(engine.runner.compiled, NativeStep)
+
     def seconds(count: int, length: int, new: int) -> float:
         return answers(engine, prompts_of(vocab, count, length), new)[1]
 
@@ -137,14 +140,14 @@ def ours(what: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[[], A
 
     def schedule() -> dict[str, Any]:
         told: list[Any] = []
-        with events.subscribed(told.append), split() as watch:
+        with events.subscribed(told.append), split(native) as watch:
             answers(engine, prompts_of(vocab, 64, 16), 48)
         full = [e for e in told if e.kind == "engine_step" and e.running == 64 and e.tokens == 64]
         return {"share": sum(e.planning for e in full) / sum(e.seconds for e in full), "steps": len(full),
                 "step_ms": 1e3 * statistics.median(e.seconds for e in full), "split": parts(watch)}
 
     def step_of_one() -> dict[str, float]:
-        with split() as watch:
+        with split(native) as watch:
             answers(engine, prompts_of(vocab, 1, 32), 64)
         return parts(watch)
 
@@ -152,20 +155,22 @@ def ours(what: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[[], A
              "batch": lambda: REQUESTS * TOKENS / seconds(REQUESTS, TOKENS, TOKENS), "prefix": prefix, "schedule": schedule,
              "step": step_of_one}
     return {"greedy": greedy.output, "bytes": bytes_read, "load_seconds": loaded, "warm_seconds": warm,
-            "compiled": engine.runner.compiled is not None}, works
+            "path": engine.runner.path.reason}, works
 
 
-def split() -> Stopwatch:
-    """Where a step's time goes. `products` and `tables` are parts of the pass through the layers."""
-    return Stopwatch(planning=(Scheduler, "plan"), tables=(PagedBatch, "__init__"), layers=(PagedStep, "hidden"), products=(PagedStep, "_product"),
-                     head=(PagedStep, "logits"), sampling=(Engine, "_sample"), told=(Engine, "_tell"))
+def split(native: bool) -> Stopwatch:
+    """Where a step's time goes. `products` are a part of the pass through the layers; in the C++ step they cannot be told apart."""
+    path = dict(layers=(NativeStep, "hidden"), head=(NativeStep, "logits")) if native else dict(
+        layers=(PagedStep, "hidden"), products=(PagedStep, "_product"), head=(PagedStep, "logits"))
+    return Stopwatch(planning=(Scheduler, "plan"), tables=(PagedBatch, "__init__"), sampling=(Engine, "_sample"), told=(Engine, "_tell"), **path)
 
 
 def parts(watch: Stopwatch) -> dict[str, float]:
     """Shares of the whole; products of the head are the head's."""
     s = dict(watch.seconds)
-    s["products"] = s["products"] - (s["head"] if s["products"] > s["head"] else 0)
-    s["attention, norms, gates"] = s.pop("layers") - s["products"]
+    if "products" in s:
+        s["products"] = s["products"] - (s["head"] if s["products"] > s["head"] else 0)
+        s["attention, norms, gates"] = s.pop("layers") - s["products"]
     shares = {name: value / watch.total for name, value in s.items()}
     return {name: round(share, 3) for name, share in (shares | {"the rest": 1 - sum(shares.values())}).items()}
 

@@ -26,9 +26,9 @@ from pellucid.quant import (
     quantize_rows,
     stored_bytes,
 )
-from pellucid.quant.kernels import Fbgemm, IntMM, fault_of
+from pellucid.quant.kernels import Fbgemm, IntMM, Native, fault_of
 
-KERNELS = [k for k in (Fbgemm(), Fbgemm(63), IntMM()) if fault_of(k) is None]
+KERNELS = [k for k in (Native(), Fbgemm(), Fbgemm(63), IntMM()) if fault_of(k) is None]
 
 
 def tiny(tied: bool = True, bias: bool = False, qk_norm: bool = True, vocab: int = 97, dim: int = 48, layers: int = 2) -> Decoder:
@@ -119,12 +119,12 @@ def test_a_row_does_not_depend_on_its_neighbours(kernel):
 
 def test_one_scale_a_tensor_is_torch_own_dynamic_quantization():
     """Against `torch.ao.quantization.quantize_dynamic`, which rounds weights by an observer of its own."""
-    if choose_kernel().value != Fbgemm():
+    if fault_of(Fbgemm()):
         pytest.fail("this processor has no exact 8-bit fbgemm; run this test on one that has")
     linear = nn.Linear(64, 32).requires_grad_(False)
     theirs = torch.ao.quantization.quantize_dynamic(nn.Sequential(linear), {nn.Linear: torch.ao.quantization.per_channel_dynamic_qconfig})
     codes, scale = quantize_rows(linear.weight)
-    ours = Int8Linear(codes, scale, linear.bias, activations="tensor")
+    ours = Int8Linear(codes, scale, linear.bias, activations="tensor", kernel=Fbgemm())
     x = rows(8, 64)
     exact = linear(x)
     mine, reference = (float((y - exact).norm() / exact.norm()) for y in (ours(x), theirs(x)))
@@ -144,10 +144,10 @@ def test_relative_error_of_one_product():
 
 def test_overflowing_kernels_are_found_and_passed_over():
     """With AVX2 only, fbgemm's 16-bit partial sums saturate: the probe must see it and take 7 bits."""
-    code = ("from pellucid.quant.kernels import choose_kernel; c = choose_kernel(); print(c.value.name, c.value.limit, c.reason)\n"
+    code = ("from pellucid.quant.kernels import choose_kernel; c = choose_kernel('fbgemm'); print(c.value.name, c.value.limit, c.reason)\n"
             "from pellucid.quant import *; import torch\n"
             "w, x = torch.randn(64, 128), torch.randn(9, 128); codes, scale = quantize_rows(w)\n"
-            "assert torch.equal(Int8Linear(codes, scale)(x), int8_linear_reference(x, codes, scale, limit=c.value.limit))")
+            "assert torch.equal(Int8Linear(codes, scale, kernel=c.value)(x), int8_linear_reference(x, codes, scale, limit=c.value.limit))")
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
                          env=os.environ | {"FBGEMM_ENABLE_INSTRUCTIONS": "AVX2"})
     assert run.returncode == 0, run.stderr
@@ -165,6 +165,7 @@ def test_choice_of_the_kernel(monkeypatch: pytest.MonkeyPatch):
         raise RuntimeError("no such operator\nmore")
 
     monkeypatch.setattr(Fbgemm, "pack", gone)
+    monkeypatch.setattr(Native, "pack", gone)
     later = choose_kernel.__wrapped__("auto")
     assert later.value == IntMM() and "no such operator" in later.reason and "more" not in later.reason
     with pytest.raises(BadInput, match="does not work here"):

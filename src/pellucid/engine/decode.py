@@ -48,7 +48,13 @@ def plain_step(model: Decoder) -> Step:
 
 
 def unsuited(model: Decoder) -> str | None:
-    """Why the compiled step cannot run this model; None if it can."""
+    """Why the step compiled by numba cannot run this model; None if it can."""
+    jit = choose_jit()
+    return unusual(model) or (None if jit.value else jit.reason)
+
+
+def unusual(model: Decoder) -> str | None:
+    """What in this model no compiled step knows; None if there is nothing."""
     weight = model.embed.weight
     for name, module in model.named_modules():
         if type(module) not in PLAIN or "forward" in vars(module) or "hidden" in vars(module):
@@ -68,8 +74,7 @@ def unsuited(model: Decoder) -> str | None:
                 return f"{kind.__name__} with {', '.join(unknown)} has no compiled kernel"
         if layer.ffn.act != "silu" or layer.mixer.rope.interleaved:
             return "an activation or a rotary layout without a compiled kernel"
-    jit = choose_jit()
-    return None if jit.value else jit.reason
+    return None
 
 
 class CompiledStep:

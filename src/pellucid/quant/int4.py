@@ -1,4 +1,4 @@
-"""INT4 layers: 4-bit weights with a scale for each group of 32 in a row, activations in bfloat16.
+"""INT4 layers: 4-bit weights with a scale for each group of 32 in a row; activations in 8 bits by groups, or in bfloat16.
 
     w[n, k] ~ (code[n, k] - 8) * scale[n, k // 32]         16 + 2 bytes for 32 weights: 4.5 bits a weight
     y = x W^T + bias
@@ -6,7 +6,8 @@
 The scale of a group is the one of sixteen that loses least: each puts the group's largest value at another code, and what
 lies outside of 0..15 is cut (the clipping search of GPTQ and AWQ, by group). Rounding is idempotent: what was rounded
 comes back unchanged, because the scale it had is among the sixteen. Head and embedding stay in INT8, as OpenVINO has
-it: they feel rounding most. PyTorch's product on a CPU saves memory beside INT8, and time only for one row.
+it: they feel rounding most. PyTorch's product on a CPU saves memory beside INT8, and time only for one row; the C++ kernels
+(ops/native) multiply integers, with activations rounded by groups: a twentieth of what rounding the weights loses.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 
 from pellucid.errors import BadInput, PellucidError
 from pellucid.ops.int4 import int4_decode, int4_pack, int4_unpack
+from pellucid.ops.native.library import choose_native, pack_int4, unpack_int4
+from pellucid.quant.kernels import vectors
 from pellucid.runtime import Choice
 
 GROUP = 32
@@ -127,15 +130,35 @@ class Int4Pack:
         return torch.matmul(x, w).transpose(0, 1).flatten(1)[:, :N].float()
 
 
-Kernel = Plain | Int4Pack
-CANDIDATES: tuple[Kernel, ...] = (Int4Pack(64), Int4Pack(32), Plain())  # AVX-512, AVX2, everywhere
+@dataclass(frozen=True)
+class NativeInt4:
+    """The C++ kernels (ops/native): activations rounded to 8 bits by groups of 32 columns, products of integers."""
+
+    name: str = "native"
+
+    def pack(self, codes: Tensor, scale: Tensor) -> Any:
+        vectors()
+        return pack_int4(codes, scale)
+
+    def unpack(self, packed: Any) -> tuple[Tensor, Tensor]:
+        return unpack_int4(packed)
+
+    def product(self, x: Tensor, packed: Any) -> Tensor:
+        return choose_native().value.product(packed.matrix, x)  # type: ignore[no-any-return]
+
+
+Kernel = NativeInt4 | Plain | Int4Pack
+CANDIDATES: tuple[Kernel, ...] = (NativeInt4(), Int4Pack(64), Int4Pack(32), Plain())  # AVX-512, AVX2, everywhere
 
 
 @cache
-def choose_int4() -> Choice:
-    """The first kernel that computes rightly on this machine, and why not an earlier one."""
+def choose_int4(group: int = GROUP) -> Choice:
+    """The first kernel that computes rightly on this machine, and why not an earlier one. group: weights that share a scale."""
     passed_over: list[str] = []
     for kernel in CANDIDATES:
+        if group != GROUP and isinstance(kernel, NativeInt4):
+            passed_over.append(f"{kernel.name}: its groups have {GROUP} weights")
+            continue
         fault = fault_of(kernel)
         if fault is None:
             return Choice(kernel, "; ".join([*passed_over, f"{kernel.name} computes 4-bit products"]))
@@ -155,7 +178,7 @@ def fault_of(kernel: Kernel) -> str | None:
         codes_back, scale_back = kernel.unpack(packed)
         found = torch.cat((kernel.product(x[:3], packed), kernel.product(x, packed)))
     except (AttributeError, RuntimeError) as error:  # an operator that this build lacks, or has for other machines
-        return f"not in this PyTorch ({str(error).splitlines()[0][:80]})"
+        return f"not here ({str(error).splitlines()[0][:80]})"
     if not torch.equal(codes_back, codes) or not torch.equal(scale_back, scale):
         return "this processor's layout is another one"
     exact = int4_linear_reference(torch.cat((x[:3], x)), codes, scale)
@@ -168,10 +191,10 @@ class Int4Linear(nn.Module):
     def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None = None, parts: tuple[int, ...] | None = None,
                  kernel: Kernel | None = None):
         super().__init__()
-        self.kernel: Kernel = kernel or choose_int4().value
         self.parts = parts or (len(codes),)
         self.outputs, self.inputs = codes.shape
         self.group = codes.shape[1] // scale.shape[1]
+        self.kernel: Kernel = kernel or choose_int4(self.group).value
         self.packed: Any = self.kernel.pack(codes, scale)
         self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone(), requires_grad=False)
 

@@ -4,7 +4,8 @@ A kernel multiplies whole numbers held in float32 by int8 weights, exactly, and 
 
     product(a (M, K) in -limit..limit, W) -> (a @ codes^T) * scale  (M, N) float32;  codes (N, K) int8, scale (N,)
 
-`fbgemm` is the fastest in PyTorch on x86 (its operator is meant for fixed activation scales; ours are folded into `a`
+`native` is C++ of our own (ops/native), where it could be compiled; it also rounds the activations. `fbgemm` is the fastest in
+PyTorch on x86 (its operator is meant for fixed activation scales; ours are folded into `a`
 beforehand, so its own scale is 1). Its AVX2 form adds pairs of 8-bit products in 16 bits, which saturate silently:
 the probe multiplies extreme values and takes 7-bit activations there. `int_mm` runs wherever PyTorch does.
 The packed weights of fbgemm are made through quantized tensors, which a future PyTorch will drop (its issue 184982):
@@ -22,7 +23,42 @@ import torch
 from torch import Tensor
 
 from pellucid.errors import BadInput
+from pellucid.ops.native.library import choose_native, pack_int8, unpack_int8
 from pellucid.runtime import Choice
+
+
+def vectors() -> None:
+    """RuntimeError where there are no C++ kernels, or none that know this processor's products of bytes: PyTorch's are faster then."""
+    choice = choose_native()
+    if choice.value is None or choice.value.variant == "base":
+        raise RuntimeError(choice.reason)
+
+
+@dataclass(frozen=True)
+class Native:
+    """The C++ kernels: u8 x s8 products with AVX-512, s8 x s8 without."""
+
+    limit: int = 127
+    name: str = "native"
+
+    def pack(self, codes: Tensor, scale: Tensor) -> Any:
+        vectors()
+        return pack_int8(codes, scale)
+
+    def unpack(self, packed: Any) -> tuple[Tensor, Tensor]:
+        return unpack_int8(packed)
+
+    def product(self, a: Tensor, packed: Any) -> Tensor:
+        return choose_native().value.product(packed.matrix, a, whole=True)  # type: ignore[no-any-return]
+
+    def by_token(self, x: Tensor, packed: Any) -> Tensor:
+        """x (M, K) float32 of any scale: each row rounded by a factor of its own, inside the kernel."""
+        return choose_native().value.product(packed.matrix, x)  # type: ignore[no-any-return]
+
+    def dynamic(self, x: Tensor, packed: Any) -> Tensor:
+        """One factor for the whole tensor."""
+        factor = self.limit / x.abs().amax().clamp_min(1e-30)
+        return self.product((x * factor).round_(), packed).div_(factor)
 
 
 @dataclass(frozen=True)
@@ -75,8 +111,8 @@ class IntMM:
                        'use activations="token"')
 
 
-Kernel = Fbgemm | IntMM
-CANDIDATES: tuple[Kernel, ...] = (Fbgemm(), Fbgemm(63), IntMM())  # fastest first
+Kernel = Native | Fbgemm | IntMM
+CANDIDATES: tuple[Kernel, ...] = (Native(), Fbgemm(), Fbgemm(63), IntMM())  # fastest first
 
 
 @cache
@@ -110,7 +146,7 @@ def fault_of(kernel: Kernel) -> str | None:
         packed = kernel.pack(codes, scale)
         found, (codes_back, scale_back) = kernel.product(a, packed), kernel.unpack(packed)
     except (AttributeError, RuntimeError) as error:  # an operator that this build lacks, or has for other machines
-        return f"not in this PyTorch ({str(error).splitlines()[0][:80]})"
+        return f"not here ({str(error).splitlines()[0][:80]})"
     if not torch.equal(found, (a.int() @ codes.int().mT).float() * 0.5):
         return "its sums overflow on this processor"
     return None if torch.equal(codes_back, codes) and torch.equal(scale_back, scale) else "it does not keep the weights"
