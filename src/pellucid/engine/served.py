@@ -12,7 +12,7 @@ from pellucid.engine.core import Engine
 from pellucid.engine.params import SamplingParams, StructuredOutput
 from pellucid.engine.request import Request, State
 from pellucid.errors import BadInput, PellucidError
-from pellucid.parallel import Channel
+from pellucid.parallel import Channel, Gone
 
 
 class Served:
@@ -26,7 +26,7 @@ class Served:
         self.record: dict[str, Any] = {}
         self.open = True
         self.handlers: dict[str, Callable[[dict[str, Any]], None]] = {
-            "add": self.add, "cancel": self.cancel, "step": lambda _: self.step(), "close": self.close}
+            "add": self.add, "cancel": self.cancel, "step": lambda _: self.step(), "close": self.close, "stop": self.stop}
 
     def loop(self) -> None:
         with events.subscribed(self._take):
@@ -76,6 +76,9 @@ class Served:
         for request in list(self.requests.values()):
             self.engine.cancel(request)
         self.open = False
+
+    def stop(self, _: dict[str, Any]) -> None:
+        raise Gone("told to stop")
 
     def step(self) -> None:
         self.answer(self.engine.step())

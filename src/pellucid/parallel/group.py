@@ -18,6 +18,9 @@ from torch import Tensor
 LONG = timedelta(days=1000)
 """How long a process waits for the others. Who waits for ever is ended by the process that started them all: it sees who died."""
 
+ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the same by their new names
+REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class Group:
     """rank: of this process among `size`.  group: of torch.distributed; None: all of its processes."""
@@ -38,7 +41,7 @@ class Group:
         if self.size == 1:
             return x[None]
         out = x.new_empty(self.size * x.shape[0], *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous(), group=self.group)
+        ALL_GATHER(out, x.contiguous(), group=self.group)
         return out.unflatten(0, (self.size, -1)) if x.numel() else x.expand(self.size, *x.shape)
 
     def sum_of_own(self, x: Tensor) -> Tensor:
@@ -46,7 +49,7 @@ class Group:
         if self.size == 1:
             return x
         out = x.new_empty(len(x) // self.size, *x.shape[1:])
-        dist.reduce_scatter_tensor(out, x.contiguous(), group=self.group)
+        REDUCE_SCATTER(out, x.contiguous(), group=self.group)
         return out
 
     def blocks_of(self, size: int) -> Group:
