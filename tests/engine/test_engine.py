@@ -97,7 +97,7 @@ def test_cancelling_in_every_state_frees_at_once(model):
             engine.cancel(r)  # twice is once
             engine.cache.check()
         assert not engine.busy and engine.cache.available() == engine.cache.blocks
-        assert all(r.state is State.FINISHED for r in requests) and len(engine.runner.free_places) == 3
+        assert all(r.state is State.FINISHED for r in requests) and len(engine.runner.pages.table.free) == 3
         assert not engine.runner.swapped
 
 
@@ -129,3 +129,30 @@ def test_linear_attention_has_no_reuse_and_no_speculation():
 def test_impossible_settings(model, options, says):
     with pytest.raises(BadInput, match=says):
         Engine(model, config=EngineConfig(**{"cache_tokens": 64, **options}))
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_who_adopts_equal_blocks_of_the_tree_reads_them(model, compiled):
+    """Two compute the same prompt at once; the second then stands on the first's blocks, and its own are written by others."""
+    def answers(prefix: str) -> list[list[int]]:
+        engine = Engine(model, config=EngineConfig(cache_tokens=400, prefix=prefix))
+        if not compiled:
+            engine.runner.compiled = None
+        same = [Request(list(range(3, 30)), SamplingParams(max_tokens=20, ignore_eos=True)) for _ in range(2)]
+        for r in same:
+            engine.add(r)
+        engine.step()
+        if prefix == "radix":
+            assert same[0].blocks[:26] == same[1].blocks[:26]
+        later = [Request([i, *range(5, 20)], SamplingParams(max_tokens=20, ignore_eos=True)) for i in (31, 32)]
+        run_on(engine, later)
+        return [r.output for r in (*same, *later)]
+
+    assert answers("radix") == answers("none")
+
+
+def run_on(engine: Engine, requests: list[Request]) -> None:
+    for r in requests:
+        engine.add(r)
+    while engine.busy:
+        engine.step()

@@ -8,15 +8,18 @@ from hypothesis import strategies as st
 
 from pellucid.engine.hash_chain import HashChain
 from pellucid.engine.params import SamplingParams
-from pellucid.engine.prefix_cache import NoReuse
+from pellucid.engine.prefix_cache import NoReuse, first_needed, held
 from pellucid.engine.radix_tree import RadixTree
-from pellucid.engine.request import Request, State
+from pellucid.engine.request import GONE, Request, State
 from pellucid.engine.scheduler import Fair, Scheduler, first_come, longest_hit
 from pellucid.errors import BadInput
 
 CACHES = {
-    "none": lambda blocks, size: NoReuse(blocks, size), "chain": lambda blocks, size: HashChain(blocks, size),
-    "radix": lambda blocks, size: RadixTree(blocks, size), "radix-cost": lambda blocks, size: RadixTree(blocks, size, "cost"),
+    "none": NoReuse, "chain": HashChain, "radix": RadixTree, "radix-cost": lambda blocks, size: RadixTree(blocks, size, "cost"),
+    "none, window": lambda blocks, size: NoReuse(blocks, size, windows=(5,)),
+    "none, windows": lambda blocks, size: NoReuse(blocks, size, windows=(3, None, 6)),
+    "chain, window": lambda blocks, size: HashChain(blocks, size, windows=(4,)),
+    "chain, windows": lambda blocks, size: HashChain(blocks, size, windows=(3, 3, None)),
 }
 
 
@@ -25,33 +28,42 @@ class Machine:
 
     def __init__(self, scheduler: Scheduler):
         self.s = scheduler
-        self.slots: dict[tuple[int, int], tuple] = {}  # (block, place) -> the whole prefix that the entry stands for
-        self.host: dict[Request, list] = {}
-        self.recomputed = 0
+        self.slots: dict[tuple[int, int], tuple] = {}  # (block, place) -> group, and the whole prefix that the entry stands for
+        self.host: dict[Request, dict] = {}
+        self.groups = list(enumerate(scheduler.cache.windows))
 
-    def entry(self, r: Request, i: int):
+    def place(self, table: list[int], i: int) -> tuple[int, int]:
         size = self.s.cache.size
-        return self.slots.get((r.blocks[i // size], i % size))
+        assert table[i // size] != GONE, "a block is used that was given back"
+        return table[i // size], i % size
+
+    def needed(self, tables: list[list[int]], tokens: int):
+        """(group, token, place) of what layers still read behind so many tokens."""
+        return [(g, i, self.place(tables[g], i)) for g, window in self.groups for i in range(first_needed(window, tokens), tokens)]
 
     def step(self) -> list[Request]:
         plan, size = self.s.plan(), self.s.cache.size
         assert plan.tokens <= self.s.budget and len(self.s.running) <= self.s.places
-        for r, blocks in plan.swapped_out:
-            self.host[r] = [self.slots.get((blocks[i // size], i % size)) for i in range(r.computed)]
-        for r, blocks in plan.swapped_in:
-            for i, value in enumerate(self.host.pop(r)):
-                self.slots[blocks[i // size], i % size] = value
-        writes = [(part.request.blocks[i // size], i % size) for part in plan.parts for i in range(part.start, part.start + part.count)]
+        for r, tables in plan.swapped_out:
+            self.host[r] = {(g, i): self.slots.get(place) for g, i, place in self.needed(tables, r.computed)}
+        for r, tables in plan.swapped_in:
+            old = self.host.pop(r)
+            self.slots |= {place: old[g, i] for g, i, place in self.needed(tables, r.computed)}
+        new = [(g, p.request, i) for p in plan.parts for g, _ in self.groups for i in range(p.start, p.start + p.count)]
+        writes = [self.place(r.tables[g], i) for g, r, i in new]
         assert len(set(writes)) == len(writes), "two requests write into one place"
         for block, _ in writes:
             assert self.s.cache.references[block] == 1, "a block is written that others read"
         for part in plan.parts:
             r = part.request
             assert part.count >= 1 and part.start == r.computed
-            for i in range(part.start):
-                assert self.entry(r, i) == (r.namespace, *r.tokens[: i + 1]), "it reads somebody else's cache"
-            for i in range(part.start, part.start + part.count):
-                self.slots[r.blocks[i // size], i % size] = (r.namespace, *r.tokens[: i + 1])
+            for g, i, place in self.needed(r.tables, part.start):
+                assert self.slots.get(place) == (g, r.namespace, *r.tokens[: i + 1]), "it reads somebody else's cache"
+            for (_, window), table in zip(self.groups, r.tables, strict=True):
+                most = part.start + part.count if window is None else window - 1 + part.count
+                assert len(table) - table.count(GONE) <= -(-most // size) + 1, "a window holds more than it reads"
+        for (g, r, i), place in zip(new, writes, strict=True):
+            self.slots[place] = (g, r.namespace, *r.tokens[: i + 1])
         done = [p.request for p in plan.parts if p.samples]
         for r in done:
             r.tokens.append(sum(r.tokens) % 7)  # depends on the tokens only
@@ -60,7 +72,8 @@ class Machine:
             if len(r.output) == r.params.max_tokens:
                 self.s.finish(r, "length")
         self.s.cache.check()
-        used = {b for r in self.s.running for b in r.blocks}
+        used = {b for r in self.s.running for b in held(r.tables)}
+        assert all(len(table) == len(r.tables[0]) for r in self.s.running for table in r.tables)
         assert self.s.cache.available() + len(used) == self.s.cache.blocks, "a block is leaked"
         return done
 
@@ -72,8 +85,13 @@ class Machine:
         raise AssertionError("requests that never end")
 
 
+def made(kind: str, blocks: int, size: int):
+    """A cache of so many blocks for each group of layers."""
+    return CACHES[kind](blocks * len(CACHES[kind](1, 1).windows), size)
+
+
 def outputs(requests, **options) -> list[list[int]]:
-    cache = CACHES[options.pop("cache")](options.pop("blocks"), options.pop("size"))
+    cache = made(options.pop("cache"), options.pop("blocks"), options.pop("size"))
     machine = Machine(Scheduler(cache, **options))
     for r in requests:
         machine.s.add(r)
@@ -92,7 +110,7 @@ def test_random_schedules(data):
     size = data.draw(st.sampled_from([1, 2, 4]))
     kind, swap = data.draw(st.sampled_from(sorted(CACHES))), data.draw(st.booleans())
     blocks = data.draw(st.integers(16, 40)) * 4 // size
-    machine = Machine(Scheduler(CACHES[kind](blocks, size), budget=data.draw(st.integers(1, 24)), places=data.draw(st.integers(1, 6)),
+    machine = Machine(Scheduler(made(kind, blocks, size), budget=data.draw(st.integers(1, 24)), places=data.draw(st.integers(1, 6)),
                                 chunk=data.draw(st.sampled_from([None, 1, 3])), swap=swap,
                                 order=data.draw(st.sampled_from([first_come, longest_hit, Fair()]))))
     stems = [[rng.randrange(7) for _ in range(rng.randrange(1, 20))] for _ in range(3)]
@@ -108,14 +126,14 @@ def test_random_schedules(data):
                 machine.s.add(r)
                 alive.append(r)
             except BadInput:
-                assert -(-r.limit // size) > blocks
+                assert machine.s._most_blocks(r.limit) > machine.s.cache.blocks
         elif action < 0.42 and alive:
             machine.s.finish(rng.choice(alive), "cancelled")
             machine.s.cache.check()
         else:
             machine.step()
     machine.finish_all()
-    assert machine.s.cache.available() == blocks and all(r.state is State.FINISHED for r in alive)
+    assert machine.s.cache.available() == machine.s.cache.blocks and all(r.state is State.FINISHED for r in alive)
     for r in alive:
         if r.finish_reason == "length":
             want = list(r.prompt)

@@ -60,4 +60,4 @@ def test_greedy_tokens(opened, name, request):
     assert engine.cache.available() == engine.cache.blocks
     assert [r.output for r in requests] == want
     if name in ("pressure", "swap"):
-        assert engine.totals["preemptions"] > 0
+        assert engine.totals["preemptions"] > 0 or any(engine.cache.windows)  # those need less room: see engine/test_window_cache.py

@@ -20,11 +20,12 @@ from pellucid import events
 from pellucid.engine.adjust import Adjuster, Place
 from pellucid.engine.drafting import DraftModel, PredictionHead, check_proposer, is_stateful
 from pellucid.engine.hash_chain import HashChain
+from pellucid.engine.layer_groups import layer_groups, windows_of
 from pellucid.engine.ordering import Planned
 from pellucid.engine.pace import Pace
 from pellucid.engine.params import SamplingParams
 from pellucid.engine.planning import depth_first
-from pellucid.engine.prefix_cache import NoReuse, PrefixCache
+from pellucid.engine.prefix_cache import NoReuse, PrefixCache, held
 from pellucid.engine.radix_tree import RadixTree
 from pellucid.engine.request import Request, State
 from pellucid.engine.runner import Runner
@@ -80,6 +81,9 @@ class EngineConfig:
     cache_dtype: str = "auto"
     """How the cache keeps numbers: auto (as the model computes), f32, bf16, fp8, int8 (the last two with a scale a token and head, see
     ops/cache_codes.py). States of linear attention stay as they are computed."""
+    reuse_windows: bool = True
+    """Layers that read a window of the last tokens give back what falls behind it (not with radix trees).
+    `cache_tokens` counts tokens in every layer: of longer ones, more fit."""
     prefix: str = "chain"
     """Prefix cache: chain (hashes of blocks), radix (a tree, exact to the token), radix-cost (evicts what is cheapest to lose), none."""
     budget: int = 512
@@ -130,9 +134,11 @@ class Engine:
             check_proposer(model.spec, c.proposer, None if draft is None else draft.spec, same)
         self.known = None if tokenizer is None or tokenizer.vocab_size >= model.spec.vocab else tokenizer.vocab_size
         self.room = choose_room(model, c, draft if self.drafts else None)
-        size = 1 if c.prefix.startswith("radix") else c.block
-        self.cache = make_cache(c.prefix, model, -(-self.room.value // size), size)
-        self.runner = runner(model, self.cache.blocks, size, c.running, codes)
+        self.groups = groups_for(model, c)
+        size, several = 1 if c.prefix.startswith("radix") else c.block, len(self.groups.value)
+        self.cache = make_cache(c.prefix, model, -(-self.room.value // size) * several, size, windows_of(self.groups.value))
+        apart = {"groups": self.groups.value} if any(self.cache.windows) else {}
+        self.runner = runner(model, self.cache.blocks, size, c.running, codes, **apart)
         self.scheduler = Scheduler(self.cache, budget=c.budget, places=c.running, chunk=c.chunk, context=model.spec.limit,
                                    order=ORDERS[c.order](), swap=c.swap, pace=Pace(c.step_seconds) if c.step_seconds else None)
         self.proposer = proposer or self._choose_proposer(c, draft, same)
@@ -150,7 +156,7 @@ class Engine:
     def _choose_proposer(self, c: EngineConfig, draft: Decoder | None, same: int | None) -> Proposer | None:
         if not self.drafts:
             return None
-        tokens = self.cache.blocks * self.cache.size + c.running * (self.drafts + 16)  # twins, with their drafts and half-filled blocks
+        tokens = self.room.value + self.cache.size + c.running * (self.drafts + 16)  # twins, with their drafts and half-filled blocks
         if draft is not None:
             return DraftModel(draft.eval(), self.model.spec, tokens, c.running, same)
         return PredictionHead(self.model, tokens, c.running) if c.proposer == "mtp" else PromptLookup()
@@ -341,18 +347,19 @@ class Engine:
         """The engine's real state, as plain data: queue, running requests with their block tables, totals."""
         def row(r: Request) -> dict[str, Any]:
             return {"number": r.number, "state": r.state.value, "prompt": len(r.prompt), "computed": r.computed, "known": len(r.tokens),
-                    "hit": r.hit, "preemptions": r.preemptions, "priority": r.priority, "namespace": r.namespace, "blocks": list(r.blocks)}
+                    "hit": r.hit, "preemptions": r.preemptions, "priority": r.priority, "namespace": r.namespace, "blocks": held(r.tables)}
         return {"running": [row(r) for r in self.scheduler.running], "waiting": [row(r) for r in self.scheduler.waiting],
                 "available": self.cache.available(), "blocks": self.cache.blocks, "block": self.cache.size, "totals": dict(self.totals),
+                "groups": [list(group.layers) for group in self.groups.value], "groups_reason": self.groups.reason,
                 "cache_dtype": self.runner.pages.codes.name, "path": self.runner.path.value, "path_reason": self.runner.path.reason}
 
 
-def make_cache(kind: str, model: Decoder, blocks: int, size: int) -> PrefixCache:
+def make_cache(kind: str, model: Decoder, blocks: int, size: int, windows: tuple[int | None, ...] = (None,)) -> PrefixCache:
     """What a model of constant states (linear attention) leaves cannot be found block by block: it gets no reuse."""
     if is_stateful(model.spec) or kind == "none":
-        return NoReuse(blocks, size)
+        return NoReuse(blocks, size, windows)
     if kind == "chain":
-        return HashChain(blocks, size)
+        return HashChain(blocks, size, windows=windows)
     if kind in ("radix", "radix-cost"):
         return RadixTree(blocks, size, "cost" if kind == "radix-cost" else "lru")
     raise BadInput(f"prefix cache {kind!r} is not known", next="use one of chain, radix, radix-cost, none")
@@ -374,6 +381,11 @@ def codes_for(model: Decoder, config: EngineConfig) -> CacheCodes:
     return cache_codes(config.cache_dtype, model.compute_dtype or model.embed.weight.dtype)
 
 
+def groups_for(model: Decoder, config: EngineConfig) -> Choice:
+    """A radix tree keeps whole paths: it has one table for all layers."""
+    return layer_groups(model.spec, config.reuse_windows and not config.prefix.startswith("radix"))
+
+
 def choose_room(model: Decoder, config: EngineConfig, draft: Decoder | None = None) -> Choice:
     """Tokens of cache, with the reason: what was asked, or half of the free memory, or 64 full contexts. A draft model's cache, or the
     prediction layer's, holds as many."""
@@ -387,7 +399,9 @@ def choose_room(model: Decoder, config: EngineConfig, draft: Decoder | None = No
     elif config.proposer == "mtp" and drafts_of(config):
         token += cached_bytes(model, prediction_spec(model.spec, 1))
     token = max(1, token)
-    most = config.running * model.spec.context
+    groups, context = groups_for(model, config).value, model.spec.context
+    each = -(-sum(context if g.window is None else min(context, g.window + config.budget + 2 * config.block) for g in groups) // len(groups))
+    most = config.running * each
     free = torch.cuda.mem_get_info()[0] if model.embed.weight.is_cuda else available_memory_bytes()
     if free is None or free // 2 // token >= most:
         return Choice(most, f"{config.running} full contexts of {model.spec.context} tokens, {most * token / 2**20:.0f} MiB")

@@ -198,7 +198,7 @@ class PredictionHead:
         if not group:
             return
         twins, n = [self.trails[r].twin for r in group], len(tokens[group[0]])
-        rows = Rows(self.pages, twins, n, [0] * len(group))
+        rows = Rows(self.pages, twins, n)
         made = self.model.predict(1, torch.tensor([tokens[r] for r in group], device=self.device), torch.stack([states[r] for r in group]),
                                   rows.positions(n).expand(len(group), n) + 1, cache=rows)  # type: ignore[arg-type]
         for r, twin, state in zip(group, twins, made, strict=True):
@@ -229,4 +229,6 @@ class PredictionHead:
 
     def forget(self, request: Request) -> None:
         if request in self.trails:
-            self.pool.release(self.trails.pop(request).twin.blocks)
+            twin = self.trails.pop(request).twin
+            self.pool.release(twin.blocks)
+            self.pages.table.forget(twin)

@@ -5,6 +5,9 @@ block; and for mixers of constant state (linear attention) one place a request. 
 if theirs were an ordinary cache (the interface of `nn.cache.KVCache`): new entries go into the requests' blocks, and what
 they hold is gathered, aligned at the right end. Gathering copies; it is the readable twin of kernels that read in place.
 
+Layers come in groups (engine/layer_groups.py): a block holds tokens of one group, whose i-th layer keeps them in the i-th of the
+tensors that all groups share.
+
 Legend: N slots = blocks x block size, K heads of an entry, d its width, B requests, T new tokens of each, S of the longest.
 """
 
@@ -16,7 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pellucid.engine.layer_groups import Group, one_group
+from pellucid.engine.prefix_cache import first_needed
 from pellucid.engine.request import Request
+from pellucid.engine.slot_table import SlotTable
 from pellucid.nn.count import cache_shapes
 from pellucid.nn.specs import DecoderSpec
 from pellucid.ops.cache_codes import CacheCodes
@@ -41,8 +47,9 @@ class Entries:
 
     def write(self, where: Tensor, new: Tensor) -> None:
         """new (n, K, d) to the slots where (n,)"""
-        for kept, fresh in zip(self.tensors, self.format.encode(new), strict=False):
-            kept[where] = fresh
+        self.codes[where], scales = self.format.encode(new)
+        if self.scales is not None and scales is not None:
+            self.scales[where] = scales
 
     def read(self, where: Tensor, dtype: torch.dtype) -> Tensor:
         """(*where.shape, K, d)"""
@@ -50,38 +57,51 @@ class Entries:
 
 
 class Pages:
-    """entries[layer]: what its mixer keeps of tokens, in the format of `codes`.   states[layer]: name -> (places, ...), made when
+    """entries[layer]: what its mixer keeps of tokens, in the format of `codes`; layers of different groups have the same ones.   states[layer]: name -> (places, ...), made when
     a mixer first writes one, in the mixer's own dtype (see ops/cache_codes.py why not in codes)."""
 
     def __init__(
         self, spec: DecoderSpec, blocks: int, size: int, places: int, codes: CacheCodes, device: torch.device | str = "cpu",
+        groups: Sequence[Group] | None = None,
     ):
         self.size, self.places, self.device, self.codes = size, places, torch.device(device), codes
-        self.entries = [[Entries(codes, blocks * size, heads, width, self.device) for heads, width in cache_shapes(layer.mixer)]
-                        for layer in spec.layers]
+        self.groups = groups or one_group(spec)
+        self.group_of = {layer: i for i, group in enumerate(self.groups) for layer in group.layers}
+        longest = max((group.layers for group in self.groups), key=len)
+        self.stores = [[Entries(codes, blocks * size, heads, width, self.device) for heads, width in cache_shapes(spec.layers[layer].mixer)]
+                       for layer in longest]
+        at = {layer: i for group in self.groups for i, layer in enumerate(group.layers)}
+        self.entries = [self.stores[at[layer]] if layer in at else [] for layer in range(len(spec.layers))]
+        self.table = SlotTable(len(self.groups), size, places, self.device)
         self.states: list[dict[str, Tensor]] = [{} for _ in spec.layers]
 
     @property
     def bytes_per_block(self) -> int:
-        return sum(t[0].nbytes * self.size for layer in self.entries for kept in layer for t in kept.tensors)
+        return sum(t[0].nbytes * self.size for store in self.stores for kept in store for t in kept.tensors)
 
     def slots(self, blocks: Sequence[int], start: int, stop: int) -> Tensor:
         """(stop - start,) where the tokens start..stop of a request lie."""
         places = torch.arange(start, stop, device=self.device)
         return torch.tensor(blocks, device=self.device)[places // self.size] * self.size + places % self.size
 
-    def copy_out(self, blocks: Sequence[int], tokens: int, place: int | None) -> Saved:
+    def needed(self, tables: Sequence[Sequence[int]], tokens: int) -> list[Tensor]:
+        """For each group the slots of those of a request's first `tokens` that its layers still read, in whole blocks."""
+        starts = (first_needed(group.window, tokens) // self.size * self.size for group in self.groups)
+        return [self.slots(table, start, tokens) for table, start in zip(tables, starts, strict=True)]
+
+    def copy_out(self, tables: Sequence[Sequence[int]], tokens: int, place: int | None) -> Saved:
         """What a request's first `tokens` left, in memory of its own on the host: for swapping."""
-        where = self.slots(blocks, 0, tokens)
-        entries = [[t[where].to("cpu", copy=True) for kept in layer for t in kept.tensors] for layer in self.entries]
+        where = self.needed(tables, tokens)
+        entries = [[t[where[self.group_of[i]]].to("cpu", copy=True) for kept in layer for t in kept.tensors]
+                   for i, layer in enumerate(self.entries)]
         states = [{} if place is None else {name: t[place].to("cpu", copy=True) for name, t in layer.items()} for layer in self.states]
         return Saved(tokens, entries, states)
 
-    def copy_in(self, blocks: Sequence[int], place: int, saved: Saved) -> None:
-        where = self.slots(blocks, 0, saved.tokens)
-        for layer, old in zip(self.entries, saved.entries, strict=True):
+    def copy_in(self, tables: Sequence[Sequence[int]], place: int, saved: Saved) -> None:
+        where = self.needed(tables, saved.tokens)
+        for i, (layer, old) in enumerate(zip(self.entries, saved.entries, strict=True)):
             for t, part in zip((t for kept in layer for t in kept.tensors), old, strict=True):
-                t[where] = part.to(self.device)
+                t[where[self.group_of[i]]] = part.to(self.device)
         for held, state in zip(self.states, saved.states, strict=True):
             for name, part in state.items():
                 held[name][place] = part.to(self.device)
@@ -97,9 +117,9 @@ class Saved:
 
 
 class Rows:
-    """B requests with `count` new tokens each, as a cache.  places: of their constant states, by request."""
+    """B requests with `count` new tokens each, as a cache."""
 
-    def __init__(self, pages: Pages, requests: Sequence[Request], count: int, places: Sequence[int]):
+    def __init__(self, pages: Pages, requests: Sequence[Request], count: int):
         self.pages, self.device = pages, pages.device
         lengths = [r.computed for r in requests]
         self.longest = max(lengths) + count
@@ -108,13 +128,16 @@ class Rows:
         self.began = torch.tensor([len(r.prompt) for r in requests], device=self.device)
         ends = torch.tensor(lengths, device=self.device) + count
         self.first = self.longest - ends if min(lengths) != max(lengths) else None
-        self.read = torch.zeros(self.batch, self.longest, dtype=torch.int64, device=self.device)
-        for row, (r, length) in enumerate(zip(requests, lengths, strict=True)):
-            self.read[row, self.longest - length - count :] = pages.slots(r.blocks, 0, length + count)
-        self.write = self.read[:, self.length :].flatten()
-        self.places = torch.tensor(places, device=self.device)
+        self.places = torch.tensor(pages.table.follow(requests, lengths, [n + count for n in lengths]), device=self.device)
+        self.read = [self._read(i, group.window, ends, count) for i, group in enumerate(pages.groups)]
         self.fresh = [length == 0 for length in lengths]
         self.states = [self._states(layer) for layer in range(len(pages.states))]
+
+    def _read(self, group: int, window: int | None, ends: Tensor, count: int) -> Tensor:
+        """(B, S) slots of the last tokens of each request, as many as a layer of the group reads; anything where there are none."""
+        S = self.longest if window is None else min(self.longest, window - 1 + count)
+        places = (ends[:, None] - S + torch.arange(S, device=self.device)).clamp_min(0)
+        return self.pages.table.read(group, self.places[:, None], places)
 
     def _states(self, layer: int) -> dict[str, Tensor]:
         """The rows' constant states, zeros where a request begins; empty before anything was written."""
@@ -127,11 +150,13 @@ class Rows:
 
     def extend(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
         """new (B, K, T, d) written behind what is there -> all of it (B, K, S, d), right-aligned; see `key_mask`. In the dtype of the
-        new ones; also they come back as they are kept, so that it makes no difference how a prompt is cut."""
-        gathered = []
+        new ones; also they come back as they are kept, so that it makes no difference how a prompt is cut. Of a layer with a window
+        only the columns that any new token reads."""
+        gathered, read = [], self.read[self.pages.group_of[layer]]
+        write = read[:, read.shape[1] - new[0].shape[2] :].flatten()
         for kept, fresh in zip(self.pages.entries[layer], new, strict=True):
-            kept.write(self.write, fresh.transpose(1, 2).flatten(0, 1))
-            gathered.append(kept.read(self.read, fresh.dtype).transpose(1, 2))
+            kept.write(write, fresh.transpose(1, 2).flatten(0, 1))
+            gathered.append(kept.read(read, fresh.dtype).transpose(1, 2))
         return tuple(gathered)
 
     def advance(self, tokens: int) -> None:

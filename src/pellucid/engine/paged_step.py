@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,20 +27,26 @@ MOST_PAIRS = 2**17
 
 
 class PagedBatch:
-    """The step's tokens, and where their entries lie. Speaks as a cache to `CompiledStep`."""
+    """The step's tokens, and where their entries lie. Speaks as a cache to `CompiledStep`.
+
+    slots, into: of the first group of layers; every_slots, every_into: of all groups.  request: rows of `slots`.
+    """
 
     first = None
 
     def __init__(self, pages: Pages, parts: Sequence[Part], capacity: int):
         self.pages, self.capacity = pages, capacity
         ends = [p.start + p.count for p in parts]
-        self.slots = torch.zeros(len(parts), max(ends), dtype=torch.int64)
-        for row, (part, end) in enumerate(zip(parts, ends, strict=True)):
-            self.slots[row, :end] = pages.slots(part.request.blocks, 0, end)
-        counts = torch.tensor([p.count for p in parts])
-        self.request = torch.repeat_interleave(torch.arange(len(parts)), counts)
-        self.positions = torch.cat([torch.arange(p.start, e) for p, e in zip(parts, ends, strict=True)])
-        self.into = self.slots[self.request, self.positions]
+        rows = pages.table.follow([p.request for p in parts], [p.start for p in parts], ends)
+        counts = [p.count for p in parts]  # numpy: a third of PyTorch's time for such short arrays
+        if max(counts) == 1:
+            request, positions = np.array(rows), np.array(ends) - 1
+        else:
+            request, positions = np.repeat(rows, counts), np.concatenate([np.arange(p.start, e) for p, e in zip(parts, ends, strict=True)])
+        self.request, self.positions = torch.from_numpy(request), torch.from_numpy(positions)
+        self.every_slots = pages.table.slots
+        self.every_into = [torch.from_numpy(slots.numpy()[request, positions]) for slots in self.every_slots]
+        self.slots, self.into = self.every_slots[0], self.every_into[0]
 
     def reserve(self, tokens: int) -> None:
         """The scheduler has given the blocks."""
@@ -67,9 +74,10 @@ class PagedStep(CompiledStep):
         self.attended = self._buffer("attended", spec.heads * spec.head_dim)
         q_weight, k_weight = map(array, (mixer.q_norm.weight, mixer.k_norm.weight)) if spec.qk_norm else (self.nothing, self.nothing)
         eps, positions = mixer.q_norm.eps if spec.qk_norm else 0.0, array(cache.positions)
+        group = cache.pages.group_of[index]
         keys, values = cache.pages.entries[index]
         kept = array(keys.codes), array(values.codes), array(keys.scales_or_none), array(values.scales_or_none)
         write, attend = self.paged.attend_kernels(spec.head_dim, spec.heads // spec.kv_heads)
-        write(qkv, k_weight, eps, *self.tables[spec.rope], positions, array(cache.into), *kept, keys.format.top or 0.0)
-        attend(qkv, q_weight, eps, *self.tables[spec.rope], positions, array(cache.request), array(cache.slots), spec.window or 0,
+        write(qkv, k_weight, eps, *self.tables[spec.rope], positions, array(cache.every_into[group]), *kept, keys.format.top or 0.0)
+        attend(qkv, q_weight, eps, *self.tables[spec.rope], positions, array(cache.request), array(cache.every_slots[group]), spec.window or 0,
                spec.head_dim**-0.5, *kept, array(self.attended))

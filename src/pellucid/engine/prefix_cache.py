@@ -5,6 +5,9 @@ One interface, three implementations: `NoReuse` here, the chain of block hashes 
 one. A block that no request refers to can be given away; until then what it holds may be found again.
 
     always:  available + referred to by requests == all,  and nobody writes into a block that two may read
+
+Where layers come in groups (engine/layer_groups.py), a block holds tokens of one group; a prefix can be used if there are the
+blocks of each group that its layers will read: all, or those of the last `window` tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +15,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
-from pellucid.engine.request import Request
+from pellucid.engine.request import GONE, Request
+
+
+def first_needed(window: int | None, computed: int) -> int:
+    """The first token that layers with this window still read when `computed` are there, for the next ones."""
+    return 0 if window is None else max(0, computed - window + 1)
+
+
+def held(tables: Iterable[list[int]]) -> list[int]:
+    """The blocks of a request's tables, by depth."""
+    return [block for row in zip(*tables, strict=True) for block in row if block != GONE]
 
 
 class PrefixCache(Protocol):
@@ -22,9 +35,12 @@ class PrefixCache(Protocol):
     """Tokens of a block."""
     blocks: int
     """How many there are."""
+    windows: tuple[int | None, ...]
+    """Of the groups of layers: how far back each reads."""
 
-    def match(self, request: Request) -> list[int]:
-        """Blocks that hold the longest known prefix of the request's tokens. No reference is taken, nothing is touched."""
+    def match(self, request: Request, most: int | None = None) -> list[tuple[int, ...]]:
+        """Blocks, one a group, that hold the longest known prefix of the request's first `most` tokens; GONE where a group does not need
+        one. No reference is taken, nothing is touched."""
 
     def claim(self, blocks: Iterable[int]) -> None:
         """A reference on each: they cannot be given away now."""
@@ -37,7 +53,7 @@ class PrefixCache(Protocol):
 
     def publish(self, request: Request) -> None:
         """The request's full, computed blocks may be found by others from now on. May replace blocks of the request by equal
-        ones that were there before."""
+        ones that were there before, and notes it in `moved`."""
 
     def release(self, blocks: list[int]) -> None:
         """One reference of each, of a whole request, comes back; the deepest is given away first."""
@@ -49,12 +65,12 @@ class PrefixCache(Protocol):
 class NoReuse:
     """Blocks and nothing else: for models whose state is not in blocks (linear attention), and as the twin to compare with."""
 
-    def __init__(self, blocks: int, size: int):
-        self.blocks, self.size = blocks, size
+    def __init__(self, blocks: int, size: int, windows: tuple[int | None, ...] = (None,)):
+        self.blocks, self.size, self.windows = blocks, size, windows
         self.free = list(range(blocks - 1, -1, -1))
         self.references = [0] * blocks
 
-    def match(self, request: Request) -> list[int]:
+    def match(self, request: Request, most: int | None = None) -> list[tuple[int, ...]]:
         return []
 
     def claim(self, blocks: Iterable[int]) -> None:

@@ -37,6 +37,7 @@ class RadixTree:
         if policy not in ("lru", "cost"):
             raise ValueError(f"policy {policy!r}: lru or cost")
         self.blocks, self.size, self.policy, self.half_life, self.attention = blocks, size, policy, half_life, attention
+        self.windows: tuple[int | None, ...] = (None,)  # a path is whole or not there: layers with a window keep all tokens here
         self.free = list(range(blocks - 1, -1, -1))
         self.references = [0] * blocks
         self.held = bytearray(blocks)  # 1: stands in the tree
@@ -46,11 +47,11 @@ class RadixTree:
 
     # --- finding and keeping --------------------------------------------------------------------------------------------
 
-    def match(self, request: Request) -> list[int]:
+    def match(self, request: Request, most: int | None = None) -> list[tuple[int, ...]]:
         found: list[int] = []
         for node, count in self._walk(request.tokens, request.namespace):
             found += node.blocks[:count]
-        return found
+        return [(block,) for block in (found if most is None else found[: most // self.size])]
 
     def publish(self, request: Request) -> None:
         full = request.computed // self.size
@@ -78,6 +79,7 @@ class RadixTree:
         if mine != known:
             self.claim([known])
             request.blocks[place] = known
+            request.moved = min(request.moved, place)
             self.release([mine])
 
     def _root(self, namespace: str) -> Node:

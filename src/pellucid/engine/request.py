@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from pellucid.engine.structured import Constraint
 
 
+UNMOVED = 2**62
+GONE = -1
+"""In a table of blocks: one that was given back."""
+
+
 class State(Enum):
     WAITING = "waiting"  # holds no blocks
     RUNNING = "running"
@@ -28,7 +33,8 @@ class State(Enum):
 
 @dataclass(eq=False)
 class Request:
-    """tokens: the prompt, then what was generated, then drafts.  blocks: of the cache, in order; they hold at least `computed` tokens.
+    """tokens: the prompt, then what was generated, then drafts.  tables: for each group of layers (engine/layer_groups.py; mostly there
+    is one) the blocks of the cache, in order; they hold at least `computed` tokens. GONE: behind the group's window.
 
     namespace: requests share cached prefixes only within one (a tenant, an adapter).  priority: smaller is served first.
     adapter: low-rank changes of the weights that it runs with; its namespace must be of this adapter alone.
@@ -44,7 +50,9 @@ class Request:
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
     drafts: int = 0  # how many of the last tokens are only proposed
-    blocks: list[int] = field(default_factory=list)
+    tables: list[list[int]] = field(default_factory=lambda: [[]])
+    moved: int = UNMOVED  # the first place in the tables where another block stands since the runner looked
+    published: int = 0  # full blocks that the prefix cache was told of
     keys: list[bytes] = field(default_factory=list)  # of full blocks, for the chain of hashes
     state: State = State.WAITING
     finish_reason: str | None = None  # "stop" | "length" | "cancelled" | "error" (the form of the answer could not be kept up)
@@ -58,6 +66,15 @@ class Request:
 
     def __post_init__(self) -> None:
         self.tokens = self.tokens or list(self.prompt)
+
+    @property
+    def blocks(self) -> list[int]:
+        """The first group's: all there are where the layers are alike."""
+        return self.tables[0]
+
+    @blocks.setter
+    def blocks(self, blocks: list[int]) -> None:
+        self.tables[0] = blocks
 
     @property
     def output(self) -> list[int]:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from pellucid.engine.adapters import applied
 from pellucid.engine.decode import unsuited
+from pellucid.engine.layer_groups import Group
+from pellucid.engine.native_step import NativeStep, choose_native_step
 from pellucid.engine.paged_cache import Pages, Rows, Saved
 from pellucid.engine.paged_step import READABLE, PagedBatch, PagedStep
 from pellucid.engine.request import Request
@@ -36,14 +38,17 @@ class Runner:
     path: 'compiled' or 'flat', and why: whether steps run by compiled kernels. Long prompts and adapters take the flat pass in any case.
     """
 
-    def __init__(self, model: Decoder, blocks: int, size: int, places: int, codes: CacheCodes | None = None):
+    def __init__(self, model: Decoder, blocks: int, size: int, places: int, codes: CacheCodes | None = None,
+                 groups: Sequence[Group] | None = None):
         self.model = model
         self.device, self.dtype = model.embed.weight.device, model.compute_dtype or model.embed.weight.dtype
-        self.pages = Pages(model.spec, blocks, size, places, codes or cache_codes("auto", self.dtype), self.device)
-        self.path = choose_path(model, self.pages.codes)
-        self.compiled = PagedStep(model) if self.path.value == "compiled" else None
-        self.free_places = list(range(places - 1, -1, -1))
-        self.place_of: dict[Request, int] = {}
+        self.pages = Pages(model.spec, blocks, size, places, codes or cache_codes("auto", self.dtype), self.device, groups)
+        several = len(self.pages.groups)
+        native = choose_native_step(model, self.pages) if several == 1 else Choice(None, f"the C++ step reads one table of blocks, not {several}")
+        self.path = choose_path(model, self.pages.codes, native)
+        self.compiled: NativeStep | PagedStep | None = native.value
+        if self.compiled is None and self.path.value == "compiled":
+            self.compiled = PagedStep(model)
         self.swapped: dict[Request, Saved] = {}
         self.observer: Callable[[list[Part], Tensor], None] | None = None  # gets every step's last hidden states
 
@@ -54,9 +59,10 @@ class Runner:
         for request, blocks in plan.swapped_out:
             self.swapped[request] = self.pages.copy_out(blocks, request.computed, self.place_of.get(request))
         for request in plan.preempted:
-            self._free_place(request)
+            self.pages.table.forget(request)
         for request, blocks in plan.swapped_in:
-            self.pages.copy_in(blocks, self._place(request), self.swapped.pop(request))
+            self.pages.copy_in(blocks, self.pages.table.row(request), self.swapped.pop(request))
+            request.moved = 0  # other blocks than before
         if not plan.parts:
             return {}
         order, hidden = self._hidden(plan.parts)
@@ -69,7 +75,7 @@ class Runner:
                 asked.append(part.request)
                 places += range(at - 1 - part.request.drafts, at)
         if self.observer is not None:
-            self.observer(order, hidden)
+            self.observer(order, hidden.to(self.dtype))
         self._score_prompts(order, hidden)
         if not asked:
             return {}
@@ -133,7 +139,7 @@ class Runner:
         positions, at = [], 0
         for group in groups:
             count = group[0].count
-            rows = Rows(self.pages, [p.request for p in group], count, [self._place(p.request) for p in group])
+            rows = Rows(self.pages, [p.request for p in group], count)
             shape = torch.empty(len(group), count, device=self.device)
             ctx = open_context(shape, self.dtype, cache=rows)  # type: ignore[arg-type]
             flat.segments.append(Segment(at, at + len(group) * count, len(group), ctx))  # type: ignore[union-attr]
@@ -142,27 +148,26 @@ class Runner:
         flat.positions = torch.cat(positions)[None]
         return flat
 
-    def _place(self, request: Request) -> int:
-        if request not in self.place_of:
-            self.place_of[request] = self.free_places.pop()
-        return self.place_of[request]
+    @property
+    def place_of(self) -> dict[Request, int]:
+        """Where the constant states of each request are, and the row of its slots."""
+        return self.pages.table.row_of
 
     def forget(self, request: Request) -> None:
-        """The request has left: its constant states' place is free, its swapped blocks are dropped."""
+        """The request has left: its place is free, its swapped blocks are dropped."""
         self.swapped.pop(request, None)
-        self._free_place(request)
-
-    def _free_place(self, request: Request) -> None:
-        if request in self.place_of:
-            self.free_places.append(self.place_of.pop(request))
+        self.pages.table.forget(request)
 
 
-def choose_path(model: Decoder, codes: CacheCodes) -> Choice:
-    """How a step runs, with the reason."""
+def choose_path(model: Decoder, codes: CacheCodes, native: Choice) -> Choice:
+    """How a step runs, with the reason. native: the C++ step, or why it is none."""
+    if native.value is not None:
+        return Choice("compiled", native.reason)
     why = unsuited(model)
     if why is None and codes.kept not in READABLE:
         why = f"a cache of {codes.name} has no compiled kernel"
-    return Choice("flat", why) if why else Choice("compiled", f"{choose_jit().reason}; attention reads {codes.name} where it lies")
+    return Choice("flat", why) if why else Choice(
+        "compiled", f"{choose_jit().reason}; attention reads {codes.name} where it lies; {native.reason}")
 
 
 def segments_of(parts: Sequence[Part]) -> list[list[Part]]:

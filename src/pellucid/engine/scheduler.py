@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from pellucid.engine.pace import Pace
-from pellucid.engine.prefix_cache import PrefixCache
-from pellucid.engine.request import Request, State
+from pellucid.engine.prefix_cache import PrefixCache, first_needed, held
+from pellucid.engine.request import GONE, Request, State
 from pellucid.errors import BadInput
 
 
@@ -37,13 +37,13 @@ class Part:
 
 @dataclass
 class Plan:
-    """swapped_out: (request, blocks that it had); swapped_in: (request, blocks that it has now)."""
+    """swapped_out: (request, tables of blocks that it had); swapped_in: (request, those that it has now)."""
 
     parts: list[Part] = field(default_factory=list)
     admitted: list[Request] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)
-    swapped_out: list[tuple[Request, list[int]]] = field(default_factory=list)
-    swapped_in: list[tuple[Request, list[int]]] = field(default_factory=list)
+    swapped_out: list[tuple[Request, list[list[int]]]] = field(default_factory=list)
+    swapped_in: list[tuple[Request, list[list[int]]]] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -64,15 +64,28 @@ def longest_hit(waiting: list[Request], cache: PrefixCache) -> Iterable[Request]
 
 
 class Fair:
-    """By priority, then the namespace that was served the fewest tokens so far, then arrival."""
+    """By priority, then the namespace that was served the fewest tokens so far, then arrival.
+
+    Who comes back, or comes first, starts level with the one served least of those who are here: otherwise it could keep all
+    others waiting until it had caught up with their whole past (virtual token counters, arXiv 2401.00588). Between two
+    namespaces that always have somebody waiting, what they were served differs by at most what all places hold.
+    """
 
     def __init__(self) -> None:
         self.served: dict[str, int] = {}
+        self.waiting: set[str] = set()  # namespaces, at the last look
+        self.running: set[str] = set()
 
     def __call__(self, waiting: list[Request], cache: PrefixCache) -> Iterable[Request]:
+        before, here = self.waiting | self.running, {r.namespace for r in waiting}
+        level = min((self.served.get(name, 0) for name in before), default=0)
+        for name in here - before:
+            self.served[name] = max(self.served.get(name, 0), level)
+        self.waiting = here
         return sorted(waiting, key=lambda r: (r.priority, self.served.get(r.namespace, 0), r.number))
 
     def count(self, plan: Plan) -> None:
+        self.running = {part.request.namespace for part in plan.parts}
         for part in plan.parts:
             self.served[part.request.namespace] = self.served.get(part.request.namespace, 0) + part.count
 
@@ -98,6 +111,7 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """BadInput where the request could never run, even alone."""
         self.check(request)
+        request.tables = self._no_blocks()
         request.number = self.arrivals = self.arrivals + 1
         self.waiting.append(request)
 
@@ -109,8 +123,8 @@ class Scheduler:
         if request.limit > self.context:
             raise BadInput(f"{len(request.prompt)} prompt tokens and max_tokens = {request.params.max_tokens} exceed the context of {self.context}",
                            next="shorten the prompt or ask for fewer tokens")
-        if self._blocks(most) > self.cache.blocks:
-            raise BadInput(f"a request of up to {most} tokens needs {self._blocks(most)} blocks of {self.cache.size} tokens",
+        if (wanted := self._most_blocks(most)) > self.cache.blocks:
+            raise BadInput(f"a request of up to {most} tokens needs {wanted} blocks of {self.cache.size} tokens",
                            f"the cache has {self.cache.blocks}", "ask for fewer tokens, or start with a larger cache")
 
     def finish(self, request: Request, reason: str) -> None:
@@ -154,12 +168,10 @@ class Scheduler:
             if r.state is not State.RUNNING:  # cancelled meanwhile
                 continue
             r.computed = min(part.start + part.count, len(r.tokens) - 1)
-            extra = len(r.blocks) - self._blocks(r.computed + 1)
-            if extra > 0:
-                self.cache.release(r.blocks[-extra:])
-                del r.blocks[-extra:]
+            self._shorten(r, self._blocks(r.computed + 1))
             if part.count > 1 or (part.start < len(r.prompt) and r.computed % self.cache.size == 0):
                 self.cache.publish(r)  # blocks that generation fills are told of when it ends
+            self._let_go(r)
         if isinstance(self.order, Fair):
             self.order.count(plan)
 
@@ -174,13 +186,12 @@ class Scheduler:
 
     def _make_room(self, request: Request, count: int, plan: Plan) -> bool:
         """Blocks for `count` more tokens; others, of lower priority or later, give way. False if the request itself had to."""
-        wanted = self._blocks(request.computed + count) - len(request.blocks)
-        while wanted > self.cache.available():
+        while self._wanted(request, request.computed + count) > self.cache.available():
             last = max(self.running, key=lambda r: (r.priority, r.number))
             self._preempt(last, plan)
             if last is request:
                 return False
-        request.blocks += self.cache.allocate(max(wanted, 0))
+        self._extend(request, request.computed + count)
         return True
 
     def _preempt(self, request: Request, plan: Plan) -> None:
@@ -190,7 +201,7 @@ class Scheduler:
         self._drop_drafts(request)
         request.preemptions += 1
         if self.swap and request.computed:
-            plan.swapped_out.append((request, list(request.blocks)))
+            plan.swapped_out.append((request, [list(table) for table in request.tables]))
             self._give_back(request)
             request.state = State.SWAPPED
         else:
@@ -212,19 +223,18 @@ class Scheduler:
 
     def _start(self, request: Request, plan: Plan, left: int) -> int:
         """Behind what the prefix cache holds, but at least the last token is computed: its logits are needed."""
-        found = self.cache.match(request)
-        hit = min(len(found) * self.cache.size, len(request.tokens) - 1, request.reusable)
-        found = found[: hit // self.cache.size]  # a block that is written again must be its own
-        hit = len(found) * self.cache.size
+        found = self.cache.match(request, min(len(request.tokens) - 1, request.reusable))
+        hit = len(found) * self.cache.size  # a block that is written again must be its own
         count = self._chunk(hit, len(request.tokens) - hit, left)
         if not count:
             return left
-        self.cache.claim(found)
-        wanted = self._blocks(hit + count) - len(found)
-        if wanted > self.cache.available():
-            self.cache.release(found)
+        request.tables = [list(table) for table in zip(*found, strict=True)] or request.tables
+        self.cache.claim(held(request.tables))
+        if self._wanted(request, hit + count) > self.cache.available():
+            self._give_back(request)
             return left
-        request.blocks, request.computed = found + self.cache.allocate(wanted), hit
+        self._extend(request, hit + count)
+        request.computed = hit
         if request.preemptions == 0:
             request.hit = hit
         self._run(request, plan)
@@ -234,11 +244,13 @@ class Scheduler:
 
     def _swap_in(self, request: Request, plan: Plan, left: int) -> int:
         count = self._chunk(request.computed, request.behind, left)
-        wanted = self._blocks(request.computed + count)
-        if wanted > self.cache.available():
+        size = self.cache.size
+        request.tables = [[GONE] * (first_needed(window, request.computed) // size) for window in self.cache.windows]
+        if self._wanted(request, request.computed + count) > self.cache.available():
+            request.tables = self._no_blocks()
             return left
-        request.blocks = self.cache.allocate(wanted)
-        plan.swapped_in.append((request, list(request.blocks)))
+        self._extend(request, request.computed + count)
+        plan.swapped_in.append((request, [list(table) for table in request.tables]))
         self._run(request, plan)
         if count:
             plan.parts.append(Part(request, request.computed, count))
@@ -251,9 +263,48 @@ class Scheduler:
         self.running.append(request)
         plan.admitted.append(request)
 
+    # --- blocks -----------------------------------------------------------------------------------------------------------
+
+    def _wanted(self, request: Request, tokens: int) -> int:
+        """Blocks that are missing for so many tokens."""
+        return sum(max(0, self._blocks(tokens) - len(table)) for table in request.tables)
+
+    def _extend(self, request: Request, tokens: int) -> None:
+        for table in request.tables:
+            table += self.cache.allocate(max(0, self._blocks(tokens) - len(table)))
+
+    def _shorten(self, request: Request, blocks: int) -> None:
+        """Blocks behind so many go back: they hold nothing that stands."""
+        if len(request.tables[0]) > blocks:
+            self.cache.release(held(table[blocks:] for table in request.tables))
+            for table in request.tables:
+                del table[blocks:]
+
+    def _let_go(self, request: Request) -> None:
+        """Blocks that fell behind their group's window go back at once, the oldest to be given away first; until then what they hold
+        can be found."""
+        behind: list[tuple[list[int], int]] = []
+        for window, table in zip(self.cache.windows, request.tables, strict=True):
+            last = first_needed(window, request.computed) // self.cache.size
+            while last and table[last - 1] != GONE:
+                behind.append((table, last := last - 1))
+        if behind:
+            self.cache.publish(request)
+            self.cache.release([table[i] for table, i in behind])
+            for table, i in behind:
+                table[i] = GONE
+
     def _give_back(self, request: Request) -> None:
-        self.cache.release(request.blocks)
-        request.blocks = []
+        self.cache.release(held(request.tables))
+        request.tables, request.published = self._no_blocks(), 0
+
+    def _no_blocks(self) -> list[list[int]]:
+        return [[] for _ in self.cache.windows]
+
+    def _most_blocks(self, tokens: int) -> int:
+        """That a request of so many tokens holds at a time: of a window's group, what it reads and what a step adds."""
+        whole = self._blocks(tokens)
+        return sum(whole if window is None else min(whole, self._blocks(window - 1 + self.budget) + 1) for window in self.cache.windows)
 
     @staticmethod
     def _drop_drafts(request: Request) -> None:

@@ -40,6 +40,8 @@ class Attention(nn.Module):
         bias = ctx.bias(q.dtype)
         if self.spec.window is not None and k.shape[2] > end:  # a window counts from the last key: no empty ones there
             k, v, bias = k[:, :, :end], v[:, :, :end], None if bias is None else bias[..., :end]
+        if bias is not None and bias.shape[-1] > k.shape[2]:  # a cache may leave out what lies behind the window
+            bias = bias[..., bias.shape[-1] - k.shape[2] :]
         out = attention(q, k, v, causal=self.spec.causal, mask=bias, window=self.spec.window, scale=self.spec.scale,
                         sinks=self.sinks)
         return self.joined(out, gate, x.dtype)
