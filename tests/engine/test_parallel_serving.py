@@ -225,6 +225,23 @@ def test_an_idle_process_takes_part(fleet_of, alone):
     assert fleet.latest[0]["totals"]["computed_tokens"] == 0 < fleet.latest[1]["totals"]["computed_tokens"]
 
 
+def test_tokens_that_overtake_others_wait_for_them(fleet_of):
+    """What the answering process says may be heard before what the prompt's process said."""
+    fleet = fleet_of("llama", "disaggregated")
+    r = Request([1, 2, 3], SamplingParams(max_tokens=9, logprobs=True))
+    fleet.requests[0], fleet.number_of[r], fleet.router.loads[0] = (r, 0), 0, r.limit
+    fleet.scheduler.waiting.append(r)
+
+    def row(at, tokens, reason=None):
+        return {"number": 0, "at": at, "tokens": tokens, "logprobs": [-float(t) for t in tokens], "reason": reason, "hit": 0, "preemptions": 0}
+
+    assert fleet._take(1, {"step": [row(1, [11])]}) == [] and r.generated == 0
+    assert fleet._take(1, {"step": [row(2, [12, 13])]}) == []
+    assert fleet._take(0, {"step": [row(0, [10])]}) == [(r, [10]), (r, [11]), (r, [12, 13])]
+    assert r.output == [10, 11, 12, 13] and r.logprobs == [-10, -11, -12, -13]
+    assert fleet._take(1, {"step": [row(4, [14], "length")]}) == [(r, [14])] and not fleet.requests and not fleet.early
+
+
 # --- the faces --------------------------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from pellucid.engine.paged_cache import Saved
+from pellucid.engine.prefix_cache import first_needed
 from pellucid.engine.request import Request, State
 from pellucid.engine.served import Served, in_three, message_of, request_of
 from pellucid.errors import BadInput
@@ -61,7 +62,7 @@ class Prefill(Served):
 
     def packed(self, r: Request, number: int) -> tuple[dict[str, Any], list[Tensor]]:
         runner = self.engine.runner
-        saved = runner.pages.copy_out(r.blocks, r.computed, runner.place_of.get(r))
+        saved = runner.pages.copy_out(r.tables, r.computed, runner.place_of.get(r))
         tensors = [t for layer in saved.entries for t in layer] + [t for layer in saved.states for t in layer.values()]
         return {"do": "transfer", "number": number, "tokens": saved.tokens, "output": r.output, "states": [list(layer) for layer in saved.states],
                 "scored": [r.prompt_logprobs, r.prompt_tops], **message_of(r)}, tensors
@@ -127,15 +128,18 @@ class Decode(Served):
         self.coming.append(r)
 
     def unpacked(self, message: dict[str, Any], tensors: list[Tensor]) -> Saved:
-        like = self.engine.runner.pages.copy_out([0], 0, 0)  # of no token: what shapes there are
-        tokens, left = message["tokens"], list(tensors)
+        pages, tokens, left = self.engine.runner.pages, message["tokens"], list(tensors)
+        like = pages.copy_out([[0]] * len(pages.groups), 0, 0)  # of no token: what shapes there are
         counts = [len(layer) for layer in like.entries]
         names = message["states"]
         if len(tensors) != sum(counts) + sum(map(len, names)) or [list(layer) for layer in like.states] != names:
             raise BadInput(f"a transfer of {len(tensors)} tensors", f"this model keeps {sum(counts)} of tokens and {sum(map(len, like.states))} states")
         entries = [[left.pop(0) for _ in layer] for layer in like.entries]
         states = [{name: left.pop(0) for name in layer} for layer in like.states]
-        pairs = [(a, b, tokens) for mine, theirs in zip(like.entries, entries, strict=True) for a, b in zip(mine, theirs, strict=True)]
+        starts = [first_needed(group.window, tokens) // pages.size * pages.size for group in pages.groups]  # windows keep their last tokens
+        pairs: list[tuple[Tensor, Tensor, int | None]] = [
+            (a, b, tokens - starts[pages.group_of[i]]) for i, both in enumerate(zip(like.entries, entries, strict=True))
+            for a, b in zip(*both, strict=True)]
         pairs += [(mine[name], theirs[name], None) for mine, theirs in zip(like.states, states, strict=True) for name in mine]
         for a, b, rows in pairs:
             must = a.shape if rows is None else (rows, *a.shape[1:])

@@ -16,12 +16,14 @@ Rows that fill up are padding: routers send them to no expert. Legend: W process
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pellucid.engine.layer_groups import Group as LayerGroup
 from pellucid.engine.request import Request
 from pellucid.engine.runner import Runner
 from pellucid.engine.scheduler import Plan
@@ -89,9 +91,10 @@ class Exchange:
 class SharingRunner(Runner):
     """A runner that takes part in the others' passes. All of them step together, with or without work."""
 
-    def __init__(self, model: Decoder, blocks: int, size: int, places: int, codes: CacheCodes | None = None, *, group: Group):
+    def __init__(self, model: Decoder, blocks: int, size: int, places: int, codes: CacheCodes | None = None,
+                 groups: Sequence[LayerGroup] | None = None, *, group: Group):
         self.exchange = Exchange(model, group)  # before the way of running is chosen: hooks decide it
-        super().__init__(model, blocks, size, places, codes)
+        super().__init__(model, blocks, size, places, codes, groups)
 
     @torch.inference_mode()
     def step(self, plan: Plan) -> dict[Request, Tensor]:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from pellucid import events
-from pellucid.engine.core import Engine, EngineConfig, EngineStep
+from pellucid.engine.core import Engine, EngineConfig, EngineStep, drafts_of
 from pellucid.engine.layout import Layout
 from pellucid.engine.prefix_cache import NoReuse
 from pellucid.engine.request import Request, State
@@ -36,6 +36,7 @@ from pellucid.errors import BadInput
 from pellucid.models.hub import blank, local_folder, read_config
 from pellucid.nn import DecoderSpec
 from pellucid.parallel import Gone, Processes, RankDied
+from pellucid.parallel.wire import Garbled
 from pellucid.quant import bits_of
 from pellucid.tokenizers import Tokenizer
 
@@ -85,6 +86,7 @@ class Fleet(Engine):
         self.layout, self.config, self.tokenizer = layout, config or EngineConfig(), tokenizer
         refuse_what_is_not_shared(model, self.config, layout, device, quantize)
         self.model: Any = blank(spec)  # without memory: for those who ask what it is
+        self.drafts = drafts_of(self.config)
         self.eos, self.stop, self.grammars = set(tokenizer.eos_ids), StopTexts(tokenizer), None
         self.own = processes is None
         self.processes = processes or Processes("pellucid.engine.worker", layout.processes, layout.links, threads)
@@ -116,7 +118,7 @@ class Fleet(Engine):
 
     def _listen(self, rank: int) -> None:
         """A thread: what one process says is taken from it at once, so that it never waits for us."""
-        with contextlib.suppress(Gone):
+        with contextlib.suppress(Gone, Garbled):
             while True:
                 message = self.processes[rank].receive()[0]
                 self.heard.put((rank, message))
@@ -169,7 +171,7 @@ class Fleet(Engine):
         self.totals = dict.fromkeys(leads[0]["totals"], 0)
         most = min(r["blocks"] for r in leads)
         c = self.config
-        self.scheduler = Scheduler(NoReuse(most, leads[0]["size"]), budget=c.budget, places=c.running, chunk=c.chunk, context=self.model.spec.limit)
+        self.scheduler = Scheduler(NoReuse(most, leads[0]["size"], tuple(leads[0]["windows"])), budget=c.budget, places=c.running, chunk=c.chunk, context=self.model.spec.limit)
 
     def close(self) -> None:
         """Everything ends; nothing where it was done."""

@@ -8,7 +8,7 @@ steps, and each of them needs tokenizer, grammars and sampler. A plan is some hu
 Legend of a message:
     parts      [number, start, count, drafts, tokens beyond the prompt, whether logits are asked for]
     new        number -> the prompt, and how many log-probabilities of it are asked for
-    blocks     number -> [how many of the blocks that are known stand, those behind them]
+    tables     number -> for each group of layers [how many of the blocks that are known stand, those behind them]
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pellucid.engine.layer_groups import Group as LayerGroup
 from pellucid.engine.params import SamplingParams
-from pellucid.engine.request import Request
+from pellucid.engine.request import GONE, Request
 from pellucid.engine.runner import Runner
 from pellucid.engine.scheduler import Part, Plan
 from pellucid.nn import Decoder
@@ -33,15 +34,16 @@ from pellucid.parallel import Channel
 class LeadRunner(Runner):
     """A runner whose steps the others compute too."""
 
-    def __init__(self, model: Decoder, blocks: int, size: int, places: int, codes: CacheCodes | None = None, *, others: Sequence[Channel]):
-        super().__init__(model, blocks, size, places, codes)
+    def __init__(self, model: Decoder, blocks: int, size: int, places: int, codes: CacheCodes | None = None,
+                 groups: Sequence[LayerGroup] | None = None, *, others: Sequence[Channel]):
+        super().__init__(model, blocks, size, places, codes, groups)
         self.others = others
         self.numbers: dict[Request, int] = {}
         self.count = itertools.count()
-        self.known: dict[Request, list[int]] = {}  # blocks of each that the others know
+        self.known: dict[Request, list[list[int]]] = {}  # tables of each that the others know
         self.left: list[int] = []  # since the last message
         for other in others:
-            other.send({"do": "begin", "blocks": blocks, "size": size, "places": places})
+            other.send({"do": "begin", "blocks": blocks, "size": size, "places": places, "apart": groups is not None})
 
     @torch.inference_mode()
     def step(self, plan: Plan) -> dict[Request, Tensor]:
@@ -64,17 +66,17 @@ class LeadRunner(Runner):
     def _message(self, plan: Plan) -> dict[str, Any]:
         new: dict[int, Any] = {}
         parts = []
-        blocks = {}
+        tables = {}
         for part in plan.parts:
             r = part.request
             number = self._number(r, new)
             beyond = r.tokens[max(part.start, len(r.prompt)) : part.start + part.count]
             parts.append([number, part.start, part.count, r.drafts, beyond, part.samples])
-            blocks[number] = self._change(r)
-        message = {"do": "step", "left": self.left, "new": new, "parts": parts, "blocks": blocks,
+            tables[number] = self._changes(r)
+        message = {"do": "step", "left": self.left, "new": new, "parts": parts, "tables": tables,
                    "preempted": [self.numbers[r] for r in plan.preempted if r in self.numbers],
-                   "out": [[self._number(r, new), b, r.computed] for r, b in plan.swapped_out],
-                   "in": [[self._number(r, new), b] for r, b in plan.swapped_in]}
+                   "out": [[self._number(r, new), old, r.computed] for r, old in plan.swapped_out],
+                   "in": [[self._number(r, new), now] for r, now in plan.swapped_in]}
         self.left = []
         return message
 
@@ -84,15 +86,19 @@ class LeadRunner(Runner):
             new[self.numbers[r]] = [r.prompt, r.params.prompt_logprobs]
         return self.numbers[r]
 
-    def _change(self, r: Request) -> list[Any]:
-        """Mostly nothing, or one block more; a prefix cache may also put equal blocks in the place of a request's own."""
-        known = self.known.get(r, [])
-        same = min(len(known), len(r.blocks))
-        if known[:same] != r.blocks[:same]:
-            same = next(i for i in range(same) if known[i] != r.blocks[i])
-        if same != len(known) or same != len(r.blocks):
-            self.known[r] = list(r.blocks)
-        return [same, r.blocks[same:]]
+    def _changes(self, r: Request) -> list[list[Any]]:
+        """Mostly nothing, or one block more; a prefix cache may also put equal blocks in the place of a request's own. What a window has
+        left behind is read no more: whether it is still there makes no difference to the others."""
+        known = self.known.setdefault(r, [[] for _ in r.tables])
+        changes = []
+        for old, table in zip(known, r.tables, strict=True):
+            same = min(len(old), len(table))
+            if old[:same] != table[:same]:
+                same = next((i for i in range(same) if old[i] != table[i] and table[i] != GONE), same)
+            changes.append([same, table[same:]])
+            if same != len(old) or old != table:
+                old[:] = table
+        return changes
 
 
 @dataclass(frozen=True)
@@ -122,13 +128,16 @@ class Follower:
             self.runner.forget(self.requests.pop(number))
         for number, (prompt, logprobs) in message["new"].items():
             self.requests[int(number)] = Request(prompt, SamplingParams(prompt_logprobs=logprobs))
-        for number, (same, more) in message["blocks"].items():
-            self.requests[int(number)].blocks[same:] = more
+        for number, changes in message["tables"].items():
+            r = self.requests[int(number)]
+            r.tables += [[] for _ in changes[len(r.tables) :]]
+            for table, (same, more) in zip(r.tables, changes, strict=True):
+                table[same:], r.moved = more, min(r.moved, same)
         plan = Plan(preempted=[self.requests[n] for n in message["preempted"]],
-                    swapped_in=[(self.requests[n], blocks) for n, blocks in message["in"]])
-        for number, blocks, computed in message["out"]:
+                    swapped_in=[(self.requests[n], tables) for n, tables in message["in"]])
+        for number, tables, computed in message["out"]:
             self.requests[number].computed = computed
-            plan.swapped_out.append((self.requests[number], blocks))
+            plan.swapped_out.append((self.requests[number], tables))
         for number, start, count, drafts, beyond, asked in message["parts"]:
             r = self.requests[number]
             at = max(start, len(r.prompt))

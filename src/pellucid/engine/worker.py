@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from pellucid.engine import disaggregation
-from pellucid.engine.core import Engine, EngineConfig, choose_room, codes_for
+from pellucid.engine.core import Engine, EngineConfig, choose_room, codes_for, groups_for
 from pellucid.engine.dp_attention import SharingRunner
 from pellucid.engine.layout import Layout
 from pellucid.engine.llm import open_model
@@ -125,14 +125,15 @@ class Worker:
 
     def follow(self, model: Decoder, config: EngineConfig, lead: Channel, about: dict[str, Any], began: float) -> None:
         message = lead.receive()[0]
-        runner = Runner(model, message["blocks"], message["size"], message["places"], codes_for(model, config))
+        groups = groups_for(model, config).value if message["apart"] else None
+        runner = Runner(model, message["blocks"], message["size"], message["places"], codes_for(model, config), groups)
         self.driver.send({"opened": self.memory(about, runner, began)})
         Follower(runner).run(lead)
 
     def lead(self, served: Served, about: dict[str, Any], began: float) -> None:
         engine = served.engine
         warm_up(engine)
-        more = {"blocks": engine.cache.blocks, "size": engine.cache.size, "totals": engine.totals}
+        more = {"blocks": engine.cache.blocks, "size": engine.cache.size, "windows": engine.cache.windows, "totals": engine.totals}
         self.driver.send({"opened": self.memory(about, engine.runner, began) | more})
         try:
             served.loop()
@@ -162,6 +163,8 @@ def main() -> int:
     except Gone:  # the one that started it, or a neighbour: nothing is left to do
         return 0
     except BaseException as error:
+        if "closed by peer" in str(error):  # gloo's words: a neighbour has died, which is told by who started us
+            return 0
         traceback.print_exc()
         with contextlib.suppress(Gone):
             driver.send({"failed": in_three(error)})
