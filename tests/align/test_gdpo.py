@@ -247,7 +247,7 @@ def test_order_changes_nothing():
     g = torch.Generator().manual_seed(1)
     rows, columns = torch.randperm(5, generator=g), torch.randperm(6, generator=g)
     lengths = torch.randint(1, 9, (5, 6), generator=g)
-    weights = {"a": 0.3, "b": 2.0}
+    weights = {"a": 0.3, "b": 2.0, "c": 1.0}
     for over in ("none", "sequence", "token"):
         cfg = ObjectiveConfig(advantage="gdpo", whiten=over, aggregation="token-mean")
         whole = assign_credit(parts, lengths, cfg, weights=weights).advantages
@@ -301,7 +301,8 @@ def test_missing_rewards():
     assert raw[0].tolist() == pytest.approx([float(a[0] + b[0]), float(a[1] + b[1]), float(b[2]), float(a[2])])
     torch.testing.assert_close(raw[1], group_advantages(parts["b"], eps=0.0)[1], atol=1e-11, rtol=0)
     excluded = gdpo_advantages(parts, eps=0.0, missing="exclude")
-    assert excluded[0].tolist() == pytest.approx([0.0, 0.0, 0.0, 0.0]) and not excluded[1].any()
+    assert excluded[0].tolist() == pytest.approx([0.0, 0.0, 0.0, 0.0])
+    torch.testing.assert_close(excluded[1], raw[1])  # what the whole group lacks excludes nobody
     with pytest.raises(BadInput, match="missing"):
         gdpo_advantages(parts, missing="refuse")
 

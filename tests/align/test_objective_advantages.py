@@ -110,7 +110,7 @@ def test_equal_totals_from_different_parts_are_equal():
 def test_permutations():
     g = torch.Generator().manual_seed(2)
     parts = {name: torch.rand(4, 6, generator=g, dtype=torch.float64) for name in "abc"}
-    weights = {"a": 0.3, "c": 2.0}
+    weights = {"a": 0.3, "b": 1.0, "c": 2.0}
     total = total_reward(parts, weights)
     assert torch.equal(total, total_reward({name: parts[name] for name in "cab"}, weights))  # bit for bit
     columns, groups = torch.randperm(6, generator=g), torch.randperm(4, generator=g)
@@ -133,7 +133,8 @@ def test_missing_components():
     with pytest.raises(BadInput, match="missing"):
         total_reward(parts, missing="refuse")
     lacking = {"a": rewards([1, 0]), "b": rewards([NAN, NAN])}  # a whole group without the component: no effect
-    assert torch.equal(group_advantages(total_reward(lacking)), group_advantages(lacking["a"]))
+    for rule in ("zero", "exclude"):
+        assert torch.equal(group_advantages(total_reward(lacking, missing=rule)), group_advantages(lacking["a"]))
     assert not informative_groups(lacking)["b"].any()
 
 
@@ -148,6 +149,7 @@ def test_missing_components():
     (lambda: total_reward({}), "no reward"),
     (lambda: total_reward({"correct": rewards([1, 0])}, {"corect": 2.0}), "'correct'"),
     (lambda: total_reward({"a": rewards([1, 0]), "b": rewards([1, 0, 0])}), "shape"),
+    (lambda: total_reward({"a": rewards([1, 0]), "b": rewards([1, 0])}, {"a": 2.0}), "'b' has no weight"),
     (lambda: total_reward({"total": rewards([1, 0])}), "'total'"),
     (lambda: live_groups({"correct": rewards([1, 0])}, "correctt"), "'correct'"),
     (lambda: assign_credit({"a": rewards([1, 0])}, torch.ones(1, 2), recipe("dapo")), "truncated"),
@@ -166,7 +168,7 @@ def test_live_groups_look_at_components():
     parts = {"a": rewards([1, 1, 0, 0], [1, 1, 1, 1]), "b": rewards([0, 0, 1, 0], [0, 0, 0, 0]),
              "c": rewards([0, 0, 0, 1], [0, 1, 0, 1])}
     assert live_groups(parts).tolist() == [True, True]
-    assert live_groups(parts, weights={"c": 0.0}).tolist() == [True, False]
+    assert live_groups(parts, weights={"a": 1.0, "b": 1.0, "c": 0.0}).tolist() == [True, False]
     assert live_groups(parts, weights=dict.fromkeys("abc", 0.0)).tolist() == [False, False]
     assert live_groups(parts, "total").tolist() == [False, True]
     assert live_groups(parts, "a").tolist() == [True, False]

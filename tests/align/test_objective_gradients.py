@@ -308,7 +308,7 @@ def test_gdpo_is_the_sum_of_what_each_reward_teaches():
 
     parts = {"a": REWARD[groups], "b": other[groups]}
     alone = [gradient(group_advantages(x, eps=0.0)) for x in parts.values()]
-    close(gradient(gdpo_advantages(parts, weights={"b": 0.5}, eps=0.0)), alone[0] + 0.5 * alone[1])
+    close(gradient(gdpo_advantages(parts, weights={"a": 1.0, "b": 0.5}, eps=0.0)), alone[0] + 0.5 * alone[1])
 
 
 def test_entropy_bonus_has_its_gradient():

@@ -19,7 +19,7 @@ NAN = math.nan
 def test_reward_table_by_hand():
     correct = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1], [0.1, 0.1, 0.1, 0.1]])
     style = torch.tensor([[NAN] * 4, [1, 0, NAN, 0], [1, NAN, 1, 1], [0, 0, 0, 0]])
-    got = table.reward_table({"correct": correct, "style": style}, {"style": 0.5})
+    got = table.reward_table({"correct": correct, "style": style}, {"correct": 1.0, "style": 0.5})
     assert got["reward/correct/mean"] == pytest.approx(float(correct.mean()))
     assert got["reward/correct/std"] == pytest.approx(np.std(correct.double().numpy(), ddof=1))
     assert (got["reward/correct/informative"], got["reward/correct/all_wrong"], got["reward/correct/all_right"]) == (
@@ -58,6 +58,7 @@ def test_advantages_diversity_engine():
     assert got["advantage/std"] == pytest.approx(a.double().std().item())
     assert table.diversity_table([["x", "x"], ["x", "y"], []])["diversity/distinct"] == 0.75
     assert table.diversity_table([[(1, 2), (1, 2), (3,)]])["diversity/distinct"] == pytest.approx(2 / 3)
+    assert table.diversity_table([["ab", "ab"], ["abc", "abd"], ["x", "y"]])["diversity/bigrams"] == pytest.approx((1 / 2 + 3 / 4) / 2)
     same = torch.randn(9)
     assert table.engine_table(same, same) == {"engine/gap_mean": 0, "engine/gap_max": 0, "engine/ess": 1}
     w = np.array([1.0, 1.0, 2.0])

@@ -293,7 +293,7 @@ def test_a_run_that_stops_and_goes_on_equals_one_that_does_not_bit_for_bit(chang
     # The engine's own probabilities differ from the trainer's in the last bits, and on a busy machine from run to run (seen
     # once in some dozens): a library that shares a product among threads as they are free. What is learned is exact above.
     rounding = {"engine/gap_mean", "engine/gap_max", "engine/ess", "engine/kl"}
-    timed = {"time/sampling"} | rounding
+    timed = {"time/sampling", "speed/sampled", "speed/trained", "memory/peak"} | rounding
     for (p, a), (q, b) in zip(history.metrics, again.metrics, strict=True):
         assert p == q and a.keys() == b.keys()
         assert all(a[k] == pytest.approx(b[k], rel=0.2, abs=1e-6, nan_ok=True) for k in rounding & a.keys())
@@ -375,9 +375,32 @@ def test_every_step_tells_its_numbers_and_shows_samples():
         running.run()
     steps = [r for r in seen if r.kind == "step"]
     assert [r.step for r in steps] == [1, 2] and steps[-1].progress == 1.0
-    wanted = {"accuracy", "format", "groups/live", "reward/total/mean", "advantage/std", "length/mean", "entropy/mean",
+    wanted = {"update/ratio", "diversity/bigrams", "accuracy", "format", "groups/live", "reward/total/mean", "advantage/std", "length/mean", "entropy/mean",
               "diversity/distinct", "engine/gap_max", "ratio/mean", "grad_norm", "lr", "time/sampling"}
     assert wanted <= steps[0].metrics.keys()
+    table = steps[1].metrics
+    assert table["speed/sampled"] > 0 < table["speed/trained"] and 50 < table["memory/peak"] < 20_000
+
+
+@pytest.mark.parametrize("lr", [1e-3, 1e-2])
+def test_the_size_of_an_update_beside_the_weights(lr):
+    """Adam's first step moves every number by lr, where its gradient is not about 0."""
+    running = loop(config(steps=1, optim=OptimConfig("adamw", lr=lr)))
+    before = weights(running.model)
+    _, table = running.run().metrics[0]
+    after = weights(running.model)
+    change = math.sqrt(sum(float((a - b).square().sum()) for a, b in zip(after, before)))
+    size = math.sqrt(sum(float(b.square().sum()) for b in before))
+    assert table["update/ratio"] == pytest.approx(change / size, rel=0.1)  # from a sample of the larger matrices
+    dead = loop(config(steps=1), task=Noise(flat="0123456789")).run().metrics[0][1]
+    assert "update/ratio" not in dead and dead["speed/trained"] == 0
+
+
+def test_every_step_shows_two_samples():
+    seen = []
+    with events.subscribed(seen.append):
+        loop(config(samples_shown=2)).run()
+    steps = [r for r in seen if r.kind == "step"]
     assert 0 < steps[0].metrics["entropy/mean"] < math.log(272)
     shown = [r for r in seen if type(r).__name__ == "SampleShown"]
     assert len(shown) == 4

@@ -16,6 +16,7 @@ import torch
 from tiny_policy import Echo
 
 from pellucid import events
+from pellucid.align.components import total_reward
 from pellucid.align.reward_calls import Outcome, call
 from pellucid.align.reward_sources import TaskGrader, model_reward, task_reward, verl_reward
 from pellucid.align.reward_specs import reward_of, reward_set
@@ -100,6 +101,36 @@ def test_what_was_logged_comes_back():
     for size in (None, 2, 1):
         scores = score(Reward("logs", logs, batch=size))
         assert scores.metrics["mean"] == pytest.approx(16 / 6) and scores.extra["shout"] == [t.upper() for t in TEXTS]
+
+
+def test_what_was_logged_stays_with_its_completion():
+    """Also where another call fails, or logs something of another length."""
+    def logs(completions, log_extra):
+        if completions == TEXTS[2:4]:
+            raise ValueError("no")
+        log_extra("shout", [c.upper() for c in completions])
+        log_extra("torn", completions[:1] if len(completions) > 1 else completions)
+        if completions == TEXTS[2:3]:
+            raise ValueError("no")
+        return [0.0] * len(completions)
+
+    scores = score(Reward("logs", logs, batch=2))
+    assert scores.extra["shout"] == [t.upper() for t in TEXTS]
+    assert scores.extra["torn"] == [None, None, TEXTS[2], TEXTS[3], None, None]
+    assert scores.components["logs"].isnan().tolist() == [False, False, True, False, False, False]
+
+
+def test_none_is_missing_and_not_zero():
+    """In numbers, in a dict, and in what depends on it; a total takes it by the rule for missing components."""
+    given = score(lambda completions: [1.0, None, 0.0, None, 1.0, 0.0]).components["<lambda>"]
+    assert given.isnan().tolist() == [False, True, False, True, False, False]
+    parts = RewardSet([Reward("two", lambda completions: [{"a": 1.0, "b": None}] * 3 + [{"a": 0.0, "b": 2.0}] * 3, parts=("a", "b")),
+                       Reward("c", lambda completions: [0.5] * 6, on="b")]).score(Batch(TEXTS, TEXTS, {"answer": ANSWERS}))
+    assert parts.components["b"].isnan().tolist() == [True] * 3 + [False] * 3
+    assert parts.components["c"].isnan().tolist() == [True] * 3 + [False] * 3 and parts.components["c"][3:].tolist() == [0.5] * 3
+    matrix = parts.matrix(6)
+    zero, exclude = total_reward(matrix, parts.weights), total_reward(matrix, parts.weights, "exclude")
+    assert zero.tolist() == [[1.0] * 3 + [2.5] * 3] and exclude[0, :3].isnan().all() and exclude[0, 3:].tolist() == [2.5] * 3
 
 
 @pytest.mark.parametrize("size", [None, 1, 2, 4, 100])

@@ -34,6 +34,12 @@ def letters(completions):
     return [sum(x.islower() for x in text) / max(len(text), 1) for text in texts]
 
 
+def noted(completions, log_extra):
+    log_extra("letters", [sum(x.islower() for x in c[-1]["content"]) for c in completions])
+    log_extra("said", ["<b>" + c[-1]["content"][:3] for c in completions])
+    return [float(len(c[-1]["content"]) % 2) for c in completions]
+
+
 def broken(completions):
     return [1 / 0 for _ in completions]
 '''
@@ -294,3 +300,18 @@ def test_about_forty_options_each_explained_in_two_languages():
 
     fields = {f.name for f in dataclasses.fields(ObjectiveConfig)}
     assert set(align.FLAGS.values()) <= fields and set(align.LOOP) <= {f.name for f in dataclasses.fields(OnlineConfig)}
+
+
+def test_what_rewards_log_is_shown_beside_the_completions(at: Path, capsys: pytest.CaptureFixture[str]):
+    code, seen = run(at, "grpo", "--reward", f"{at}/rewards.py:noted", "--steps", "1", out=at / "noted")
+    assert code == 0, capsys.readouterr().err
+    (group,) = [e for e in seen if e.kind == "group"]
+    for c in group.completions:
+        assert c["extra"] == {"letters": sum(x.islower() for x in c["text"]), "said": "<b>" + c["text"][:3]}
+    page = (at / "noted" / "report.html").read_text()
+    assert f"letters: {group.completions[0]['extra']['letters']}" in page and "said: &lt;b&gt;" in page and "said: <b>" not in page
+    assert "update/ratio" in page and "size of an optimizer step beside the weights" in page  # every number, and what it means
+    capsys.readouterr()
+    assert main(["align", "inspect", str(at / "noted")]) == 0
+    shown = capsys.readouterr().out
+    assert "letters" in shown and "said" in shown

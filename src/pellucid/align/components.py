@@ -23,12 +23,13 @@ Components = Mapping[str, Tensor]
 def total_reward(
     components: Components, weights: Mapping[str, float] | None = None, missing: Missing = "zero"
 ) -> Tensor:
-    """The weighted sum of the components, (N, G) float64; a weight that is not given is 1.
+    """The weighted sum of the components, (N, G) float64. weights: of every component, or None: 1 each.
 
     missing, for a component that is NaN at a completion:
       "zero"     it adds nothing; where every component is NaN the total is NaN and the completion leaves the baseline
                  (trl's rule). A component that a whole group lacks has no effect on that group.
-      "exclude"  the total is NaN wherever any component is.
+      "exclude"  the total is NaN where a component is that another completion of the group has: it cannot be compared
+                 with them.
       "refuse"   BadInput.
 
     Sums are rounded to 12 decimals, so that 0.1 + 0.2 ties with 0.3 + 0.0 and the group counts as equal.
@@ -92,7 +93,11 @@ def stack(components: Components, weights: Mapping[str, float] | None) -> tuple[
     for name in ("any", "total"):
         if name in components:
             raise BadInput(f"a reward component is called {name!r}", "the word means the whole of them", "rename it")
-    weights = dict(weights or {})
+    weights = dict(weights or dict.fromkeys(components, 1.0))
+    for name in components:
+        if name not in weights:
+            raise BadInput(f"the reward component {name!r} has no weight", f"weights were given for {', '.join(sorted(weights))}",
+                           "give it one too: 1 to reward it, 0 to measure it only")
     for name in weights:
         if name not in components:
             raise BadInput(f"a weight for the unknown reward component {name!r}{nearest(name, list(components))}",
@@ -102,7 +107,7 @@ def stack(components: Components, weights: Mapping[str, float] | None) -> tuple[
     if len(shapes) > 1:
         raise BadInput(f"reward components differ in shape: {sorted(shapes)}")
     stacked = torch.stack([components[name].detach().double() for name in names])
-    return stacked, stacked.new_tensor([float(weights.get(name, 1.0)) for name in names])
+    return stacked, stacked.new_tensor([float(weights[name]) for name in names])
 
 
 def not_gradable(stacked: Tensor, missing: Missing, components: Components) -> Tensor:
@@ -112,7 +117,9 @@ def not_gradable(stacked: Tensor, missing: Missing, components: Components) -> T
     if missing == "refuse" and absent.any():
         raise BadInput("a reward is missing", f"NaN among the components {', '.join(sorted(components))}",
                        "grade every completion, or choose missing='zero' or 'exclude'")
-    return absent.any(0) if missing == "exclude" else absent.all(0)
+    if missing == "exclude":
+        return (absent & ~absent.all(2, keepdim=True)).any(0) | absent.all(0)
+    return absent.all(0)
 
 
 def soft_overlong(lengths: Tensor, longest: int, margin: int) -> Tensor:

@@ -135,7 +135,8 @@ class DistillLoop(Run[DistillConfig, DistillHistory]):
 
         result = self.stepper.step((rows.rows(slice(i, i + c.micro_rows)) for i in range(0, len(rows), c.micro_rows)), share, progress)
         self.count()
-        numbers = tables.merge(parts) | numbers | {"on_policy": float(own), "grad_norm": result.grad_norm, "lr": result.lr}
+        numbers = tables.merge(parts) | numbers | {"on_policy": float(own), "grad_norm": result.grad_norm, "update/ratio": result.ratio,
+                                                "lr": result.lr} | tables.memory_table(rows.tokens.device)
         h.metrics.append((progress, numbers))
         return numbers
 

@@ -54,7 +54,7 @@ class GroupShown(events.Event):
     prompt: str
     weights: dict[str, float]  # of the reward components
     kl_to: str  # "reference" | "sampling policy", where there is no reference
-    completions: list[dict[str, Any]]  # best first: text, rewards, total, advantages, finished, length, tokens, logp, ratio, clip, entropy, kl
+    completions: list[dict[str, Any]]  # best first: text, rewards, total, advantages, extra, finished, length, tokens, logp, ratio, clip, entropy, kl
     left_out: int = 0  # completions of the group that are not shown
 
 
@@ -97,6 +97,7 @@ def record(
     completions = [{
         "text": g.texts[j], "rewards": g.rewards[j], "total": float(credit.total[i, j]),
         "advantages": {name: round(float(a[i, j]), 4) for name, a in ways.items()},
+        "extra": {k: v[:200] if isinstance(v, str) else v for k, v in g.extra[j].items()} if g.extra else {},
         "finished": g.samples[j].finish_reason == "stop", "length": len(g.samples[j].tokens),
         "tokens": [tokenizer.decode([t]) for t in g.samples[j].tokens[:TOKENS]],
         **{name: [None if v is None else round(v, 4) for v in values[:TOKENS]] for name, values in numbers[j].items()},

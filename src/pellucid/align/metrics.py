@@ -10,6 +10,8 @@ fraction, the size of the advantages, the ratio, the entropy, and above all at a
 
 from __future__ import annotations
 
+import fnmatch
+import itertools
 import math
 from collections.abc import Hashable, Mapping, Sequence
 
@@ -22,6 +24,7 @@ from pellucid.align.kl import k1, k3
 from pellucid.align.objective_config import ObjectiveConfig
 from pellucid.align.policy_losses import clip_sides
 from pellucid.align.value import value_clipped
+from pellucid.runtime import peak_memory_bytes
 
 MEANING: dict[str, str] = {
     "reward/*/mean": "mean of a reward component, or of the weighted total, over graded completions",
@@ -61,6 +64,7 @@ MEANING: dict[str, str] = {
     "length/right": "mean length of right answers",
     "length/wrong": "mean length of wrong answers; a growing gap is length bias",
     "diversity/distinct": "mean fraction of different completions within a group; 1/G means all the same",
+    "diversity/bigrams": "fraction of different pairs of neighbouring tokens within a group (distinct-2)",
     "engine/gap_mean": "mean |log p| difference between sampler and trainer for the same tokens; rounding error only",
     "engine/gap_max": "largest such difference",
     "engine/ess": "effective sample size of the sampler -> trainer weights, as a fraction; 1 is perfect agreement",
@@ -83,6 +87,11 @@ LOOP_MEANING: dict[str, str] = {
     "kl/coefficient": "weight of the KL term, or of the KL penalty in the reward", "entropy/coefficient": "weight of the entropy bonus",
     "critic/loss": "the critic's loss, times its coefficient", "critic/grad_norm": "norm of the critic's gradient before clipping",
     "time/sampling": "share of the run's time spent sampling and grading",
+    "update/ratio": "size of an optimizer step beside the weights, |change| / |weights|, mean over the steps: some 1e-3 is usual, 1e-2 is fast "
+                    "(from up to 4096 numbers of each matrix)",
+    "speed/sampled": "tokens sampled in a second of sampling and grading",
+    "speed/trained": "trained tokens in a second of measuring and updating, every pass counted",
+    "memory/peak": "largest memory of this process so far, MiB (of tensors on a GPU)",
 }
 """What the online loop adds to the tables above."""
 
@@ -103,7 +112,17 @@ OFFLINE_MEANING: dict[str, str] = {
     "score/max": "largest score",
     "loss": "the loss of the step; log 2 = 0.693 at the start of DPO and of a reward model that knows nothing",
     "grad_norm": "norm of the gradient before clipping", "lr": "learning rate", "epoch": "passes over the data so far",
+    "update/ratio": LOOP_MEANING["update/ratio"], "memory/peak": LOOP_MEANING["memory/peak"],
 }
+
+
+def meaning_of(name: str) -> str:
+    """What a number of any loop means, empty where it is not one of these (a reward function's own)."""
+    for table in (MEANING, LOOP_MEANING, OFFLINE_MEANING):
+        for pattern, meaning in table.items():
+            if fnmatch.fnmatchcase(name, pattern):
+                return meaning
+    return ""
 
 
 def shift_shares(
@@ -208,7 +227,19 @@ def length_table(lengths: Tensor, truncated: Tensor, right: Tensor) -> dict[str,
 def diversity_table(groups: Sequence[Sequence[Hashable]]) -> dict[str, float]:
     """How many different completions the groups hold; a completion is its text or the tuple of its tokens."""
     fractions = torch.tensor([len(set(group)) / len(group) for group in groups if group])
-    return {"diversity/distinct": _mean(fractions)}
+    pairs = [[pair for one in group if isinstance(one, Sequence) for pair in itertools.pairwise(one)] for group in groups]
+    return {"diversity/distinct": _mean(fractions),
+            "diversity/bigrams": _mean(torch.tensor([len(set(group)) / len(group) for group in pairs if group]))}
+
+
+def cost_table(sampled: int, sampling: float, trained: int, training: float, device: torch.device) -> dict[str, float]:
+    """Tokens and the seconds that they took, and memory."""
+    return {"speed/sampled": sampled / max(sampling, 1e-9), "speed/trained": trained / max(training, 1e-9)} | memory_table(device)
+
+
+def memory_table(device: torch.device) -> dict[str, float]:
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory_bytes()
+    return {"memory/peak": math.nan if peak is None else peak / 2**20}
 
 
 def engine_table(trainer: Tensor, sampler: Tensor) -> dict[str, float]:

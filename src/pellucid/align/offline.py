@@ -97,8 +97,9 @@ class OfflineLoop(Run[OfflineConfig, OfflineHistory], Generic[I]):
         share_of, parts = self.prepare(ids)
         result = self.stepper.step(self._micro(ids), share_of, progress)
         self.count()
-        numbers = self.table(tables.merge(self.ranks.gathered(tables.merge(parts)))) | {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr,
-                                                     "epoch": self.order.taken / self.order.items}
+        numbers = self.table(tables.merge(self.ranks.gathered(tables.merge(parts)))) | {"loss": result.loss, "grad_norm": result.grad_norm, "update/ratio": result.ratio,
+                                                     "lr": result.lr, "epoch": self.order.taken / self.order.items}
+        numbers |= tables.memory_table(self.device)
         h.losses.append((progress, result.loss))
         h.metrics.append((progress, numbers))
         return numbers

@@ -26,7 +26,7 @@ class Pending:
 
 
 def groups_state(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    return [{"asked": g.problem.prompt, "prompt": g.samples[0].prompt, "texts": g.texts, "rewards": g.rewards, "episodes": g.episodes,
+    return [{"asked": g.problem.prompt, "prompt": g.samples[0].prompt, "texts": g.texts, "rewards": g.rewards, "episodes": g.episodes, "extra": g.extra,
              "samples": [{"seed": s.seed, "tokens": s.tokens, "logprobs": s.logprobs, "finish_reason": s.finish_reason, "mask": s.mask,
                           "support": None if s.support is None else [ids.tolist() for ids in s.support]} for s in g.samples]}
             for g in groups]
@@ -37,7 +37,7 @@ def groups_from(saved: Sequence[dict[str, Any]], problems: Sequence[Problem], ma
     if len(problems) != len(saved) or any(p.prompt != g["asked"] for p, g in zip(problems, saved)):
         raise BadInput("the samples that wait to be learned from answer other problems", "the task has changed",
                        "resume with the task of the interrupted run, or start again without --resume")
-    return [Group(problem, [_sample(g["prompt"], s, max_tokens) for s in g["samples"]], g["texts"], g["rewards"], g["episodes"])
+    return [Group(problem, [_sample(g["prompt"], s, max_tokens) for s in g["samples"]], g["texts"], g["rewards"], g["episodes"], g.get("extra", []))
             for problem, g in zip(problems, saved)]
 
 

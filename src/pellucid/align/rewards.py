@@ -140,7 +140,7 @@ class Scores:
     metrics: dict[str, float] = field(default_factory=dict)
     """What functions gave to `log_metric`."""
     extra: dict[str, list[Any]] = field(default_factory=dict)
-    """What functions gave to `log_extra`: columns for the table of completions."""
+    """What functions gave to `log_extra`: columns for the table of completions, S values each, None where there is none."""
 
     def matrix(self, group: int) -> dict[str, Tensor]:
         """name -> (N, G) with G = group."""
@@ -266,7 +266,10 @@ class RewardSet:
             for name, number in c.metrics.items():
                 metrics.setdefault(name, []).append(number)
             for name, column in c.extra.items():
-                scores.extra.setdefault(name, []).extend(column)
+                if isinstance(column, Sequence) and not isinstance(column, str) and len(column) == len(c.at):
+                    whole = scores.extra.setdefault(name, [None] * size)
+                    for i, value in zip(c.at, column):
+                        whole[i] = value
             for i, given in zip(c.at, values):
                 for name, value in given.items():
                     if name in scores.raw:

@@ -60,6 +60,8 @@ class Group:
     rewards: list[dict[str, float]]
     episodes: list[list[dict[str, Any]]] = field(default_factory=list)
     """Of dialogues: each completion as messages, the assistant's and those that it was given."""
+    extra: list[dict[str, Any]] = field(default_factory=list)
+    """What reward functions logged of each completion (`log_extra`), as JSON values."""
 
     def turns(self, i: int) -> tuple[str, ...]:
         """The assistant's turns in completion i, where it is a dialogue."""
@@ -162,6 +164,8 @@ class Rollouts:
         for i, group in enumerate(made):
             group.rewards = [{name: value for name, values in scores.components.items()
                               if (value := float(values[i * n + j])) == value} for j in range(n)]
+            group.extra = [{name: events.plain(column[i * n + j]) for name, column in scores.extra.items() if column[i * n + j] is not None}
+                           for j in range(n)] if scores.extra else []
         return made
 
     def ungraded(self, problems: Sequence[Problem], n: int, temperature: float, seed: int, limits: dict[str, Any] | None = None,

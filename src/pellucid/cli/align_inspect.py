@@ -121,11 +121,21 @@ def rewards_of(group: Record, rows: list[Record]) -> Table:
     weights = group["weights"]
     parts = list(dict.fromkeys(k for r in rows for k in r["rewards"]))
     named = [f"({k})" if not weights.get(k) else k if weights[k] == 1 else f"{k} x{weights[k]:g}" for k in parts]
-    table = columns(*named, "total", "tokens")
+    logged = list(dict.fromkeys(k for r in rows for k in r.get("extra", {})))
+    table = columns(*named, "total", "tokens", *logged)
     for i, r in enumerate(rows, 1):
         table.add_row(str(i), *(number(r["rewards"].get(k)) for k in parts), number(r["total"]), str(r["length"]) + ("" if r["finished"] else " cut"),
+                      *(short(r.get("extra", {}).get(k)) for k in logged),
                       Text(printable(r["text"]), no_wrap=True, overflow="ellipsis"))
     return table
+
+
+def short(value: Any) -> str:
+    """What a reward function logged of a completion, in a cell."""
+    from pellucid.cli.display import number, printable
+
+    text = "-" if value is None else number(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else printable(str(value))
+    return text if len(text) <= 24 else text[:23] + "…"
 
 
 def advantages_of(rows: list[Record]) -> Table:

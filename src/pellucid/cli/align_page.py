@@ -29,7 +29,11 @@ PLOTS: tuple[tuple[Text, bool, tuple[tuple[str, Label], ...]], ...] = (  # title
     (Text("tokens that the clip silences", "被裁剪的词元"), True, (("clip/high", "high"), ("clip/low", "low"))),
     (Text("sampler against trainer, |log p|", "采样器与训练器 |log p| 之差"), False, (("engine/gap_mean", "mean"),)),
     (Text("norm of the gradient", "梯度范数"), False, (("grad_norm", "grad_norm"),)),
-    (Text("different answers in a group", "组内不同回答"), True, (("diversity/distinct", "distinct"),)),
+    (Text("size of an update beside the weights", "更新量与权重之比"), False, (("update/ratio", "ratio"),)),
+    (Text("different answers in a group", "组内不同回答"), True, (("diversity/distinct", "distinct"), ("diversity/bigrams", "bigrams"))),
+    (Text("tokens a second", "每秒词元数"), False, (("speed/sampled", "sampled"), ("speed/trained", "trained"))),
+    (Text("share of the time spent sampling", "采样所占时间"), True, (("time/sampling", "sampling"),)),
+    (Text("peak memory, MiB", "内存峰值（MiB）"), False, (("memory/peak", "peak"),)),
     (Text("log p of the answers", "回答的 log p"), False, (("logps/chosen", "chosen"), ("logps/rejected", "rejected"))),
     (Text("margin of the implied rewards", "隐含奖励的间隔"), False, (("rewards/margin", "margin"),)),
     (Text("pairs judged right", "判对的样本对"), True, (("rewards/accuracy", "accuracy"),)),
@@ -55,7 +59,7 @@ def render(run: RunRecord, name: str, lang: str) -> str:
     last = run.steps[-1]
     body = [f'<div class="top"><span><b>pellucid</b> &nbsp;{escaped(name)} · {escaped(last["stage"])}</span>'
             f'<button class="toggle" type="button" lang="zh">{words(Text("中文", "English"))}</button></div>',
-            f"<h1>{words(_headline(run))}</h1>", _alarms(run), _formulas(run), _curves(run), _groups(run)]
+            f"<h1>{words(_headline(run))}</h1>", _alarms(run), _formulas(run), _curves(run), _meanings(run), _groups(run)]
     return page(f"pellucid · {escaped(name)}", "\n".join(body), lang)
 
 
@@ -99,6 +103,16 @@ def _curves(run: RunRecord) -> str:
     return section(Text("Every number by step", "逐步数值"),
                    Text("The loss is not among them: on-policy it is about 0 by construction. Rest the pointer on a curve to read it.",
                         "没有画损失：同策略下它按构造约为 0。鼠标停在曲线上可读数值。"), f'<div class="plots">{body}</div>' if body else "")
+
+
+def _meanings(run: RunRecord) -> str:
+    """Every number of the last step, and what it means."""
+    from pellucid.align.metrics import meaning_of
+
+    rows = "".join(f"<tr><td><code>{escaped(name)}</code></td><td>{number(value) if finite(value) else '–'}</td><td>{escaped(meaning_of(name))}</td></tr>"
+                   for name, value in run.steps[-1]["metrics"].items())
+    title = Text("The last step in numbers, and what they mean", "最后一步的全部数值及其含义")
+    return f'<details><summary>{words(title)}</summary><table><tbody>{rows}</tbody></table></details>'
 
 
 def _plot(run: RunRecord, title: Text, percent: bool, metrics: tuple[tuple[str, Label], ...]) -> str:
@@ -161,7 +175,12 @@ def _group(g: Record) -> str:
 
 def _answer(i: int, c: Record) -> str:
     strips = "".join(f'<small class="soft">{words(title)}</small><pre>{_strip(c, name, middle)}</pre>' for name, title, middle in STRIPS)
-    return f'<div class="answer"><header>{i}</header>{model_text(c["text"])}<details><summary>{words(Text("tokens", "词元"))}</summary>{strips}</details></div>'
+    return f'<div class="answer"><header>{i}</header>{model_text(c["text"])}{_logged(c)}<details><summary>{words(Text("tokens", "词元"))}</summary>{strips}</details></div>'
+
+
+def _logged(c: Record) -> str:
+    """What reward functions said of it (`log_extra`)."""
+    return "".join(f'<small class="soft">{escaped(name)}: {escaped(str(value))}</small><br>' for name, value in c.get("extra", {}).items())
 
 
 def _strip(c: Record, name: str, middle: float) -> str:

@@ -24,6 +24,7 @@ class StepResult:
     grad_norm: float  # before clipping
     lr: float
     skipped: bool  # a gradient was not finite: the weights did not move
+    ratio: float = 0.0  # |change of the trained weights| / |these weights|, from a sample of them
 
 
 class Stepper:
@@ -50,12 +51,32 @@ class Stepper:
         loss = self.ranks.sum_gradients(self.model, loss)
         limit = self.clip if self.clip is not None else float("inf")
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
-        finite = norm < float("inf")  # False for NaN too
+        finite, ratio = norm < float("inf"), 0.0  # False for NaN too
         if finite:
+            before = _sample(self.model)
             self.optimizer.step()
+            ratio = _moved(before, _sample(self.model))
         else:
             self.skipped += 1
             events.note("a gradient is not finite: this step is skipped", "warning")
         update_biases(self.model, move=finite)  # of routers that are balanced without a loss
         self.optimizer.zero_grad()
-        return StepResult(loss, norm, self.optimizer.lr, not finite)
+        return StepResult(loss, norm, self.optimizer.lr, not finite, ratio)
+
+
+def _sample(model: nn.Module, most: int = 4096) -> list[tuple[Tensor, int]]:
+    """Of every trained parameter up to about so many numbers, evenly spaced, and how many each stands for: a copy of all would be
+    as large as the model."""
+    found = []
+    for p in model.parameters():
+        if p.requires_grad:
+            stride = -(-p.numel() // most)
+            found.append((p.detach().flatten()[:: max(stride, 1)].float().clone(), stride))
+    return found
+
+
+def _moved(before: list[tuple[Tensor, int]], after: list[tuple[Tensor, int]]) -> float:
+    """|after - before| / |before|"""
+    change = torch.stack([(b - a).square().sum() * stride for (a, stride), (b, _) in zip(before, after)]).sum()
+    size = torch.stack([a.square().sum() * stride for a, stride in before]).sum()
+    return float((change / size).sqrt()) if float(size) else 0.0
