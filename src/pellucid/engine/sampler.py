@@ -17,6 +17,8 @@ from pellucid.errors import PellucidError
 from pellucid.ops import choose_jit
 from pellucid.ops.compiled import same_threads
 
+ONE_THREAD = 2**17
+"""Logits in a draw from which on several threads draw."""
 _MIX = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64, 0x9E3779B97F4A7C15 - 2**64)  # as signed 64-bit
 
 
@@ -96,7 +98,8 @@ class Sampler:
         from pellucid.ops.jit.draw import draw
         from pellucid.ops.jit.lanes import array
 
-        same_threads()
+        # OpenMP's threads wait busily for a while, on the core that the next step's threads want: not for a few microseconds of work.
+        same_threads(1 if logits.numel() < ONE_THREAD else 2**31)
         tokens, logprobs = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits) if self.logprobs else 0)
         draw(array(logits.contiguous()), array(self.temperature), array(self.seeds), array(steps), array(tokens), array(logprobs))
         return tokens, logprobs if self.logprobs else None

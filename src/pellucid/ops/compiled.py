@@ -69,12 +69,12 @@ def kernel_cache() -> Iterator[None]:
         config.CACHE_DIR = before
 
 
-def same_threads() -> None:
-    """As many threads for the kernels that this Python thread calls as PyTorch has now."""
+def same_threads(most: int = 2**31) -> None:
+    """As many threads for the kernels that this Python thread calls as PyTorch has now, at most so many."""
     import numba
 
     config: Any = numba.config
-    threads = min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)
+    threads = min(torch.get_num_threads(), config.NUMBA_NUM_THREADS, most)
     if numba.get_num_threads() != threads:
         numba.set_num_threads(threads)
 
