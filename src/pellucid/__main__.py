@@ -67,6 +67,8 @@ VERBS = {
         "sample": Verb("pellucid.cli.bench:sample", "batched sampling tokens/s", "批量采样速度（词元/秒）"),
         "serve": Verb("pellucid.cli.bench:serve", "the engine beside transformers, llama.cpp, OpenVINO, vLLM", "推理引擎与 transformers、llama.cpp、OpenVINO、vLLM 对比"),
         "quality": Verb("pellucid.cli.bench:quality", "perplexity of INT8 and INT4 weights beside bfloat16", "INT8、INT4 权重与 bfloat16 的困惑度对比"),
+        "spread": Verb("pellucid.cli.bench:spread", "one model on several processes: latency between tokens, room of the cache",
+                       "一个模型分布在多个进程：词元间延迟与缓存容量"),
         "load": Verb("pellucid.cli.bench:load", "time and memory of loading a checkpoint", "加载检查点的时间与内存"),
         "forward": Verb("pellucid.cli.bench:forward", "dense, expert and latent-attention models, tokens/s", "稠密、专家与潜在注意力模型的速度（词元/秒）"),
         "parity": Verb("pellucid.cli.bench:parity", "largest difference from transformers, by family", "各模型家族与 transformers 的最大差异"),

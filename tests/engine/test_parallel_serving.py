@@ -176,7 +176,7 @@ def test_everything_that_a_request_can_ask_for_goes_with_it(kind, fleet_of, fold
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_cancelling_at_any_time_frees_everything(kind, fleet_of, alone):
     fleet = fleet_of("deepseek-v3", kind, TIGHT)
-    for moment in range(8):
+    for moment in (0, 1, 3, 6):
         some = requests()
         for r in some:
             fleet.add(r)

@@ -115,6 +115,10 @@ def serve(config: BenchServe) -> int:
     return _run("serve", config, ["--size", config.size, "--rounds", str(config.rounds), *(a for peer in config.peer for a in ("--peer", peer))])
 
 
+def spread(config: Bench) -> int:
+    return _run("spread", config, [])
+
+
 def grow(config: BenchGrow) -> int:
     return _run("grow", config, ["--seeds", str(config.seeds), "--minutes", f"{config.minutes:g}"])
 
