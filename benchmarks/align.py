@@ -3,11 +3,12 @@
     pellucid bench align --out benchmarks/results/align.json
 
 Both take the same weights (a Qwen3 of about that size, random), the same prompts, group, length, temperature, reward function and objective
-(trl's default: token mean, group std, clip 0.2, no KL term), AdamW, float32; both sample, grade, and make one optimizer step a
-rollout. Random weights end an answer about once in the vocabulary, so nearly all of them have the full length in both. Tokens per
-second are those of the completions at full length, which makes ratios of rates ratios of steps per second. Before anything is timed, both
-give the same log-probability to a text. Memory is the process's peak, and what it is above the process before its first step
-(imports and weights).
+(trl's default: token mean, group std, clip 0.2, no KL term), AdamW; both sample, grade, and make one optimizer step a rollout, in
+float32 and in bfloat16 with float32 weights, trl's own default (gradient checkpointing, its other default, is off: it costs time).
+Random weights end an answer about once in the vocabulary, so nearly all of them have the full length in both. Tokens per second are
+those of the completions at full length, which makes ratios of rates ratios of steps per second. Before anything is timed, both give
+the same log-probability to a text. Memory is the process's peak, and what it is above the process before its first step (imports
+and weights).
 """
 
 from __future__ import annotations
@@ -200,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shape", type=int, nargs=2, help="prompts in a step, and completions of each (default: 8 8; 4 4 at 30M)")
     parser.add_argument("--length", type=int, default=64, help="tokens of a completion")
     parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--bf16", nargs="*", default=["1M"], help="sizes at which both also run in bfloat16")
+    parser.add_argument("--bf16", nargs="*", default=["1M", "30M"], help="sizes at which both also run in bfloat16, trl's default")
     chosen = parser.parse_args(argv)
     if chosen.contestant:
         choose_threads(chosen.contestant["threads"])

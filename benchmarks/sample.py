@@ -36,7 +36,7 @@ from common import (
 )
 from pellucid.engine import Sample, SamplingParams, run_all
 from pellucid.engine import batch as engine_batch
-from pellucid.engine.decode import CompiledStep
+from pellucid.engine.native_batch import choose_step
 from pellucid.models import load
 from pellucid.nn import Decoder, KVCache
 from pellucid.runtime import choose_threads
@@ -117,8 +117,8 @@ class Stopwatch:
         return shares | {"the rest": round(1 - sum(shares.values()), 3)}
 
 
-def split(call: Callable[[], Any]) -> dict[str, float]:
-    with Stopwatch(prefill=(engine_batch.Batch, "_prefill"), model=(CompiledStep, "__call__"),
+def split(model: Decoder, call: Callable[[], Any]) -> dict[str, float]:
+    with Stopwatch(prefill=(engine_batch.Batch, "_prefill"), model=(type(choose_step(model).value), "__call__"),
                    sampler=(engine_batch.Sampler, "__call__"), copies=(KVCache, "keep")) as watch:
         call()
     return watch.shares()
@@ -139,7 +139,7 @@ def contestant(what: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], int],
         theirs = AutoModelForCausalLM.from_pretrained(what["folder"], dtype=getattr(torch, what["dtype"])).eval()
         made, greedy = their_call(theirs, prompts, *workload), their_call(theirs, prompts, 24, 0.0, False)
     return ({"greedy": greedy()}, lambda: sum(map(len, made())),
-            lambda: {"split": split(made)} if what["kind"] == "pellucid" else {})
+            lambda: {"split": split(model, made)} if what["kind"] == "pellucid" else {})
 
 
 def compare(size: str, batch: int, groups: int, most: int, rounds: int, seconds: float, threads: int | None) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pellucid.engine.decode import Step, choose_step
+from pellucid.engine.decode import Step
+from pellucid.engine.native_batch import choose_step
 from pellucid.engine.params import SamplingParams
 from pellucid.engine.sampler import Sampler
 from pellucid.errors import BadInput
