@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_caches import CASES, DTYPES, checkpoint, forced, greedy
 
+from pellucid import events
 from pellucid.engine.core import Engine, EngineConfig, choose_room
 from pellucid.engine.params import SamplingParams
 from pellucid.engine.request import Request
@@ -143,3 +144,14 @@ def test_swapped_requests_come_back_as_they_were(pair):
     for a, b in zip(saved.entries, again.entries, strict=True):
         assert a and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     assert saved.entries[0][0].dtype == torch.int8
+
+
+def test_serve_tells_room_format_and_path(pair):
+    from pellucid.cli.serve import Serve, tell_cache
+
+    seen = []
+    with events.subscribed(seen.append):
+        tell_cache("mine", engine_of(pair[0], "int8"))
+    (note,) = [e for e in seen if e.kind == "note"]
+    assert all(word in note.text for word in ("mine", "400", "int8", "as asked"))
+    assert Serve(models=("x",), cache_dtype="int8").proposing()["cache_dtype"] == "int8"

@@ -58,7 +58,7 @@ def test_a_step_has_no_time_for_a_whole_prompt(model):
             engine.step()
         engine.add(prompt := sampled(1, prompt=range(2, 34), new=2))
         parts = []
-        with events.subscribed(lambda e: parts.append(e.tokens) if e.kind == "engine_step" else None):
+        with events.subscribed(lambda e, parts=parts: parts.append(e.tokens) if e.kind == "engine_step" else None):
             while prompt.state is not State.FINISHED:
                 engine.step()
         counts[bound] = max(parts)
@@ -156,3 +156,34 @@ def run_on(engine: Engine, requests: list[Request]) -> None:
         engine.add(r)
     while engine.busy:
         engine.step()
+
+
+def test_the_first_prompt_may_be_longer_than_the_compiled_step_takes(model, monkeypatch):
+    """It takes the flat pass, and the head is the compiled step's, which has run nothing before."""
+    engine = Engine(model, config=EngineConfig(cache_tokens=400))
+    monkeypatch.setattr(type(engine.runner.compiled or engine.runner), "suits", staticmethod(lambda parts: False), raising=False)
+    plain = Engine(model, config=EngineConfig(cache_tokens=400))
+    plain.runner.compiled = None
+    first, second = (Request(list(range(3, 30)), SamplingParams(max_tokens=4)) for _ in range(2))
+    run_on(engine, [first])
+    run_on(plain, [second])
+    assert first.output == second.output
+
+
+def test_blocks_of_refused_drafts_go_back_at_once(model):
+    class Wrong:
+        """Never what the model says: it takes what it likes least."""
+
+        def propose(self, requests, most):
+            return [[1] * most for _ in requests]
+
+        def forget(self, request):
+            pass
+
+    engine = Engine(model, config=EngineConfig(cache_tokens=200, block=2, drafts=7), proposer=Wrong())
+    r = Request(list(range(3, 15)), SamplingParams(max_tokens=20, logit_bias={1: -100.0}))
+    engine.add(r)
+    while engine.busy:
+        engine.step()
+        assert r.state is State.FINISHED or len(r.blocks) <= r.computed // 2 + 1
+    assert engine.totals["proposed_tokens"] > 50 and engine.totals["accepted_tokens"] == 0

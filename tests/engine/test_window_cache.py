@@ -8,9 +8,9 @@ from tiny_caches import MIXED, checkpoint, greedy, run
 
 from pellucid.engine.core import Engine, EngineConfig, choose_room
 from pellucid.engine.hash_chain import HashChain
-from pellucid.engine.layer_groups import Group, layer_groups
+from pellucid.engine.layer_groups import Group, layer_groups, windows_of
 from pellucid.engine.params import SamplingParams
-from pellucid.engine.prefix_cache import held
+from pellucid.engine.prefix_cache import NoReuse, held
 from pellucid.engine.request import GONE, Request
 from pellucid.engine.scheduler import Scheduler
 from pellucid.errors import BadInput
@@ -173,6 +173,9 @@ def test_groups_of_known_models():
 
     assert groups("gemma-3-1b") == [(512, 4)] * 5 + [(512, 2), (None, 4)]
     assert groups("gpt-oss-20b") == [(128, 12), (None, 12)] and groups("mistral-7b") == [(4096, 32)]
+    gemma = layer_groups(spec_of(find_config("gemma-3-1b"))).value
+    most = Scheduler(NoReuse(1, 16, windows_of(gemma)), budget=512)._most_blocks(32768)
+    assert 5 * most < 32768 // 16 * len(gemma), "a full context in less than a fifth of the memory"
     for name in ("gemma-3-27b", "gpt-oss-120b", "qwen3-8b", "deepseek-v3"):
         spec = spec_of(find_config(name))
         found = layer_groups(spec)

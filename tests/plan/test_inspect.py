@@ -33,6 +33,8 @@ def test_published_figures():
     assert llama.kv_bytes_per_token == 131_072 and llama.as_dict()["context"] == 131_072
     assert llama.active_without_embeddings == 8_030_261_248 - 2 * 128256 * 4096
     assert pellucid.inspect("llama-3.1-8b", cache_dtype="float32").kv_bytes_per_token == 2 * 131_072
+    for codes in ("fp8", "int8"):  # a byte an entry, and a scale of two for each of 8 heads
+        assert pellucid.inspect("llama-3.1-8b", cache_dtype=codes).kv_bytes_per_token == 32 * 2 * 8 * (128 + 2)
     matrices = llama.parameters - 128256 * 4096 - 65 * 4096  # the embedding is looked up, norms are no products
     assert llama.flops_per_token == 2 * matrices + 4 * 32 * 32 * 128
     assert llama.training_flops_per_token == 3 * llama.flops_per_token

@@ -87,6 +87,7 @@ class NativeStep:
 
     def logits(self, h: Tensor) -> Tensor:
         """(n, D) -> (n, V) float32"""
+        self._follow(1)  # the first pass of all may have been the flat one
         return self.library.product(self.tail, h.float())  # type: ignore[no-any-return]
 
     def _follow(self, longest: int) -> None:

@@ -57,8 +57,8 @@ class Entries:
 
 
 class Pages:
-    """entries[layer]: what its mixer keeps of tokens, in the format of `codes`; layers of different groups have the same ones.   states[layer]: name -> (places, ...), made when
-    a mixer first writes one, in the mixer's own dtype (see ops/cache_codes.py why not in codes)."""
+    """entries[layer]: what its mixer keeps of tokens, in the format of `codes`; a layer of each group has the same ones.
+    states[layer]: name -> (places, ...), made when a mixer first writes one, in its own dtype (ops/cache_codes.py says why not in codes)."""
 
     def __init__(
         self, spec: DecoderSpec, blocks: int, size: int, places: int, codes: CacheCodes, device: torch.device | str = "cpu",

@@ -102,6 +102,7 @@ class Scheduler:
             raise BadInput("budget, places and chunk of a scheduler are at least 1")
         self.cache, self.budget, self.places, self.chunk, self.context = cache, budget, places, chunk or budget, context
         self.order, self.swap, self.pace = order, swap, pace
+        self.windows = any(cache.windows)  # whether blocks can fall behind one
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.arrivals = 0
@@ -171,7 +172,8 @@ class Scheduler:
             self._shorten(r, self._blocks(r.computed + 1))
             if part.count > 1 or (part.start < len(r.prompt) and r.computed % self.cache.size == 0):
                 self.cache.publish(r)  # blocks that generation fills are told of when it ends
-            self._let_go(r)
+            if self.windows:
+                self._let_go(r)
         if isinstance(self.order, Fair):
             self.order.count(plan)
 
@@ -244,12 +246,11 @@ class Scheduler:
 
     def _swap_in(self, request: Request, plan: Plan, left: int) -> int:
         count = self._chunk(request.computed, request.behind, left)
-        size = self.cache.size
-        request.tables = [[GONE] * (first_needed(window, request.computed) // size) for window in self.cache.windows]
-        if self._wanted(request, request.computed + count) > self.cache.available():
-            request.tables = self._no_blocks()
+        whole = self._blocks(request.computed + count)
+        behind = [first_needed(window, request.computed) // self.cache.size for window in self.cache.windows]
+        if sum(whole - n for n in behind) > self.cache.available():
             return left
-        self._extend(request, request.computed + count)
+        request.tables = [[GONE] * n + self.cache.allocate(whole - n) for n in behind]
         plan.swapped_in.append((request, [list(table) for table in request.tables]))
         self._run(request, plan)
         if count:
@@ -266,12 +267,13 @@ class Scheduler:
     # --- blocks -----------------------------------------------------------------------------------------------------------
 
     def _wanted(self, request: Request, tokens: int) -> int:
-        """Blocks that are missing for so many tokens."""
-        return sum(max(0, self._blocks(tokens) - len(table)) for table in request.tables)
+        """Blocks that are missing for so many tokens; all tables are equally long."""
+        return len(request.tables) * max(0, self._blocks(tokens) - len(request.tables[0]))
 
     def _extend(self, request: Request, tokens: int) -> None:
-        for table in request.tables:
-            table += self.cache.allocate(max(0, self._blocks(tokens) - len(table)))
+        missing = self._blocks(tokens) - len(request.tables[0])
+        for table in request.tables if missing > 0 else ():
+            table += self.cache.allocate(missing)
 
     def _shorten(self, request: Request, blocks: int) -> None:
         """Blocks behind so many go back: they hold nothing that stands."""
