@@ -17,8 +17,7 @@ struct Product {
 void product_job(const void* about, const Crew& crew) {
     const Product& p = *(const Product*)about;
     const Prepared rows = prepared_at(crew.memory, p.m, p.M);
-    for (i64 r = crew.from(p.M); r < crew.to(p.M); r++) prepare(p.m, p.x + r * p.m.k, r, p.as_it_is, rows);
-    crew.meet();
+    crew.stretches(p.M, [&](i64 r, int) { prepare(p.m, p.x + r * p.m.k, r, p.as_it_is, rows); });
     multiply(p.m, rows, p.M, {p.y, p.m.n}, crew);
 }
 

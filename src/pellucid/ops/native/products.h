@@ -253,15 +253,15 @@ inline void tiles(const Matrix& m, const Prepared& x, i64 n, i64 end, i64 r, int
     }
 }
 
-// Rows 0..M of y; the threads share the blocks of W's rows.
+// Rows 0..M of y; the threads share out the blocks of W's rows.
 inline void multiply(const Matrix& m, const Prepared& x, i64 M, const Output& to, const Crew& crew) {
-    const i64 blocks = up(m.n, BLOCK) / BLOCK, first = crew.from(blocks), last = crew.to(blocks);
+    const i64 blocks = up(m.n, BLOCK) / BLOCK;
     for (i64 chunk = 0; chunk < M; chunk += CHUNK) {
         const i64 stop = chunk + CHUNK < M ? chunk + CHUNK : M;
-        for (i64 block = first; block < last; block++) {
+        crew.stretches(blocks, [&](i64 block, int) {
             const i64 n = block * BLOCK, end = n + BLOCK < m.n ? n + BLOCK : m.n;
             for (i64 r = chunk; r < stop; r += MR) tiles(m, x, n, end, r, int(stop - r < MR ? stop - r : MR), to);
-        }
+        });
     }
 }
 

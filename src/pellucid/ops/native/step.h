@@ -38,6 +38,7 @@ struct Room {  // where a step's intermediate results lie in the shared memory
     float *x, *h, *qkv, *attended, *gate_up, *delta, *scores;
     Prepared of(const Matrix& m, i64 M) const { return prepared_at(rows, m, M); }
     char* rows;
+    i64* starts;
     i64 qkv_width, attended_width, hidden, per_thread, widest;
 };
 
@@ -68,6 +69,7 @@ inline Room room_of(const Step& s, char* at, int threads, i64* bytes) {
     b.qkv = take(s.M * b.qkv_width), b.attended = take(s.M * b.attended_width), b.gate_up = take(s.M * b.hidden);
     b.per_thread = up(s.longest, 64) + 2 * KEYS * b.widest + QUERIES * (KEYS + b.widest + 2);
     b.scores = take(threads * b.per_thread);
+    b.starts = (i64*)take(2 * (s.M + 1));
     b.rows = (char*)take((prepared + 3) / 4);
     *bytes = at - start;
     return b;
@@ -286,84 +288,76 @@ inline void embed(const Step& s, i64 n, float* x) {
     for (i64 i = 0; i < s.dim; i++) x[i] = s.half ? wide(((const bf16*)s.embedding)[at + i]) : ((const float*)s.embedding)[at + i];
 }
 
-// All heads of all tokens: q and k normed and turned, k and v written to the cache.
+// Behind the tokens from n on that belong to one request, at most so many.
+inline i64 unit_end(const Step& s, i64 n, i64 most) {
+    i64 last = n + 1;
+    while (last < s.M && last - n < most && s.request[last] == s.request[n]) last++;
+    return last;
+}
+
+// One head of one token: q or k normed and turned, and k with its v written to the cache.
 template <class T>
-inline void write(const Step& s, const Layer& l, const Room& b, const Crew& crew) {
-    const i64 all = l.heads + l.kv_heads, d = l.head_dim;
-    const float scale = 1.0f / __builtin_sqrtf(float(d));
-    for (i64 u = crew.from(s.M * all); u < crew.to(s.M * all); u++) {
-        const i64 n = u / all, h = u % all;
-        float* row = b.qkv + n * l.qkv.n;
-        const bool is_q = h < l.heads;
-        turn(s, l, is_q ? l.q_norm : l.k_norm, s.positions[n], is_q ? scale : 1.0f, row + h * d);
-        if (!is_q) write_entries<T>(s, l, row, n, h - l.heads);
-    }
+inline void place(const Step& s, const Layer& l, const Room& b, i64 n, i64 h) {
+    float* row = b.qkv + n * l.qkv.n;
+    const bool is_q = h < l.heads;
+    const float scale = is_q ? 1.0f / __builtin_sqrtf(float(l.head_dim)) : 1.0f;
+    turn(s, l, is_q ? l.q_norm : l.k_norm, s.positions[n], scale, row + h * l.head_dim);
+    if (!is_q) write_entries<T>(s, l, row, n, h - l.heads);
 }
 
 template <class T>
 inline void attention(const Step& s, const Layer& l, const Room& b, const Crew& crew) {
-    write<T>(s, l, b, crew);
-    crew.meet();
-    const i64 most = QUERIES * l.kv_heads / l.heads;
-    float* memory = b.scores + crew.rank * b.per_thread;
-    for (i64 n = 0, unit = 0; n < s.M;) {
-        i64 last = n + 1;
-        while (last < s.M && last - n < most && s.request[last] == s.request[n]) last++;
-        for (i64 h = 0; h < l.kv_heads; h++, unit++) {
-            if (unit % crew.threads != crew.rank) continue;  // in turns: later tokens have more to read
-            if (last - n >= FEW) {
-                attend_tiles<T>(s, l, b, n, last, h, memory);
-            } else {
-                for (i64 i = n; i < last; i++) attend<T>(s, l, b.qkv + i * l.qkv.n, i, h, memory, b.attended + i * l.out.k);
-            }
-        }
-        n = last;
-    }
+    const i64 all = l.heads + l.kv_heads, K = l.kv_heads, M = s.M;
+    crew.stretches(M, [&](i64 n, int) {
+        for (i64 h = 0; h < all; h++) place<T>(s, l, b, n, h);
+    });
+    // Tokens of one request, as many as a tile has rows for, are a unit of work for each head of keys and values.
+    const i64 most = QUERIES * K / l.heads > 1 ? QUERIES * K / l.heads : 1;
+    i64 units = 0;
+    for (i64 n = 0; n < M; units++) b.starts[units] = n, n = unit_end(s, n, most);
+    b.starts[units] = M;
+    crew.each(units * K, [&](i64 u, int rank) {
+        const i64 unit = units - 1 - u / K, h = u % K, first = b.starts[unit], last = b.starts[unit + 1];  // the longest first
+        float* memory = b.scores + rank * b.per_thread;
+        if (last - first >= FEW) return attend_tiles<T>(s, l, b, first, last, h, memory);
+        for (i64 n = first; n < last; n++) attend<T>(s, l, b.qkv + n * l.qkv.n, n, h, memory, b.attended + n * l.out.k);
+    });
 }
 
 inline void run_step(const Step& s, const Room& b, const Crew& crew) {
-    const i64 D = s.dim, M = s.M, first = crew.from(M), last = crew.to(M);
-    for (i64 r = first; r < last; r++) embed(s, r, b.x + r * D);
+    const i64 D = s.dim, M = s.M;
+    crew.stretches(M, [&](i64 r, int) { embed(s, r, b.x + r * D); });
     for (i64 i = 0; i < s.count; i++) {
         const Layer& l = s.layers[i];
         Prepared rows = b.of(l.qkv, M);
-        for (i64 r = first; r < last; r++) {
+        crew.stretches(M, [&](i64 r, int) {
             if (i) add(b.delta + r * D, b.x + r * D, D);
             norm(b.x + r * D, l.norm1, s.half, D, float(l.eps), 1, b.h + r * D);
             prepare(l.qkv, b.h + r * D, r, false, rows);
-        }
-        crew.meet();
+        });
         multiply(l.qkv, rows, M, {b.qkv, l.qkv.n}, crew);
-        crew.meet();
         s.half_cache ? attention<bf16>(s, l, b, crew) : attention<float>(s, l, b, crew);
-        crew.meet();
         rows = b.of(l.out, M);
-        for (i64 r = first; r < last; r++) prepare(l.out, b.attended + r * l.out.k, r, false, rows);
-        crew.meet();
+        crew.stretches(M, [&](i64 r, int) { prepare(l.out, b.attended + r * l.out.k, r, false, rows); });
         multiply(l.out, rows, M, {b.delta, D}, crew);
-        crew.meet();
         rows = b.of(l.gate_up, M);
-        for (i64 r = first; r < last; r++) {
+        crew.stretches(M, [&](i64 r, int) {
             add(b.delta + r * D, b.x + r * D, D);
             norm(b.x + r * D, l.norm2, s.half, D, float(l.eps), 1, b.h + r * D);
             prepare(l.gate_up, b.h + r * D, r, false, rows);
-        }
-        crew.meet();
+        });
         multiply(l.gate_up, rows, M, {b.gate_up, l.gate_up.n}, crew);
-        crew.meet();
         rows = b.of(l.down, M);
-        for (i64 r = first; r < last; r++) {
+        crew.stretches(M, [&](i64 r, int) {
             gate(b.gate_up + r * l.gate_up.n, l.hidden);
             prepare(l.down, b.gate_up + r * l.gate_up.n, r, false, rows);
-        }
-        crew.meet();
+        });
         multiply(l.down, rows, M, {b.delta, D}, crew);
-        crew.meet();
     }
-    for (i64 r = first; r < last; r++) {
+    crew.stretches(M, [&](i64 r, int) {
         add(b.delta + r * D, b.x + r * D, D);
         norm(b.x + r * D, s.norm, s.half, D, float(s.eps), 1, s.hidden + r * D);
-    }
+    });
 }
 
 }  // namespace

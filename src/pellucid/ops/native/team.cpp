@@ -1,9 +1,10 @@
-// See team.h. Waiting threads give way after some microseconds, and sleep when no job has come for a while.
+// See team.h. Threads that find no work give way after some microseconds, and sleep when there has been none for a while.
 #include "team.h"
 
 #include <pthread.h>
 #include <sched.h>
 
+#include <atomic>
 #include <condition_variable>
 #include <cstdlib>
 #include <mutex>
@@ -19,51 +20,96 @@
 namespace pellucid {
 namespace {
 
-constexpr int BUSY = 3000;          // pauses, some 40 microseconds: longer than anything that one thread does while others wait
-constexpr int YIELDS = BUSY + 500;  // then a worker sleeps until the next job
+constexpr int BUSY = 3000;          // pauses, some 40 microseconds: longer than what one thread does between two parts
+constexpr int YIELDS = BUSY + 500;  // then a helper sleeps until the next job
+constexpr uint64_t NONE = 0xffffffff;
+
+struct Patience {
+    int turns = 0;
+    void wait() {
+        if (++turns < BUSY) {
+            PAUSE();
+        } else {
+            sched_yield();
+        }
+    }
+};
 
 struct Team {
     std::mutex callers, sleep;
     std::condition_variable wake;
-    std::atomic<int64_t> number{0};  // of the job
-    Job job = nullptr;
-    const void* about = nullptr;
-    Crew crew{0, 1, nullptr, nullptr};
-    int workers = 0;  // that exist, besides the caller
-    Barrier inside, end;
+    std::atomic<int64_t> jobs{0};
+    std::atomic<int> sleepers{0};
+    int helpers = 0;
+    Crew crew{1, nullptr};
     int64_t size = 0;
 
-    void work(int rank, int64_t seen) {
-        while (true) {
-            for (Patience p; number.load(std::memory_order_acquire) == seen;) {
-                if (p.turns < YIELDS) {
-                    p.wait();
-                } else {
-                    std::unique_lock<std::mutex> lock(sleep);
-                    wake.wait(lock, [&] { return number.load(std::memory_order_acquire) != seen; });
-                }
+    // The part that is shared out: its number in the high half, the next piece in the low half. Who raises it from what it read
+    // has that piece; the fields were that part's own, since they change only while the low half is NONE.
+    alignas(64) std::atomic<uint64_t> ticket{NONE};
+    std::atomic<uint64_t> pieces{0};
+    std::atomic<int> wanted{0};
+    std::atomic<Piece> piece{nullptr};
+    std::atomic<const void*> about{nullptr};
+    alignas(64) std::atomic<uint64_t> done{0};
+
+    bool take(int rank) {
+        uint64_t t = ticket.load(std::memory_order_acquire);
+        while ((t & NONE) < pieces.load(std::memory_order_relaxed) && rank < wanted.load(std::memory_order_relaxed)) {
+            Piece call = piece.load(std::memory_order_relaxed);
+            const void* with = about.load(std::memory_order_relaxed);
+            if (ticket.compare_exchange_weak(t, t + 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
+                call(with, int64_t(t & NONE), rank);
+                done.fetch_add(1, std::memory_order_release);
+                return true;
             }
-            seen++;  // each job waits for every worker, so none is missed
-            if (rank < crew.threads) job(about, Crew{rank, crew.threads, &inside, crew.memory});
-            end.wait(workers + 1);
+        }
+        return false;
+    }
+
+    void share(int64_t n, Piece call, const void* with) {
+        const uint64_t part = ticket.load(std::memory_order_relaxed) | NONE;
+        ticket.store(part, std::memory_order_seq_cst);
+        pieces.store(uint64_t(n), std::memory_order_relaxed), wanted.store(crew.threads, std::memory_order_relaxed);
+        piece.store(call, std::memory_order_relaxed), about.store(with, std::memory_order_relaxed);
+        done.store(0, std::memory_order_relaxed);
+        ticket.store(part + 1, std::memory_order_release);  // the next number, piece 0
+        while (take(0)) {
+        }
+        for (Patience p; done.load(std::memory_order_acquire) < uint64_t(n);) p.wait();
+    }
+
+    void help(int rank) {
+        for (Patience p;;) {
+            if (take(rank)) {
+                p.turns = 0;
+            } else if (p.turns < YIELDS) {
+                p.wait();
+            } else {
+                std::unique_lock<std::mutex> lock(sleep);
+                const int64_t seen = jobs.load();
+                sleepers++;
+                if (!take(rank)) wake.wait(lock, [&] { return jobs.load() != seen; });
+                sleepers--;
+                p.turns = 0;
+            }
         }
     }
 
     int hire(int threads) {  // as many as the system gives
-        while (workers < threads - 1) {
+        while (helpers < threads - 1) {
             try {
-                int rank = workers + 1;
-                int64_t seen = number.load();
-                std::thread([this, rank, seen] { work(rank, seen); }).detach();
-                workers++;
+                const int rank = helpers + 1;
+                std::thread([this, rank] { help(rank); }).detach();
+                helpers++;
             } catch (const std::system_error&) {
                 break;
             }
         }
-        return threads < workers + 1 ? threads : workers + 1;
+        return threads < helpers + 1 ? threads : helpers + 1;
     }
 
-    bool run(int threads, int64_t bytes, Job what, const void* with) {
+    bool run(int threads, int64_t bytes, Job job, const void* with) {
         std::lock_guard<std::mutex> only(callers);
         if (bytes > size) {
             std::free(crew.memory);
@@ -71,16 +117,15 @@ struct Team {
             crew.memory = static_cast<char*>(std::aligned_alloc(64, size));
             if (!crew.memory) return size = 0, false;
         }
-        job = what, about = with, crew.threads = hire(threads);
-        Crew mine{0, crew.threads, &inside, crew.memory};
-        if (mine.threads == 1) return job(about, mine), true;
-        {
-            std::lock_guard<std::mutex> lock(sleep);  // or a worker that is about to sleep would miss it
-            number.fetch_add(1, std::memory_order_release);
+        crew.threads = hire(threads);
+        if (crew.threads > 1) {
+            jobs++;
+            if (sleepers) {
+                { std::lock_guard<std::mutex> lock(sleep); }  // whoever is about to sleep has looked, or sleeps
+                wake.notify_all();
+            }
         }
-        wake.notify_all();
-        job(about, mine);
-        end.wait(workers + 1);
+        job(with, crew);
         return true;
     }
 };
@@ -98,13 +143,7 @@ Team* the_team() {
 
 }  // namespace
 
-void Patience::wait() {
-    if (++turns < BUSY) {
-        PAUSE();
-    } else {
-        sched_yield();
-    }
-}
+void share(int64_t n, Piece piece, const void* about) { the_team()->share(n, piece, about); }
 
 bool run(int threads, int64_t bytes, Job job, const void* about) { return the_team()->run(threads, bytes, job, about); }
 
