@@ -19,6 +19,7 @@ def merged(pieces: list[Piece]) -> list[tuple[str, str, str]]:
     """Neighbours of the same kind joined."""
     out: list[tuple[str, str, str]] = []
     for p in pieces:
+        assert p.part == "whole"
         if out and out[-1][0] == p.kind != "tool_call":
             out[-1] = (p.kind, out[-1][1] + p.text, "")
         else:

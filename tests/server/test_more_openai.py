@@ -169,8 +169,11 @@ def test_calls_that_must_be_made(client: openai.OpenAI, choice: Any, parallel: b
         assert parallel or len(calls) == 1
         assert {c.function.name for c in calls} <= ({"add", "halve"} if choice == "required" else {"add"})
         assert all(0 <= json.loads(c.function.arguments)["a"] <= 99 for c in calls)
-        streamed = [c for chunk in client.chat.completions.create(**ask, stream=True) for c in chunk.choices[0].delta.tool_calls or []]
-        assert [(c.function.name, c.function.arguments) for c in streamed] == [(c.function.name, c.function.arguments) for c in calls]
+        streamed: dict[int, list[str]] = {}
+        for c in (c for chunk in client.chat.completions.create(**ask, stream=True) for c in chunk.choices[0].delta.tool_calls or []):
+            told = streamed.setdefault(c.index, [c.function.name, ""])
+            told[1] += c.function.arguments
+        assert list(streamed.values()) == [[c.function.name, c.function.arguments] for c in calls]
         break
     else:
         pytest.fail("no seed gave a whole answer")

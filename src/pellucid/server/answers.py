@@ -122,6 +122,25 @@ def tool_call(piece: Piece) -> dict[str, Any]:
             "function": {"name": piece.name, "arguments": piece.text}}
 
 
+class CallDeltas:
+    """The calls of one choice as deltas: the first of a call has its id and name, later ones go on with its arguments."""
+
+    def __init__(self) -> None:
+        self.begun = self.ended = 0
+
+    def __call__(self, piece: Piece) -> dict[str, Any] | None:
+        """None: nothing to say. A call that is lost cannot be taken back; it only does not count."""
+        match piece.part:
+            case "begin":
+                self.begun += 1
+                return {"index": self.begun - 1, **tool_call(piece)}
+            case "more":
+                return {"index": self.begun - 1, "function": {"arguments": piece.text}}
+            case "end":
+                self.ended += 1
+        return None
+
+
 def finish_reason(reason: str | None, calls: int) -> str | None:
     """A model that stopped after calling a tool waits for its result."""
     return "tool_calls" if calls and reason == "stop" else reason
@@ -210,19 +229,20 @@ async def chat_events(job: Job, envelope: Envelope, with_usage: bool) -> AsyncIt
 
     for number in range(len(job.choices)):
         yield event(number, {"role": "assistant", "content": ""})
-    calls = [0] * len(job.choices)
+    calls = [CallDeltas() for _ in job.choices]
     async for number, update in updates(job):
         logprobs = chat_logprobs(envelope.tokenizer, job.choices[number].request, update.places)
         for piece in update.pieces:
             if piece.kind == "tool_call":
-                delta: dict[str, Any] = {"tool_calls": [{"index": calls[number], **tool_call(piece)}]}
-                calls[number] += 1
+                if (call := calls[number](piece)) is None:
+                    continue
+                delta: dict[str, Any] = {"tool_calls": [call]}
             else:
                 delta = {"reasoning_content" if piece.kind == "reasoning" else "content": piece.text}
             yield event(number, delta, logprobs=logprobs)
             logprobs = None  # told once
         if update.finish_reason:
-            yield event(number, {}, finish_reason(update.finish_reason, calls[number]), logprobs)
+            yield event(number, {}, finish_reason(update.finish_reason, calls[number].ended), logprobs)
     if with_usage:
         yield sse(envelope.body([], usage_of(job), part=".chunk"))
     yield DONE

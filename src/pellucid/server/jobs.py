@@ -60,10 +60,11 @@ class Desk:
         forced = body.forced if isinstance(body, ChatRequest) else None
 
         def reader(p: SamplingParams, number: int) -> AnswerReader:
+            live = bool(body.stream)
             if forced is not None:
-                parser: Parser = ForcedCalls(forced, AnswerParser(**options | {"tools": False, "stops": ()}))
+                parser: Parser = ForcedCalls(forced, AnswerParser(**options | {"tools": False, "stops": ()}), live)
             else:
-                parser = AnswerParser(**options)
+                parser = AnswerParser(**options, live=live)
             return AnswerReader(model, parser, p, body.asked_logprobs is not None)
 
         state = request.scope["state"]

@@ -8,6 +8,10 @@
 
 White space around blocks belongs to none of the parts. What is no valid call stays content, word for word. Stop texts
 end the answer when they appear in its content; a thought is not searched for them.
+
+With `live` a call is told while it is written: its name, then its arguments in pieces. Those of a call that ends well are, joined, the
+same text as without. What turns out to be no call, or is cut off, ends as it does without: as content, behind a piece that says which
+call is lost.
 """
 
 from __future__ import annotations
@@ -15,7 +19,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
-from pellucid.server.formats import HERMES, Format, Piece, Schemas, call_of, parse_call, read_block
+from pellucid.server.formats import HERMES, BlockReader, Format, Piece, Schemas, forced, parse_call
+from pellucid.server.tape import unfinished
 
 __all__ = ["AnswerParser", "Piece", "parse_answer", "parse_call", "unfinished"]
 THINK = "<think>"
@@ -38,18 +43,19 @@ class AnswerParser:
 
     thinking: the prompt ends inside a thought (some templates write `<think>` themselves).  tools: look for calls.
     plain: look for nothing but stop texts.  form: the family's format.  schemas: of the tools offered, None where none were.
+    live: tell calls as they are written.
     `stopped` turns True when a stop text has ended the answer: nothing more will come.  deaf: stop texts do not count yet.
     """
 
     def __init__(self, thinking: bool = False, tools: bool = True, stops: Sequence[str] = (), plain: bool = False,
-                 form: Format = HERMES, schemas: Schemas | None = None):
+                 form: Format = HERMES, schemas: Schemas | None = None, live: bool = False):
         self.stops, self.stopped, self.deaf = tuple(stops), False, False
         self._held = ""  # content that may be the beginning of a stop text
         self._parts: Parts
         if form.channels and not plain:
-            self._parts = Channels(tools)
+            self._parts = Channels(tools, live)
         else:
-            self._parts = Blocks(thinking, tools and not plain, plain, form, schemas)
+            self._parts = Blocks(thinking, tools and not plain, plain, form, schemas, live)
 
     @property
     def in_thought(self) -> bool:
@@ -93,13 +99,14 @@ class AnswerParser:
 class Blocks:
     """A thought at the front, then content with blocks of calls in it."""
 
-    def __init__(self, thinking: bool, tools: bool, plain: bool, form: Format, schemas: Schemas | None):
-        self.form, self.schemas, self.tools = form, schemas or {}, tools
+    def __init__(self, thinking: bool, tools: bool, plain: bool, form: Format, schemas: Schemas | None, live: bool):
+        self.form, self.schemas, self.tools, self.live = form, schemas or {}, tools, live
         self._bare = form.bare if schemas and tools else ""
         self._opens = [opening for opening, _ in form.blocks] if tools else []
         self._state: Literal["start", "thought", "content", "call"] = (
             "content" if plain else "thought" if thinking else "start")
         self._block: tuple[str, str | None] = ("", None)  # the open one
+        self._reader = BlockReader(form.read, self.schemas)
         self._text = ""  # not yet given out
         self._gap = ""  # white space before an open call
         self._trim = thinking  # white space at the front is to be dropped
@@ -118,10 +125,8 @@ class Blocks:
 
     def finish(self) -> list[Piece]:
         if self._state == "call":
-            calls = read_block(self.form, self._text, self.schemas) if self._block[1] is None else None
-            rest = self._gap + self._block[0] + self._text
-            self._text = ""
-            return calls or [Piece("content", rest)]
+            body, self._text = self._text, ""
+            return self._end_call(body, self._block[1] is None, self._gap + self._block[0] + body)
         kind: Literal["reasoning", "content"] = "content"
         rest = self._text
         if self._state == "thought":
@@ -164,7 +169,7 @@ class Blocks:
         if bare:
             text = self._text.lstrip()
             self._gap, self._text = self._text[: len(self._text) - len(text)], text
-            self._state, self._block, self._searched = "call", ("", None), 0
+            self._open_call(("", None))
         self._bare = ""  # only at the beginning
         return bare
 
@@ -181,14 +186,26 @@ class Blocks:
         if at < 0:
             return False
         self._text = self._text[len(self._gap) + len(tag):]
-        self._state, self._trim = ("content", True) if thought else ("call", False)
-        self._block = (tag, None if thought else dict(self.form.blocks)[tag])
-        self._searched = 0
+        self._state, self._trim = "content", thought
+        if not thought:
+            self._open_call((tag, dict(self.form.blocks)[tag]))
         return True
+
+    def _open_call(self, block: tuple[str, str | None]) -> None:
+        self._state, self._block, self._searched = "call", block, 0
+        self._reader = BlockReader(self.form.read, self.schemas)
+
+    def _end_call(self, body: str, closed: bool, text: str) -> list[Piece]:
+        """text: what is content if the block's body holds no calls."""
+        calls = self._reader.end(body, self.live) if closed else None
+        if calls:
+            return calls
+        return [*(self._reader.lost() if self.live else ()), Piece("content", text)]
 
     def _take_call(self, pieces: list[Piece]) -> bool:
         opening, closing = self._block
         if closing is None:
+            self._read(len(self._text), pieces)
             return False
         at = self._text.find(closing, self._searched)
         while at >= 0 and not self.form.whole(self._text[:at]):
@@ -196,12 +213,18 @@ class Blocks:
             at = self._text.find(closing, self._searched)
         if at < 0:
             self._searched = max(self._searched, len(self._text) - len(closing) + 1)
+            self._read(len(self._text) - unfinished(self._text, [closing]), pieces)
             return False
         body, rest = self._text[:at], self._text[at + len(closing):]
-        calls = read_block(self.form, body, self.schemas)
-        pieces += calls or [Piece("content", self._gap + opening + body + closing)]
-        self._text, self._state, self._trim, self._gap = rest, "content", calls is not None, ""
+        found = self._end_call(body, True, self._gap + opening + body + closing)
+        pieces += found
+        self._text, self._state, self._trim, self._gap = rest, "content", found[-1].kind == "tool_call", ""
         return True
+
+    def _read(self, certain: int, pieces: list[Piece]) -> None:
+        said = self._reader.feed(self._text, certain)
+        if self.live:
+            pieces += said
 
 
 class Channels:
@@ -212,8 +235,9 @@ class Channels:
 
     ENDS = ("<|end|>", "<|call|>", "<|return|>", "<|start|>")
 
-    def __init__(self, tools: bool):
-        self.tools = tools
+    def __init__(self, tools: bool, live: bool):
+        self.tools, self.live = tools, live
+        self._reader = BlockReader(forced("-"), {})
         self._text, self._head, self._first = "", True, True
         self._kind: Literal["reasoning", "content", "tool_call"] = "content"
         self._name = self._header = ""
@@ -246,17 +270,21 @@ class Channels:
         _, to, name = before.partition("to=functions.")
         channel = before.partition("<|channel|>")[2].split("<|")[0].split()
         self._name = name.split("<|")[0].split()[0] if to and name.split("<|")[0].split() else ""
+        self._reader = BlockReader(forced(self._name), {})
         self._kind = "tool_call" if self._name and self.tools else "reasoning" if channel[:1] == ["analysis"] else "content"
         return True
 
     def _take_body(self, pieces: list[Piece]) -> bool:
         ends = [(i, e) for e in self.ENDS if (i := self._text.find(e)) >= 0]
         if not ends:
-            if self._kind != "tool_call":
-                ready = len(self._text) - unfinished(self._text, self.ENDS)
-                if ready:
-                    pieces.append(Piece(self._kind, self._text[:ready]))
-                self._text = self._text[ready:]
+            ready = len(self._text) - unfinished(self._text, self.ENDS)
+            if self._kind == "tool_call":
+                said = self._reader.feed(self._text, ready)
+                pieces += said if self.live else []
+                return False
+            if ready:
+                pieces.append(Piece(self._kind, self._text[:ready]))
+            self._text = self._text[ready:]
             return False
         at, end = min(ends)
         pieces += self._end_of_body(self._text[:at])
@@ -266,17 +294,8 @@ class Channels:
     def _end_of_body(self, body: str) -> list[Piece]:
         if self._kind != "tool_call":
             return [Piece(self._kind, body)] if body else []
-        try:
-            call = call_of(self._name, body)
-        except (ValueError, RecursionError):
-            call = None
-        return [call or Piece("content", f"{self._header}<|message|>{body}")]
-
-
-def unfinished(text: str, tags: Sequence[str]) -> int:
-    """Length of the longest end of `text` with which one of `tags` begins, without being whole."""
-    longest = min(len(text), max(map(len, tags)) - 1)
-    return next((n for n in range(longest, 0, -1) if any(t.startswith(text[-n:]) for t in tags if len(t) > n)), 0)
+        calls = self._reader.end(body, self.live)
+        return calls or [*(self._reader.lost() if self.live else ()), Piece("content", f"{self._header}<|message|>{body}")]
 
 
 def parse_answer(text: str, **options: Any) -> tuple[str, str, list[Piece]]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from pellucid.engine.params import SamplingParams
 from pellucid.engine.request import Request
-from pellucid.server.formats import Piece, call_of
+from pellucid.server.formats import BlockReader, Piece, forced
 from pellucid.server.registry import Served
 
 
@@ -74,36 +73,29 @@ class AnswerReader:
 
 class ForcedCalls:
     """A `Parser` of an answer whose form the server has fixed: the arguments of the tool `name`, or a list of {"name", "parameters"}.
-    Behind a thought, where the model writes one."""
+    Behind a thought, where the model writes one.  live: as in `AnswerParser`."""
 
-    def __init__(self, name: str, thoughts: Parser):
-        self.name, self.thoughts, self.stopped, self.deaf = name, thoughts, False, False
+    def __init__(self, name: str, thoughts: Parser, live: bool = False):
+        self.thoughts, self.live, self.stopped, self.deaf = thoughts, live, False, False
         self._text = ""
+        self._reader = BlockReader(forced(name), {})
 
     @property
     def in_thought(self) -> bool:
         return self.thoughts.in_thought
 
     def feed(self, text: str) -> list[Piece]:
-        return self._keep(self.thoughts.feed(text))
+        pieces = self._keep(self.thoughts.feed(text))
+        said = self._reader.feed(self._text, len(self._text))
+        return pieces + (said if self.live else [])
 
     def finish(self) -> list[Piece]:
         pieces = self._keep(self.thoughts.finish())
-        return pieces + (forced_calls(self._text, self.name) or ([Piece("content", self._text)] if self._text else []))
+        calls = self._reader.end(self._text, self.live)
+        if calls:
+            return pieces + calls
+        return pieces + (self._reader.lost() if self.live else []) + ([Piece("content", self._text)] if self._text else [])
 
     def _keep(self, pieces: list[Piece]) -> list[Piece]:
         self._text += "".join(p.text for p in pieces if p.kind == "content")
         return [p for p in pieces if p.kind == "reasoning"]
-
-
-def forced_calls(text: str, name: str) -> list[Piece] | None:
-    """The calls; None where the answer was cut off inside one."""
-    try:
-        if name:
-            call = call_of(name, text)
-            return None if call is None else [call]
-        found: Any = json.loads(text)
-        calls = [call_of(c["name"], c["parameters"]) for c in found]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None
-    return None if None in calls else calls  # type: ignore[return-value]

@@ -10,7 +10,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -125,9 +125,10 @@ class Output:
     def __init__(self) -> None:
         self.items: list[dict[str, Any]] = []
         self._kind = ""  # of the open item
+        self._calls: list[int] = []  # places of the calls that have not ended
 
     def add(self, piece: Piece) -> list[dict[str, Any]]:
-        events = [] if piece.kind == self._kind != "tool_call" else self.close()
+        events = [] if piece.kind == self._kind else self.close()
         if piece.kind == "tool_call":
             return events + self._call(piece)
         if not self._kind:
@@ -150,15 +151,21 @@ class Output:
                 {"type": "response.output_item.done", **self._at(False), "item": self.items[-1]}]
 
     def _call(self, piece: Piece) -> list[dict[str, Any]]:
-        item = new_item("tool_call", piece)
-        self.items.append(item)
-        at = {"output_index": len(self.items) - 1, "item_id": item["id"]}
-        events: list[dict[str, Any]] = [
-            {"type": "response.output_item.added", "output_index": len(self.items) - 1, "item": dict(item)},
-            {"type": "response.function_call_arguments.delta", **at, "delta": piece.text},
-            {"type": "response.function_call_arguments.done", **at, "arguments": piece.text, "name": piece.name}]
-        item |= {"arguments": piece.text, "status": "completed"}
-        return [*events, {"type": "response.output_item.done", "output_index": len(self.items) - 1, "item": item}]
+        if piece.part == "whole":
+            return [event for part in ("begin", "more", "end") for event in self._call(replace(piece, part=part))]  # type: ignore[arg-type]
+        if piece.part == "begin":
+            self._calls.append(len(self.items))
+            self.items.append(new_item("tool_call", piece))
+            return [{"type": "response.output_item.added", "output_index": len(self.items) - 1, "item": dict(self.items[-1])}]
+        index = self._calls[-1] if piece.part == "more" else self._calls.pop(0)  # they end in the order in which they began
+        item = self.items[index]
+        at = {"output_index": index, "item_id": item["id"]}
+        if piece.part == "more":
+            item["arguments"] += piece.text
+            return [{"type": "response.function_call_arguments.delta", **at, "delta": piece.text}]
+        item["status"] = "completed" if piece.part == "end" else "incomplete"
+        return [{"type": "response.function_call_arguments.done", **at, "arguments": item["arguments"], "name": item["name"]},
+                {"type": "response.output_item.done", "output_index": index, "item": item}]
 
     @property
     def _part(self) -> dict[str, Any]:
@@ -218,7 +225,7 @@ def answer_message(output: list[dict[str, Any]]) -> Message:
     pieces = [Piece("content" if item["type"] == "message" else "reasoning", item["content"][0]["text"])
               for item in output if item["type"] != "function_call"]
     calls = [ToolCall(id=item["call_id"], function=FunctionCall(name=item["name"], arguments=item["arguments"]))
-             for item in output if item["type"] == "function_call"]
+             for item in output if item["type"] == "function_call" and item["status"] == "completed"]
     return Message(role="assistant", content=joined(pieces, "content"), reasoning_content=joined(pieces, "reasoning") or None, tool_calls=calls or None)
 
 
