@@ -191,7 +191,7 @@ class AsyncLLM:
                 raise self.dead
             if self._closing:
                 raise Closed("the engine is shutting down")
-            if self.waiting is not None and len(self._open) >= self.config.running + self.waiting:
+            if self.waiting is not None and len(self._open) >= self.config.running * len(self.llm.layout.entries) + self.waiting:
                 raise QueueFull(f"{len(self._open)} requests run or wait here", next="try again soon")
             self._open.add(job)
             self._new.append(job)

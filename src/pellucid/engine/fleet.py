@@ -33,12 +33,19 @@ from pellucid.engine.scheduler import Scheduler
 from pellucid.engine.served import message_of
 from pellucid.engine.stopping import StopTexts
 from pellucid.errors import BadInput
+from pellucid.messages import add, say
 from pellucid.models.hub import blank, local_folder, read_config
 from pellucid.nn import DecoderSpec
 from pellucid.parallel import Gone, Processes, RankDied
 from pellucid.parallel.wire import Garbled
 from pellucid.quant import bits_of
+from pellucid.runtime import choose_device
 from pellucid.tokenizers import Tokenizer
+
+add({
+    "fleet.ready": ("process {rank}: {weights} MiB of weights ({read} MiB read), {cache} bytes of cache a token, peak memory {peak}, {seconds} s",
+                    "进程 {rank}：权重 {weights} MiB（读取 {read} MiB），每词元缓存 {cache} 字节，内存峰值 {peak}，{seconds} 秒"),
+})
 
 
 @dataclass
@@ -55,9 +62,9 @@ class ProcessReady(events.Event):
     seconds: float
 
     def __str__(self) -> str:
-        peak = "" if self.peak is None else f", peak memory {self.peak / 2**20:,.0f} MiB"
-        return (f"process {self.rank}: {self.weights / 2**20:,.1f} MiB of weights ({self.read / 2**20:,.1f} MiB read), "
-                f"{self.cache:,.0f} bytes of cache a token{peak}, {self.seconds:.1f} s")
+        peak = "-" if self.peak is None else f"{self.peak / 2**20:,.0f} MiB"
+        return say("fleet.ready", rank=self.rank, weights=f"{self.weights / 2**20:,.1f}", read=f"{self.read / 2**20:,.1f}", cache=f"{self.cache:,.0f}",
+                   peak=peak, seconds=f"{self.seconds:.1f}")
 
 
 class Figures:
@@ -321,12 +328,13 @@ class Fleet(Engine):
 def refuse_what_is_not_shared(model: str | os.PathLike[str], config: EngineConfig, layout: Layout, device: str, quantize: str | None) -> None:
     """BadInput for settings that need the whole model in one process."""
     if layout.kind in ("tensor", "attention"):
+        if choose_device(device).value.type == "cuda" and torch.cuda.device_count() < layout.processes:
+            raise BadInput(f"{layout.processes} processes and {torch.cuda.device_count()} GPU(s)", "each of them needs one of its own",
+                           f"use at most {torch.cuda.device_count()}, or --device cpu")
         if config.proposer == "mtp":
             raise BadInput("drafts by the model's own prediction layer need the whole model in one process", next="use proposer lookup, or one process")
         if quantize or bits_of(read_config(local_folder(model))):
             raise BadInput("INT8 and INT4 weights are not cut over processes yet", "their scales belong to whole rows",
                            "serve the float checkpoint, or give --dp or --disaggregate, which keep models whole")
-    if device != "cpu" and torch.cuda.is_available() and 1 < torch.cuda.device_count() < layout.processes:
-        raise BadInput(f"{layout.processes} processes and {torch.cuda.device_count()} GPUs", "each process needs one of its own", "use fewer processes")
 
 

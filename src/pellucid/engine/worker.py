@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from pellucid.engine import disaggregation
 from pellucid.engine.core import Engine, EngineConfig, choose_room, codes_for, groups_for
@@ -46,6 +47,9 @@ from pellucid.parallel.group import join
 from pellucid.quant import bits_named
 from pellucid.runtime import choose_device, dtype_of, peak_memory_bytes
 from pellucid.tokenizers import Tokenizer
+
+GRACE = 3.0
+"""Seconds before a failed collective is told: where a neighbour has died, whoever started us ends this process meanwhile, and knows why."""
 
 
 class Worker:
@@ -163,8 +167,8 @@ def main() -> int:
     except Gone:  # the one that started it, or a neighbour: nothing is left to do
         return 0
     except BaseException as error:
-        if "closed by peer" in str(error):  # gloo's words: a neighbour has died, which is told by who started us
-            return 0
+        if isinstance(error, RuntimeError) and dist.is_initialized():
+            time.sleep(GRACE)
         traceback.print_exc()
         with contextlib.suppress(Gone):
             driver.send({"failed": in_three(error)})
