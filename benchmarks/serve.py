@@ -58,6 +58,8 @@ PEERS = {"llama.cpp": ("F16", "Q8_0", "Q4_0"), "openvino": ("F16", "Q8_0", "Q4_0
 """What the benchmark knows how to run elsewhere, with which weights. OpenVINO reads llama.cpp's files too."""
 COMPARED = ("decode", "prefill", "batch")
 OURS = {"bf16": ("bfloat16", 0), "float32": ("float32", 0), "INT8": ("float32", 8), "INT4": ("float32", 4)}
+CACHE = {"INT8": "bf16", "INT4": "bf16"}
+"""What the cache of ours keeps; else what the model computes in. llama.cpp keeps float16, OpenVINO 8 bits."""
 SHARED, TAIL = 1000, 16  # tokens of the prefix, and of what follows it
 
 
@@ -116,7 +118,7 @@ def ours(what: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[[], A
         model = quant.quantize(model, bits=bits)
     loaded = time.perf_counter() - start
     vocab, bytes_read = model.spec.vocab, quant.stored_bytes(model)
-    room = EngineConfig(cache_tokens=REQUESTS * (SHARED + TAIL + 32))
+    room = EngineConfig(cache_tokens=REQUESTS * (SHARED + TAIL + 32), cache_dtype=CACHE.get(what["kind"], "auto"))
     engine = Engine(model, config=EngineConfig(**vars(room) | {"prefix": "none"}))
     caching = Engine(model, config=room)
     start = time.perf_counter()
@@ -234,10 +236,10 @@ def start_peers(pythons: dict[str, str], common: dict[str, Any], folder: Path) -
     return running, missing
 
 
-def measured(servers: dict[str, Server], rounds: int) -> dict[str, dict[str, dict[str, float]]]:
+def measured(servers: dict[str, Server], rounds: int, works: list[str]) -> dict[str, dict[str, dict[str, float]]]:
     """work -> contestant -> tokens/s, in turns."""
     found: dict[str, dict[str, dict[str, float]]] = {}
-    for work in COMPARED:
+    for work in works:
         rates: dict[str, list[float]] = {name: [] for name in servers}
         for turn in range(rounds + (work != "batch")):  # the long one needs no round to warm up
             for name, server in servers.items():
@@ -262,7 +264,7 @@ BARS = (  # work, ours, theirs, at least so many times as fast: the first bar of
 def against_bars(found: dict[str, dict[str, dict[str, float]]]) -> list[dict[str, Any]]:
     rows = []
     for work, mine, peer, bar in BARS:
-        if peer in found[work] and f"pellucid {mine}" in found[work]:
+        if peer in found.get(work, ()) and f"pellucid {mine}" in found[work]:
             a, b = found[work][f"pellucid {mine}"], found[work][peer]
             ratio = round(a["median"] / b["median"], 3)
             rows.append({"work": work, "ours": mine, "peer": peer, "ratio": ratio, "best_rounds": round(a["best"] / b["best"], 3), "bar": bar,
@@ -271,7 +273,7 @@ def against_bars(found: dict[str, dict[str, dict[str, float]]]) -> list[dict[str
     return rows
 
 
-def compare(size: str, rounds: int, threads: int, pythons: dict[str, str], kinds: list[str]) -> dict[str, Any]:
+def compare(size: str, rounds: int, threads: int, pythons: dict[str, str], kinds: list[str], works: list[str]) -> dict[str, Any]:
     spec = spec_of(size)
     bandwidth = read_bandwidth_gbs()
     with tempfile.TemporaryDirectory() as scratch:
@@ -286,14 +288,14 @@ def compare(size: str, rounds: int, threads: int, pythons: dict[str, str], kinds
         greedy = {name: s.ready["greedy"] for name, s in servers.items() if name.endswith("float32")}
         if len({tuple(g) for g in greedy.values()}) > 1:
             raise SystemExit(f"greedy answers differ: nothing to compare\n{greedy}")
-        found = measured(servers | peers, rounds)
+        found = measured(servers | peers, rounds, works)
         bars = against_bars(found)
-        inside = {kind: {work: servers[f"pellucid {kind}"].work(work) for work in ("prefix", "schedule", "step")} for kind in kinds}
+        inside = {kind: {work: servers[f"pellucid {kind}"].work(work) for work in ("prefix", "schedule", "step")} for kind in kinds if "batch" in works}
         bandwidth = max(bandwidth, read_bandwidth_gbs())
         ready = {name: {k: v for k, v in s.ready.items() if k != "greedy"} for name, s in (servers | peers).items()}
         for server in (servers | peers).values():
             server.stop()
-    read = {name: round(found["decode"][name]["best"] * ready[name]["bytes"] / bandwidth / 1e9, 3) for name in found["decode"] if ready[name].get("bytes")}
+    read = {name: round(found["decode"][name]["best"] * ready[name]["bytes"] / bandwidth / 1e9, 3) for name in found.get("decode", ()) if ready[name].get("bytes")}
     tell(bandwidth, read, inside, missing)
     return {"parameters": count_parameters(spec), "tokens_per_second": found, "against_bars": bars, "read_gb_per_s": round(bandwidth, 1),
             "share_of_read_bandwidth": read, "pellucid": inside, "contestants": ready, "peers_missing": missing}
@@ -315,13 +317,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = options(__doc__, rounds=3)
     parser.add_argument("--size", choices=list(SIZES), default="30m")
     parser.add_argument("--kinds", nargs="+", choices=list(OURS), default=list(OURS), help="weights of ours")
+    parser.add_argument("--works", nargs="+", choices=COMPARED, default=list(COMPARED), help="what is compared; the parts of a step come with batch")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON", help="run this peer with that Python")
     chosen = parser.parse_args(argv)
     if chosen.contestant:
         return answer_turns(partial(contestant, chosen.contestant))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     result = begin("serve", chosen)
-    result[chosen.size] = compare(chosen.size, chosen.rounds, result["threads"], pythons_of(chosen.peer), chosen.kinds)
+    result[chosen.size] = compare(chosen.size, chosen.rounds, result["threads"], pythons_of(chosen.peer), chosen.kinds, chosen.works)
     return finish(result, chosen.json)
 
 

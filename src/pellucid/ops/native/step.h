@@ -43,6 +43,7 @@ struct Room {  // where a step's intermediate results lie in the shared memory
 };
 
 constexpr i64 KEYS = 64, QUERIES = 64;  // of a tile of attention for many tokens
+constexpr i64 AT_ONCE = 4;              // heads of one token that read the same keys
 constexpr i64 FEW = 8;                  // tokens of one request that are too few for tiles
 
 inline Room room_of(const Step& s, char* at, int threads, i64* bytes) {
@@ -67,7 +68,7 @@ inline Room room_of(const Step& s, char* at, int threads, i64* bytes) {
     };
     b.x = take(s.M * s.dim), b.h = take(s.M * s.dim), b.delta = take(s.M * s.dim);
     b.qkv = take(s.M * b.qkv_width), b.attended = take(s.M * b.attended_width), b.gate_up = take(s.M * b.hidden);
-    b.per_thread = up(s.longest, 64) + 2 * KEYS * b.widest + QUERIES * (KEYS + b.widest + 2);
+    b.per_thread = AT_ONCE * up(s.longest, 64) + 2 * KEYS * b.widest + QUERIES * (KEYS + b.widest + 2);
     b.scores = take(threads * b.per_thread);
     b.starts = (i64*)take(2 * (s.M + 1));
     b.rows = (char*)take((prepared + 3) / 4);
@@ -161,35 +162,58 @@ inline float exp_from_top(float* scores, i64 n) {
     return total;
 }
 
-// out (d,) = shares . values / total, NV vectors of the head at a time
-template <class T, int NV>
-inline void mix(const float* shares, const i64* slots, i64 n, const T* values, i64 stride, float factor, float* out) {
-    vf sums[NV] = {};
-    for (i64 j = 0; j < n; j++) {
-        const T* v = values + slots[j] * stride;
-        EACH(i, NV) sums[i] += shares[j] * load(v + i * W);
-    }
-    EACH(i, NV) store(out + i * W, sums[i] * factor);
+// A slot's row comes from anywhere: it is asked for some keys before it is needed.
+constexpr i64 KEYS_AHEAD = 12;
+template <class T>
+inline void ask(const T* rows, const i64* slots, i64 j, i64 n, i64 stride, i64 d) {
+    const char* row = (const char*)(rows + slots[j + KEYS_AHEAD < n ? j + KEYS_AHEAD : n - 1] * stride);
+    for (i64 i = 0; i < d * i64(sizeof(T)); i += 64) __builtin_prefetch(row + i);
 }
 
-// Token n, the query heads of key/value head h.
+// For each of G heads, out[g * d ..] = shares[g * step ..] . values * factors[g]: NV vectors of the head at a time.
+template <class T, int G, int NV>
+inline void mix(const float* shares, i64 step, const i64* slots, i64 n, const T* values, i64 stride, const float* factors, i64 d, float* out) {
+    vf sums[G][NV] = {};
+    for (i64 j = 0; j < n; j++) {
+        ask(values, slots, j, n, stride, NV * W);
+        vf v[NV];
+        EACH(i, NV) v[i] = load(values + slots[j] * stride + i * W);
+        EACH(g, G) EACH(i, NV) sums[g][i] += shares[g * step + j] * v[i];
+    }
+    EACH(g, G) EACH(i, NV) store(out + g * d + i * W, sums[g][i] * factors[g]);
+}
+template <class T, int G>
+inline void mix_heads(const float* shares, i64 step, const i64* slots, i64 n, const T* values, i64 stride, const float* factors, i64 d, float* out) {
+    i64 i = 0;
+    for (; i + 4 * W <= d; i += 4 * W) mix<T, G, 4>(shares, step, slots, n, values + i, stride, factors, d, out + i);
+    for (; i + W <= d; i += W) mix<T, G, 1>(shares, step, slots, n, values + i, stride, factors, d, out + i);
+    for (; i < d; i++)
+        for (int g = 0; g < G; g++) {
+            float total = 0;
+            for (i64 j = 0; j < n; j++) total += shares[g * step + j] * wide(values[slots[j] * stride + i]);
+            out[g * d + i] = total * factors[g];
+        }
+}
+
+// Token n, the query heads of key/value head h, `AT_ONCE` of them at a time.
 template <class T>
 inline void attend(const Step& s, const Layer& l, const float* qkv, i64 n, i64 h, float* scores, float* out) {
-    const i64 d = l.head_dim, G = l.heads / l.kv_heads, p = s.positions[n];
+    const i64 d = l.head_dim, G = l.heads / l.kv_heads, p = s.positions[n], step = up(s.longest, 64);
     const i64 from = l.window && p + 1 > l.window ? p + 1 - l.window : 0, length = p + 1 - from;
     const i64* slots = s.slots[l.group] + s.request[n] * s.longest + from;
     const T *keys = (const T*)l.keys + h * l.head_stride, *values = (const T*)l.values + h * l.head_stride;
-    for (i64 g = h * G; g < (h + 1) * G; g++) {
-        for (i64 j = 0; j < length; j++) scores[j] = dot_head(qkv + g * d, keys + slots[j] * l.slot_stride, d);
-        const float factor = 1.0f / exp_from_top(scores, length);
-        float* mixed = out + g * d;
-        i64 i = 0;
-        for (; i + 4 * W <= d; i += 4 * W) mix<T, 4>(scores, slots, length, values + i, l.slot_stride, factor, mixed + i);
-        for (; i + W <= d; i += W) mix<T, 1>(scores, slots, length, values + i, l.slot_stride, factor, mixed + i);
-        for (; i < d; i++) {
-            float total = 0;
-            for (i64 j = 0; j < length; j++) total += scores[j] * wide(values[slots[j] * l.slot_stride + i]);
-            mixed[i] = total * factor;
+    for (i64 first = h * G; first < (h + 1) * G; first += AT_ONCE) {
+        const i64 heads = (h + 1) * G - first < AT_ONCE ? (h + 1) * G - first : AT_ONCE;
+        for (i64 j = 0; j < length; j++) {
+            ask(keys, slots, j, length, l.slot_stride, d);
+            for (i64 g = 0; g < heads; g++) scores[g * step + j] = dot_head(qkv + (first + g) * d, keys + slots[j] * l.slot_stride, d);
+        }
+        float factors[AT_ONCE];
+        for (i64 g = 0; g < heads; g++) factors[g] = 1.0f / exp_from_top(scores + g * step, length);
+        for (i64 g = 0; g < heads; g += 2) {
+            float *shares = scores + g * step, *to = out + (first + g) * d;
+            g + 1 < heads ? mix_heads<T, 2>(shares, step, slots, length, values, l.slot_stride, factors + g, d, to)
+                          : mix_heads<T, 1>(shares, step, slots, length, values, l.slot_stride, factors + g, d, to);
         }
     }
 }
