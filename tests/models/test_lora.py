@@ -6,13 +6,15 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import pellucid
+from pellucid import events
 from pellucid.errors import BadInput
 from pellucid.models.lora import (
     LoraConfig,
     attach,
+    left_out,
     load_adapters,
     merge_into,
     save_adapters,
@@ -143,3 +145,43 @@ def test_what_does_not_fit_is_refused(folder, tmp_path):
     attach(other, LoraConfig(rank=4, targets=("q_proj",)))
     with pytest.raises(BadInput, match="another model"):
         load_adapters(other, tmp_path / "adapter")
+
+
+def test_transposed_matrices_as_peft_has_them(tmp_path):
+    """GPT-2 stores its matrices transposed (Conv1D), q, k and v as one."""
+    peft = pytest.importorskip("peft", reason="optional reference: pip install peft")
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    model = trained(tmp_path / "gpt2")
+    assert {a.source.rpartition(".")[2] for lora in adapted(model).values() for a in lora.all} == {"c_attn", "c_proj", "c_fc"}
+    save_adapters(model, tmp_path / "ours", base=str(tmp_path / "gpt2"))
+    theirs = peft.PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2"), tmp_path / "ours").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(TOKENS), theirs(TOKENS).logits, atol=2e-6, rtol=1e-4)
+        assert (model(TOKENS) - pellucid.load(tmp_path / "gpt2")(TOKENS)).abs().max() > 0.01
+        torch.testing.assert_close(with_merged(model)(TOKENS), model(TOKENS), atol=2e-6, rtol=1e-4)
+    made = peft.get_peft_model(GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2"), peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)).eval()
+    made.save_pretrained(tmp_path / "theirs")
+    ours = pellucid.load(tmp_path / "gpt2")
+    load_adapters(ours, tmp_path / "theirs")
+    with torch.no_grad():
+        torch.testing.assert_close(ours(TOKENS), made(TOKENS).logits, atol=2e-6, rtol=1e-4)
+
+
+def test_what_gets_no_adapter_is_told_or_refused_by_name(tmp_path):
+    torch.manual_seed(0)
+    config = MixtralConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, intermediate_size=24,
+                           num_local_experts=4, max_position_embeddings=64)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "moe")
+    model, seen = pellucid.load(tmp_path / "moe"), []
+    refused = left_out(model)
+    assert {"w1", "w2", "w3"} <= refused.keys() and all("stacked" in refused[name] for name in ("w1", "w2", "w3"))
+    with pytest.raises(BadInput, match="w1 has no adapters here") as error:
+        attach(model, LoraConfig(targets=("q_proj", "w1")))
+    assert "stacked" in str(error.value)
+    with events.subscribed(seen.append):
+        attach(model, LoraConfig())
+    assert any("w2: the matrices of experts are stacked" in e.text and e.level == "warning" for e in seen)
+    assert left_out(pellucid.load(tmp_path / "moe")) == refused

@@ -18,7 +18,7 @@ from pellucid.align.head import by_rows, log_square_rows
 from pellucid.align.rows import pack_completions
 from pellucid.data.packing import IGNORE
 from pellucid.errors import BadInput
-from pellucid.nn import Decoder
+from pellucid.nn import Decoder, Routing
 from pellucid.ops import token_logprobs
 
 
@@ -51,19 +51,19 @@ class Flat:
         self.trained = answered
         self.index, self.sequence = index, owner
 
-    def hidden(self, model: Decoder) -> Tensor:
-        """(M, D): the last hidden states that predict the trained tokens."""
-        hidden = model.hidden(self.rows.tokens, positions=self.rows.positions, documents=self.rows.documents)
+    def hidden(self, model: Decoder, routing: Routing | None = None) -> Tensor:
+        """(M, D): the last hidden states that predict the trained tokens. routing: notes what routers decide."""
+        hidden = model.hidden(self.rows.tokens, positions=self.rows.positions, documents=self.rows.documents, routing=routing)
         return hidden[self.trained]
 
-    def logprobs(self, model: Decoder) -> Tensor:
+    def logprobs(self, model: Decoder, routing: Routing | None = None) -> Tensor:
         """(M,) log-probabilities of the trained tokens, chunk by chunk."""
-        hidden = self.hidden(model)
+        hidden = self.hidden(model, routing)
         return token_logprobs(hidden, model.head_weight.to(hidden.dtype), self.rows.labels[self.trained])[0]
 
-    def logprobs_and_squares(self, model: Decoder) -> tuple[Tensor, Tensor]:
+    def logprobs_and_squares(self, model: Decoder, routing: Routing | None = None) -> tuple[Tensor, Tensor]:
         """The same, and log sum_v p_v^2 of every distribution, without gradient."""
-        hidden = self.hidden(model)
+        hidden = self.hidden(model, routing)
         head = model.head_weight.to(hidden.dtype)
         logp = token_logprobs(hidden, head, self.rows.labels[self.trained])[0]
         with torch.no_grad():

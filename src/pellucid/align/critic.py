@@ -19,9 +19,10 @@ from pellucid.align.aggregation import token_weights
 from pellucid.align.reward_model import RewardModel
 from pellucid.align.update import Update
 from pellucid.align.value import value_loss
-from pellucid.nn import Decoder
+from pellucid.nn import Decoder, Routing
 from pellucid.optim import OptimConfig, Schedule, build_optimizer
 from pellucid.train import Stepper
+from pellucid.train.loss import balance_share, routing_of
 from pellucid.train.ranks import ALONE, Ranks
 
 FILE = Path("critic") / "state.safetensors"
@@ -34,9 +35,9 @@ class Critic:
         self.model, self.ranks = model, ranks
         self.stepper = Stepper(model, build_optimizer(model, optim), schedule, clip, ranks)
 
-    def read(self, update: Update, micro: slice) -> tuple[Tensor, Tensor, Tensor]:
+    def read(self, update: Update, micro: slice, routing: Routing | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The values before the micro-batch's trained tokens, their completions, and their numbers in the experience."""
-        hidden, _, whose, at = update.states(self.model, micro)
+        hidden, _, whose, at = update.states(self.model, micro, routing)
         values = self.model.score(hidden).squeeze(-1)
         return values.to(torch.promote_types(values.dtype, torch.float32)), whose, at
 
@@ -56,10 +57,11 @@ class Critic:
         returns, old = x.returns, x.values
 
         def share(micro: slice) -> Tensor:
-            values, whose, at = self.read(update, micro)
+            routing = routing_of(self.model)
+            values, whose, at = self.read(update, micro, routing)
             seen.append((values.detach(), returns[at], old[at]))
             loss = value_loss(values, returns[at], old[at], clip)
-            return coefficient * (loss * token_weights(whose, "token-mean", update.counts)).sum()
+            return coefficient * (loss * token_weights(whose, "token-mean", update.counts)).sum() + balance_share(routing, len(at) / max(update.counts.tokens, 1))
 
         result = self.stepper.step(update.micro(micro_rows, self.ranks), share, progress)
         return {"loss": result.loss, "grad_norm": result.grad_norm, "seen": [self.ranks.cat(torch.cat(parts)) for parts in zip(*seen)]}

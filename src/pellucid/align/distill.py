@@ -30,13 +30,14 @@ from pellucid.align.rollout import Rollouts
 from pellucid.align.rows import pack_completions
 from pellucid.data.packing import IGNORE, Batches, Packed
 from pellucid.errors import BadInput
-from pellucid.nn import Decoder
+from pellucid.nn import Decoder, Routing
 from pellucid.ops import token_logprobs
 from pellucid.optim import OptimConfig, Schedule
 from pellucid.tasks import Completion, Task, finished_only
 from pellucid.tasks.evaluate import grade
 from pellucid.tokenizers import Tokenizer
 from pellucid.train import Evaluate, Run, RunConfig, RunHistory
+from pellucid.train.loss import balance_share, routing_of
 
 Estimate = Literal["full", "top-k", "sampled"]
 
@@ -159,7 +160,8 @@ class DistillLoop(Run[DistillConfig, DistillHistory]):
     def divergence(self, rows: Packed) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum over the labelled positions of what is minimised (nats), and sums that are shown."""
         c = self.config
-        mine, labels, head = self._states(self.model, rows)
+        routing = routing_of(self.model)
+        mine, labels, head = self._states(self.model, rows, routing)
         with torch.no_grad():
             theirs, _, their_head = self._states(self.teacher, rows)
         logp, entropy = token_logprobs(mine.detach(), head.detach(), labels, c.temperature, True)
@@ -173,11 +175,11 @@ class DistillLoop(Run[DistillConfig, DistillHistory]):
         else:
             values = shown = distill_logits(mine, theirs, head, their_head, beta=c.beta, temperature=c.temperature)
         assert entropy is not None
-        return values.sum(), {"divergence": shown.detach().sum(), "entropy/mean": entropy.sum(), "nll": -logp.sum()}
+        return values.sum() + balance_share(routing, len(labels)), {"divergence": shown.detach().sum(), "entropy/mean": entropy.sum(), "nll": -logp.sum()}
 
-    def _states(self, model: Decoder, rows: Packed) -> tuple[Tensor, Tensor, Tensor]:
+    def _states(self, model: Decoder, rows: Packed, routing: Routing | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states of the labelled positions, their labels, and the head's rows of tokens that exist."""
-        hidden = model.hidden(rows.tokens, positions=rows.positions, documents=rows.documents).flatten(0, 1)
+        hidden = model.hidden(rows.tokens, positions=rows.positions, documents=rows.documents, routing=routing).flatten(0, 1)
         labels = rows.labels.flatten()
         on = labels != IGNORE
         return hidden[on], labels[on], model.head_weight[: self.vocab].to(hidden.dtype)

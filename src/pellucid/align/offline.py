@@ -30,6 +30,7 @@ from pellucid.errors import BadInput
 from pellucid.nn import Decoder
 from pellucid.optim import OptimConfig, Schedule
 from pellucid.train import Evaluate, Run, RunConfig, RunHistory
+from pellucid.train.loss import balance_share, routing_of
 from pellucid.train.ranks import ALONE, Ranks
 
 I = TypeVar("I")
@@ -161,12 +162,13 @@ class PreferenceLoop(OfflineLoop[Pair]):
 
         def share(micro: list[int]) -> Tensor:
             flat = Flat([a for i in micro for a in (self.items[i].chosen, self.items[i].rejected)], self.device)
-            logp, squares = flat.logprobs_and_squares(self.model) if self.objective.weighting == "wpo" else (
-                flat.logprobs(self.model), None)
+            routing = routing_of(self.model)
+            logp, squares = flat.logprobs_and_squares(self.model, routing) if self.objective.weighting == "wpo" else (
+                flat.logprobs(self.model, routing), None)
             ref = self.reference(flat) if self.reference else None
             loss, numbers = preference_objective(logp, ref, flat.sequence, self.objective, counts, log_square=squares)
             parts.append(numbers)
-            return loss
+            return loss + balance_share(routing, len(micro) / len(ids))
 
         return share, parts
 
@@ -194,10 +196,11 @@ class UnpairedLoop(OfflineLoop[Labelled]):
         def share(micro: list[int]) -> Tensor:
             flat = Flat([self.items[i].answer for i in micro], self.device)
             good = torch.tensor([self.items[i].good for i in micro], device=self.device)
-            loss, numbers = unpaired_objective(flat.logprobs(self.model), self.reference(flat), flat.sequence, good, z,
+            routing = routing_of(self.model)
+            loss, numbers = unpaired_objective(flat.logprobs(self.model, routing), self.reference(flat), flat.sequence, good, z,
                                                self.objective, counts)
             parts.append(numbers)
-            return loss
+            return loss + balance_share(routing, len(micro) / len(ids))
 
         return share, parts
 

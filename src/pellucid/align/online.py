@@ -57,12 +57,13 @@ from pellucid.align.rollout import (
 from pellucid.align.update import Experience, Update, pick
 from pellucid.errors import BadInput
 from pellucid.models.lora import merge_into, with_merged, without_adapters
-from pellucid.nn import Decoder
+from pellucid.nn import Decoder, MoE
 from pellucid.nn.context import branching
 from pellucid.nn.lora import adapted
 from pellucid.tasks import Completion, Problem, Task
 from pellucid.tokenizers import Tokenizer
 from pellucid.train import Evaluate, Run, RunHistory
+from pellucid.train.loss import balance_share, routing_of
 from pellucid.train.ranks import ALONE, Ranks
 
 
@@ -89,6 +90,9 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
         if config.prompts < ranks.size:
             raise BadInput(f"{ranks.size} processes share {config.prompts} prompts", "each of them samples at least one",
                            "use more --prompts, or fewer processes")
+        if any(isinstance(layer.ffn, MoE) for layer in model.spec.layers):
+            events.note("experts are chosen anew in the update: where the sampler rounds differently, a token may go to others than it was "
+                        "sampled with (engine/gap_max shows it; --set correction=truncate corrects for it)")
         self.task = task
         self.adapted = bool(adapted(model))
         self.plain = with_merged(model) if self.adapted else model  # samples: the engine reads weights, not adapters
@@ -288,13 +292,14 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
         parts = []
 
         def share(micro: slice) -> Tensor:
-            logp, entropy, whose, at = batch.forward(self.model, micro, c.temperature, entropy=True, bonus=bonus)
+            routing = routing_of(self.model)
+            logp, entropy, whose, at = batch.forward(self.model, micro, c.temperature, entropy=True, bonus=bonus, routing=routing)
             loss, numbers = objective(logp, pick(old, at), pick(x.ref, at), x.advantages[at], whose, cfg, batch.counts,
                                       sampler=x.sampler[at], entropy=entropy if bonus else None, keep=pick(x.keep, at))
             parts.append(numbers)
             assert entropy is not None
             seen.add(at=at, entropy=entropy.detach(), trainer=logp.detach() if x.old is None else x.old[at], sampler=x.sampler[at])
-            return loss
+            return loss + balance_share(routing, len(at) / max(batch.counts.tokens, 1))
 
         result = self.stepper.step(batch.micro(c.micro_rows, self.ranks), share, progress)
         seen.steps.append(tables.merge(self.ranks.gathered(tables.merge(parts))) | {"grad_norm": result.grad_norm, "update/ratio": result.ratio})

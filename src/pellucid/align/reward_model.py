@@ -23,9 +23,10 @@ from pellucid.files import atomic_folder, write_atomic
 from pellucid.models.families import Family, config_of, family_of
 from pellucid.models.hub import allocate, local_folder, main_layers, read_config, spec_of, write_weights
 from pellucid.models.weights import Weights, planned
-from pellucid.nn import Decoder, DecoderSpec
+from pellucid.nn import Decoder, DecoderSpec, Routing
 from pellucid.nn.linear import Linear
 from pellucid.runtime import choose_device, dtype_of
+from pellucid.train.loss import balance_share, routing_of
 
 
 class RewardModel(Decoder):
@@ -49,15 +50,15 @@ class RewardModel(Decoder):
         model.compute_dtype = decoder.compute_dtype
         return model
 
-    def scores(self, answers: Sequence[Answer]) -> Tensor:
+    def scores(self, answers: Sequence[Answer], routing: Routing | None = None) -> Tensor:
         """(S,) the score of each whole answer, read at its last token."""
-        return self.scores_at(answers, [[len(a.tokens) - 1] for a in answers])[0]
+        return self.scores_at(answers, [[len(a.tokens) - 1] for a in answers], routing)[0]
 
-    def scores_at(self, answers: Sequence[Answer], ends: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    def scores_at(self, answers: Sequence[Answer], ends: Sequence[Sequence[int]], routing: Routing | None = None) -> tuple[Tensor, Tensor]:
         """The scores at these of each answer's tokens, in order, (M,), and whose they are, (M,)."""
         marked = [Answer(a.prompt + a.tokens[:1], [*a.tokens[1:], 0], _mask(len(a.tokens), e)) for a, e in zip(answers, ends)]
         flat = Flat(marked, self.embed.weight.device)  # a label behind each token whose hidden state is read
-        values = self.score(flat.hidden(self))
+        values = self.score(flat.hidden(self, routing))
         order = flat.index.argsort()
         return values.squeeze(-1).to(torch.promote_types(values.dtype, torch.float32))[order], flat.sequence[order]
 
@@ -79,11 +80,12 @@ class RewardLoop(OfflineLoop[Pair]):
         parts: list[dict[str, Tensor]] = []
 
         def share(micro: list[int]) -> Tensor:
-            scores = self.scorer.scores([a for i in micro for a in (self.items[i].chosen, self.items[i].rejected)])
+            routing = routing_of(self.scorer)
+            scores = self.scorer.scores([a for i in micro for a in (self.items[i].chosen, self.items[i].rejected)], routing)
             margin = torch.tensor([self.items[i].margin for i in micro], device=scores.device)
             chosen, rejected = scores[0::2], scores[1::2]
             parts.append(pair_shares(chosen, rejected, len(ids)))
-            return bradley_terry(chosen, rejected, margin, self.centring).sum() / len(ids)
+            return bradley_terry(chosen, rejected, margin, self.centring).sum() / len(ids) + balance_share(routing, len(micro) / len(ids))
 
         return share, parts
 
@@ -123,11 +125,12 @@ class ProcessLoop(OfflineLoop[Steps]):
         parts: list[dict[str, Tensor]] = []
 
         def share(micro: list[int]) -> Tensor:
-            scores, _ = self.scorer.scores_at([self.items[i].answer for i in micro], [self.items[i].ends for i in micro])
+            routing = routing_of(self.scorer)
+            scores, _ = self.scorer.scores_at([self.items[i].answer for i in micro], [self.items[i].ends for i in micro], routing)
             labels = torch.tensor([y for i in micro for y in self.items[i].labels], device=scores.device)
             right = (scores.detach() > 0) == (labels > 0.5)
             parts.append({"accuracy": right.float().sum() / total, "score/mean": scores.detach().sum() / total})
-            return process_loss(scores, labels).sum() / total
+            return process_loss(scores, labels).sum() / total + balance_share(routing, len(micro) / len(ids))
 
         return share, parts
 

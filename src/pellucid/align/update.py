@@ -20,7 +20,7 @@ from pellucid.align.rollout import Group
 from pellucid.align.rows import pack_completions
 from pellucid.align.support import Support, support_logprobs
 from pellucid.data.packing import IGNORE, Packed
-from pellucid.nn import Decoder
+from pellucid.nn import Decoder, Routing
 from pellucid.ops import token_logprobs
 from pellucid.train.ranks import ALONE, Ranks
 
@@ -100,22 +100,23 @@ class Update:
         for start in range(0, len(self.rows), rows):
             yield slice(start, start + rows)
 
-    def states(self, model: Decoder, micro: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def states(self, model: Decoder, micro: slice, routing: Routing | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of the micro-batch's m trained positions: last hidden states (m, D), tokens to predict, completions (numbers within
         this update), and numbers of the tokens in the experience, (m,) each."""
         rows, at = self.rows.rows(micro), self.at[micro].flatten()
-        hidden = model.hidden(rows.tokens, positions=rows.positions, documents=rows.documents, parents=rows.parents).flatten(0, 1)
+        hidden = model.hidden(rows.tokens, positions=rows.positions, documents=rows.documents, parents=rows.parents,
+                              routing=routing).flatten(0, 1)
         on = at >= 0
         return hidden[on], rows.labels.flatten()[on], rows.documents.flatten()[on], at[on]
 
     def forward(self, model: Decoder, micro: slice, temperature: float, *, entropy: bool = False, bonus: bool = False,
-                ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+                routing: Routing | None = None) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """log-probabilities of the trained tokens, entropies if asked for (with gradient for a `bonus`), completions, numbers.
 
         Where the sampler truncated, the log-probabilities are those among the tokens that it could draw; the entropies are of
         the whole distribution.
         """
-        hidden, labels, whose, at = self.states(model, micro)
+        hidden, labels, whose, at = self.states(model, micro, routing)
         head, support = model.head_weight.to(hidden.dtype), self.experience.support
         logp, H = token_logprobs(hidden, head, labels, temperature, entropy and not bonus)
         if support is not None:

@@ -5,7 +5,9 @@
     merged = with_merged(model)              one whose weights have the adapters added, for sampling and for saving
     save_adapters(model, folder)             adapter_config.json + adapter_model.safetensors, what PEFT opens
 
-Matrices are named by the last word of the Hub's name (q_proj, down_proj), as in PEFT. Experts and norms have no adapters.
+Matrices are named by the last word of the Hub's name (q_proj, down_proj, c_attn), as in PEFT. Norms have no adapters, nor have
+matrices that are not a product of their own here: those of experts (stacked) and the second half of latent attention. `attach` says
+which it leaves as they are, and refuses them by name.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from pellucid import events
 from pellucid.errors import BadInput
 from pellucid.files import atomic_folder, write_atomic
 from pellucid.models.families import family_of
@@ -59,10 +62,15 @@ def attach(model: Decoder, config: LoraConfig, seed: int = 0) -> None:
     if adapted(model):
         raise BadInput("this model has adapters already", next="merge them first, or go on with them")
     found = list(_matrices(model))
-    known = sorted({_leaf(piece.name) for _, _, piece in found})
+    known, without = sorted({_leaf(piece.name) for _, _, piece in found}), left_out(model)
     for name in config.targets:
         if name not in known:
-            raise BadInput(f"no matrix of this model is called {name!r}", f"it has {', '.join(known)}", "choose among these")
+            raise BadInput(f"{name} has no adapters here" if name in without else f"no matrix of this model is called {name!r}",
+                           without.get(name) or f"it has {', '.join(known)}", f"choose among {', '.join(known)}")
+    if not found:
+        raise BadInput("no matrix of this model can have an adapter", "; ".join(sorted(set(without.values()))), "train its weights themselves")
+    if without and not config.targets:
+        events.note("no adapters, and so no training, for " + "; ".join(f"{name}: {why}" for name, why in without.items()), "warning")
     chosen = [x for x in found if not config.targets or _leaf(x[2].name) in config.targets]
     _attach(model, chosen, config.rank, config.alpha / config.rank, seed)
 
@@ -81,12 +89,23 @@ def _attach(model: Decoder, chosen: list[tuple[str, Linear, Piece]], rank: int, 
         setattr(model.get_submodule(owner), leaf, LoraLinear(getattr(model.get_submodule(owner), leaf), adapters, scale))
 
 
+def left_out(model: Decoder) -> dict[str, str]:
+    """Matrices inside the layers that get no adapter, by the last word of their Hub names, and why."""
+    taken, out = {_leaf(piece.name) for _, _, piece in _matrices(model)}, {}
+    for parameter, _, piece in targets(model, family_of(model.spec).names, main_layers(model)):
+        leaf, name = _leaf(piece.name), parameter.rpartition(".")[0]
+        if parameter.startswith("layers.") and model.get_parameter(parameter).ndim >= 2 and leaf not in taken and not piece.vector:
+            out[leaf] = ("the matrices of experts are stacked" if piece.expert is not None or model.get_parameter(parameter).ndim > 2 else
+                         "latent attention multiplies parts of it by themselves" if name.endswith("kv_b") else "it is no linear layer here")
+    return out
+
+
 def _matrices(model: Decoder) -> Iterator[tuple[str, Linear, Piece]]:
     """(name of our Linear, it, a Hub matrix that is some of its rows), inside the layers."""
     for parameter, _, piece in targets(model, family_of(model.spec).names, main_layers(model)):
         name, _, leaf = parameter.rpartition(".")
         module = model.get_submodule(name)
-        plain = piece.expert is None and piece.within is None and not piece.transposed and not piece.vector
+        plain = piece.expert is None and piece.within is None and not piece.vector
         used_whole = not name.endswith("kv_b")  # latent attention multiplies parts of its weight by themselves
         if parameter.startswith("layers.") and leaf == "weight" and isinstance(module, Linear) and plain and used_whole:
             yield name, module, piece
@@ -141,9 +160,10 @@ def write_adapters(model: Decoder, folder: Path, base: str = "") -> None:
     first = next(iter(adapted(model).values()))
     rank = len(first.all[0].a)
     leaves = {_leaf(s) for s in sources}
-    everywhere = {p.name.removesuffix(".weight") for _, _, p in _matrices(without_adapters(model)) if _leaf(p.name) in leaves} == sources
+    pieces = [p for _, _, p in _matrices(without_adapters(model)) if _leaf(p.name) in leaves]
+    everywhere = {p.name.removesuffix(".weight") for p in pieces} == sources
     fields: dict[str, Any] = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base or None, "r": rank,
-              "lora_alpha": first.scale * rank, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+              "lora_alpha": first.scale * rank, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": any(p.transposed for p in pieces), "inference_mode": True,
               "target_modules": sorted(leaves if everywhere else sources)}
     if float(fields["lora_alpha"]).is_integer():
         fields["lora_alpha"] = int(fields["lora_alpha"])

@@ -25,7 +25,7 @@ def language_loss(model: Decoder, rows: Packed) -> tuple[Tensor, int]:
     labels. It is not the balance of the whole step, since the switch loss is a product of two means: experts are kept busy
     within each micro-batch, the more strictly the smaller it is. Layers of multi-token prediction add their loss too.
     """
-    routing = Routing() if model.training and balanced(model.spec) else None
+    routing = routing_of(model)
     hidden = model.hidden(rows.tokens, positions=rows.positions, documents=rows.documents, routing=routing)
     labels = rows.labels.flatten()
     trained = labels != IGNORE
@@ -39,6 +39,18 @@ def language_loss(model: Decoder, rows: Packed) -> tuple[Tensor, int]:
         loss = loss + prediction_loss(states, model.head_weight.to(flat.dtype), rows.labels, rows.documents, model.spec.mtp_loss)
     balance = None if routing is None else balance_loss(routing)
     return loss if balance is None else loss + count * balance, count
+
+
+def routing_of(model: Decoder) -> Routing | None:
+    """What a forward pass in training is to note for the balance losses of its experts; None where the model has none."""
+    return Routing() if model.training and balanced(model.spec) else None
+
+
+def balance_share(routing: Routing | None, part: float) -> Tensor | float:
+    """The balance losses of a micro-batch that is this part of its step: they stand beside a loss of any kind (preferences,
+    rewards, a teacher) with the model's own coefficients, as beside the language-modelling loss."""
+    balance = None if routing is None else balance_loss(routing)
+    return 0.0 if balance is None else part * balance
 
 
 def share_of(model: Decoder, total: int) -> Callable[[Packed], Tensor]:
