@@ -1,6 +1,7 @@
-"""Mutation check: flip each subtle choice of the models' mathematics, and see a test fail.
+"""Mutation check: flip each subtle choice, of the models' mathematics or of the engine, and see a test fail.
 
-    python tests/mutate.py                 every mutant of tests/models/mutants/
+    python tests/mutate.py                 every mutant of tests/*/mutants/
+    python tests/mutate.py engine          those of a room
     python tests/mutate.py deepseek moe    those of these files
 
 A mutant is (file, old text, new text, pytest target); `old` must stand in the file exactly once, or the mutant is reported
@@ -28,7 +29,6 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a process without threads m
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 ROOT = Path(__file__).resolve().parents[1]
-MUTANTS = ROOT / "tests" / "models" / "mutants"
 LIBRARIES = ("numba", "numpy", "safetensors", "tokenizers", "torch", "transformers", "hypothesis", "jinja2", "tiktoken")
 LIMIT = 300  # seconds
 CLOCK = itertools.count(1_000_000_000)
@@ -38,8 +38,8 @@ Mutant = tuple[str, str, str, str]
 def mutants(names: list[str]) -> dict[str, list[Mutant]]:
     """file name -> its MUTANTS."""
     found: dict[str, list[Mutant]] = {}
-    for path in sorted(MUTANTS.glob("*.py")):
-        if names and path.stem not in names:
+    for path in sorted((ROOT / "tests").glob("*/mutants/*.py")):
+        if names and not {path.stem, path.parts[-3]} & set(names):
             continue
         spec = importlib.util.spec_from_file_location(f"mutants_{path.stem}", path)
         assert spec is not None and spec.loader is not None
@@ -78,7 +78,10 @@ def passes(package: Path, target: str) -> bool:
             sys.path.insert(0, str(package))
             os.environ["PYTHONPATH"] = str(package)  # of the processes that a test starts
             import pytest
+            from hypothesis import Phase, settings
 
+            settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate])  # an example is enough, the smallest takes minutes
+            settings.load_profile("mutants")
             code = int(pytest.main(command))
             sys.stdout.flush()
             os._exit(code)
@@ -117,7 +120,7 @@ def outcome(mutant: Mutant, package: Path, sound: dict[str, bool]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="files of tests/models/mutants/, without .py")
+    parser.add_argument("names", nargs="*", help="rooms, or files of tests/*/mutants/ without .py")
     counts: dict[str, int] = {}
     sound: dict[str, bool] = {}
     with tempfile.TemporaryDirectory() as folder:

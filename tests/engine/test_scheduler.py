@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pellucid.engine.hash_chain import HashChain
 from pellucid.engine.params import SamplingParams
-from pellucid.engine.prefix_cache import NoReuse, first_needed, held
+from pellucid.engine.prefix_cache import NoReuse, held
 from pellucid.engine.radix_tree import RadixTree
 from pellucid.engine.request import GONE, Request, State
 from pellucid.engine.scheduler import Fair, Scheduler, first_come, longest_hit
@@ -39,7 +39,8 @@ class Machine:
 
     def needed(self, tables: list[list[int]], tokens: int):
         """(group, token, place) of what layers still read behind so many tokens."""
-        return [(g, i, self.place(tables[g], i)) for g, window in self.groups for i in range(first_needed(window, tokens), tokens)]
+        return [(g, i, self.place(tables[g], i)) for g, window in self.groups
+                for i in range(0 if window is None else max(0, tokens + 1 - window), tokens)]
 
     def step(self) -> list[Request]:
         plan, size = self.s.plan(), self.s.cache.size
@@ -200,6 +201,16 @@ def test_the_chain_is_eaten_from_its_leaf_and_the_oldest_goes_first():
         machine.finish_all()
     cache.release(cache.allocate(1))
     assert len(cache.match(request([1, 2, 3]))) == 2 and len(cache.match(request([4, 5, 6]))) == 3
+
+
+def test_blocks_that_hold_nothing_are_given_away_first():
+    cache = HashChain(3, 1)
+    machine = Machine(Scheduler(cache))
+    machine.s.add(request([1, 2], 1))
+    machine.finish_all()
+    for _ in range(3):
+        cache.release(cache.allocate(1))
+    assert len(cache.match(request([1, 2, 3]))) == 2
 
 
 def test_cost_keeps_what_is_asked_for_and_dear():

@@ -1,0 +1,49 @@
+"""What is easily done wrong in scheduling: counters, who gives way, references, windows, keys, eviction."""
+
+from __future__ import annotations
+
+PLANS, FAIR, ENGINE = (f"tests/engine/test_{name}.py" for name in ("scheduler", "fairness", "engine"))
+WINDOWS = "tests/engine/test_window_cache.py"
+UNITS = f"{WINDOWS} -k hit_shrinks or all_groups or known_models or shapes"
+SCHEDULER, CHAIN, TREE, POOL, GROUPS = (
+    f"src/pellucid/engine/{name}.py" for name in ("scheduler", "hash_chain", "radix_tree", "prefix_cache", "layer_groups"))
+
+MUTANTS = [
+    # --- scheduler
+    (SCHEDULER, "key=lambda r: (not r.writing, r.priority, r.number)", "key=lambda r: (r.writing, r.priority, r.number)", FAIR),
+    (SCHEDULER, "last = max(self.running, key=lambda r: (r.priority, r.number))", "last = max(self.running, key=lambda r: r.number)", FAIR),
+    (SCHEDULER, "last = max(self.running, key=lambda r: (r.priority, r.number))", "last = max(self.running, key=lambda r: r.priority)", FAIR),
+    (SCHEDULER, "sorted(waiting, key=lambda r: (r.priority, r.number))", "sorted(waiting, key=lambda r: r.number)", FAIR),
+    (SCHEDULER, "            if request.state is not State.RUNNING:  # no room", "            if False:  # no room", FAIR),
+    (SCHEDULER, "r.computed = min(part.start + part.count, len(r.tokens) - 1)", "r.computed = part.start + part.count", ENGINE),
+    (SCHEDULER, "min(len(request.tokens) - 1, request.reusable)", "len(request.tokens)", PLANS),
+    (SCHEDULER, "        self._extend(request, hit + count)\n", "        self._extend(request, hit)\n", PLANS),
+    (SCHEDULER, "        self.cache.claim(held(request.tables))\n", "", PLANS),
+    (SCHEDULER, "            self._shorten(r, self._blocks(r.computed + 1))\n", "", f"{ENGINE} -k refused_drafts"),
+    (SCHEDULER, "                self._let_go(r)\n", "                pass\n", f"{WINDOWS} -k blocks_that_are_held"),
+    (SCHEDULER, "            self.cache.publish(request)\n            self.cache.release([table", "            self.cache.release([table", f"{WINDOWS} -k was_generated"),
+    (SCHEDULER, "for name in here - before:", "for name in ():", FAIR),
+    (SCHEDULER, "self.served.get(r.namespace, 0), r.number))", "r.number))", FAIR),
+    (SCHEDULER, "self._blocks(window - 1 + self.budget) + 1)", "self._blocks(window - 1))", f"{WINDOWS} -k what_only_fits or room_is"),
+    # --- what a window needs
+    (POOL, "max(0, computed - window + 1)", "max(0, computed - window + 2)", PLANS),
+    (POOL, "max(0, computed - window + 1)", "max(0, computed - window)", f"{WINDOWS} -k hit_shrinks"),
+    (GROUPS, "window is None or window >= context", "window is None or window > context", UNITS),
+    (GROUPS, "if len({tuple(cache_shapes(", "if False and len({tuple(cache_shapes(", UNITS),
+    # --- chain of hashes
+    (CHAIN, "for b in reversed(blocks):", "for b in blocks:", PLANS),
+    (CHAIN, "                    self.free.move_to_end(b, last=False)\n", "                    pass\n", PLANS),
+    (CHAIN, "{self.salt}\\0{request.namespace}", "{self.salt}", PLANS),
+    (CHAIN, "request.keys[-1] if request.keys else", "request.keys[-1] if False else", PLANS),
+    (CHAIN, "                del self.block_of[group][key]\n", "                pass\n", PLANS),
+    (CHAIN, "unbroken = [0 if block == GONE else n + 1", "unbroken = [n if block == GONE else n + 1", UNITS),
+    (CHAIN, "        full = tokens // self.size\n", "        full = -(-tokens // self.size)\n", PLANS),
+    # --- radix tree
+    (TREE, "                self._split(child, count)\n", "                pass\n", PLANS),
+    (TREE, "self.references[node.blocks[-1]] == 1", "True", PLANS),
+    (TREE, "            self.idle -= self.references[b] == 1 and self.held[b]\n", "", PLANS),
+    (TREE, "return float(node.used)", "return -float(node.used)", PLANS),
+    (TREE, "chance = (1 + node.hits) *", "chance = 1 *", PLANS),
+    (TREE, "            request.moved = min(request.moved, place)\n", "", f"{ENGINE} -k adopts"),
+    (TREE, "found[: most // self.size]", "found", PLANS),
+]
