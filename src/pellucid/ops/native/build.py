@@ -2,9 +2,10 @@
 
     python src/pellucid/ops/native/build.py
 
-`pip install` runs this where a compiler is found (setup.py) and goes on without the library where none is; a source tree whose
-library is missing or older than its sources compiles it when it is first needed. $CXX names the compiler. The file's name carries
-a hash of the sources, so that a library of other sources is never loaded. Standard library only: setup.py imports this file.
+`pip install` runs this where a compiler is found (setup.py) and goes on without the library where none is. Where the package has
+none, or its sources have changed since, the library is compiled when it is first needed, into the user's cache folder, once for
+all copies of the package and all processes. $CXX names the compiler. The file's name carries a hash of the sources, so that a
+library of other sources is never loaded. Standard library only: setup.py imports this file.
 """
 
 from __future__ import annotations
@@ -31,16 +32,27 @@ def source_hash() -> str:
     return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:12]
 
 
-def folders() -> list[Path]:
-    """Where the library may lie: beside the sources, else in the user's cache folder."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return [HERE, Path(cache) / "pellucid"]
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")) / "pellucid"
 
 
 def find() -> Path | None:
-    """The library of these sources, where it has been built."""
+    """The library of these sources, where it has been built: beside them, or in the cache folder."""
     name = f"kernels-{source_hash()}.so"
-    return next((folder / name for folder in folders() if (folder / name).is_file()), None)
+    return next((folder / name for folder in (HERE, cache_folder()) if (folder / name).is_file()), None)
+
+
+def find_or_build() -> Path:
+    """One process compiles, the others wait for it. OSError: see `build`."""
+    if found := find():
+        return found
+    import fcntl
+
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "kernels.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return find() or build(folder)
 
 
 def compiler() -> str | None:
@@ -48,19 +60,16 @@ def compiler() -> str | None:
     return shutil.which(asked) if asked else next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
 
 
-def build(folder: Path | None = None) -> Path:
-    """Compiles, into the first of `folders` that can be written by default. OSError: no compiler, or what it complained about."""
+def build(folder: Path) -> Path:
+    """Compiles into that folder. OSError: no compiler, or what it complained about."""
     cxx = compiler()
     if cxx is None:
         raise OSError("no C++ compiler was found (g++, clang++ or c++ in PATH, or $CXX)")
     if os.name != "posix":
         raise OSError("the kernels' threads need a POSIX system")
-    folder = folder or next((f for f in folders() if _writable(f)), None)
-    if folder is None:
-        raise OSError("neither the package's folder nor the cache folder can be written")
     x86 = platform.machine() in ("x86_64", "AMD64")
     variants = {"base": [], **({"avx2": AVX2, "avx512": AVX512} if x86 else {})}
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with tempfile.TemporaryDirectory(prefix="pellucid-") as scratch:
         jobs = [(HERE / "kernels.cpp", name, [f"-DVARIANT={name}", *flags]) for name, flags in variants.items()]
         jobs += [(HERE / f"{name}.cpp", name, []) for name in ("main", "team")]
         objects = [os.path.join(scratch, f"{name}.o") for _, name, _ in jobs]
@@ -69,18 +78,11 @@ def build(folder: Path | None = None) -> Path:
         out = os.path.join(scratch, "kernels.so")
         _call([cxx, "-shared", "-o", out, *objects, "-lpthread"])
         target = folder / f"kernels-{source_hash()}.so"
+        beside = shutil.copy(out, f"{target}.{os.getpid()}")  # another file system than scratch's, perhaps: then renamed, never half there
         for old in folder.glob("kernels-*.so"):
             old.unlink(missing_ok=True)
-        os.replace(out, target)
+        os.replace(beside, target)
     return target
-
-
-def _writable(folder: Path) -> bool:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(folder, os.W_OK)
 
 
 def _call(command: list[str]) -> None:
@@ -95,6 +97,8 @@ def _call(command: list[str]) -> None:
 
 if __name__ == "__main__":
     try:
-        print(build())
+        for old in HERE.glob("kernels-*.so"):
+            old.unlink()
+        print(build(HERE))
     except OSError as error:
         sys.exit(f"the C++ kernels were not built: {error}")
