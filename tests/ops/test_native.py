@@ -207,8 +207,12 @@ def test_without_a_compiler_and_with_a_failing_one(tmp_path, monkeypatch):
         build.build(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["cxx"], "nothing half-made stays"
     monkeypatch.setattr(build, "find", lambda: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     choice = choose_native.__wrapped__()
     assert choice.value is None and "too old" in choice.reason
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # no folder can be made there
+    assert "no C++ kernels: " in choose_native.__wrapped__().reason
 
 
 def test_a_library_of_other_sources_is_not_loaded(tmp_path, monkeypatch):

@@ -79,8 +79,6 @@ def build(folder: Path) -> Path:
         _call([cxx, "-shared", "-o", out, *objects, "-lpthread"])
         target = folder / f"kernels-{source_hash()}.so"
         beside = shutil.copy(out, f"{target}.{os.getpid()}")  # another file system than scratch's, perhaps: then renamed, never half there
-        for old in folder.glob("kernels-*.so"):
-            old.unlink(missing_ok=True)
         os.replace(beside, target)
     return target
 

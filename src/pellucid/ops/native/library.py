@@ -102,7 +102,7 @@ def choose_native() -> Choice:
     if sys.byteorder != "little" or os.name != "posix":
         return Choice(None, "C++ kernels need a little-endian POSIX system")
     try:
-        library = Library(build.find() or build.build(), asked or None)
+        library = Library(build.find_or_build(), asked or None)
     except (OSError, LookupError) as error:
         return Choice(None, f"no C++ kernels: {error}")
     return Choice(library, f"C++ kernels, compiled for {library.variant}")
