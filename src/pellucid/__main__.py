@@ -151,7 +151,8 @@ def _page(name: str | None = None) -> str:
     width = max(map(len, table))
     rows = [f"  {key:<{width}}  {pick(verb.en, verb.zh)}" for key, verb in table.items()]
     if name:
-        return "\n".join([say("help.parts", verb=name), "", pick(VERBS[name].en, VERBS[name].zh), "", *rows])
+        more = say("help.kind_more", verb=name, kind=next(iter(table)))
+        return "\n".join([say("help.parts", verb=name), "", pick(VERBS[name].en, VERBS[name].zh), "", say("help.kinds"), *rows, "", more])
     return "\n".join([say("help.title", version=pellucid.__version__), "", say("help.usage"), "",
                       say("help.verbs"), *rows, "", say("help.start"), say("help.more")])
 

@@ -104,7 +104,9 @@ def term(name: str) -> str:
 
 add({
     "help.usage": ("usage: pellucid VERB TARGET --options", "用法：pellucid 动词 对象 --选项"),
-    "help.parts": ("usage: pellucid {verb} KIND TARGET --options", "用法：pellucid {verb} 种类 对象 --选项"),
+    "help.parts": ("usage: pellucid {verb} KIND [TARGET] --options", "用法：pellucid {verb} 种类 [对象] --选项"),
+    "help.kinds": ("kinds", "种类"),
+    "help.kind_more": ("`pellucid {verb} {kind} --help` shows a kind's options and an example.", "`pellucid {verb} {kind} --help` 显示该种类的选项与示例。"),
     "help.title": ("pellucid {version}: the whole LLM stack, running and readable",
                    "pellucid（澄明）{version}：整个大模型技术栈，可运行、可阅读"),
     "help.verbs": ("verbs", "动词"),
