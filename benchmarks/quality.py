@@ -11,6 +11,7 @@ The folder stays in runs/quality, so that a second call can use it with --model.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ FOLDER = Path("runs/quality")
 LAYER = Layer(Attn(6, 2, 32, Rope(32), qk_norm=True), MLP(512))
 SPEC = DecoderSpec(2048, 192, (LAYER,) * 5, tied=True, context=512, family="qwen3")
 ROW, ROWS = 256, 8
+HISTORY = "training.json"  # beside a model that was trained here
 
 
 def trained(folder: Path, minutes: float) -> dict[str, Any]:
@@ -41,7 +43,9 @@ def trained(folder: Path, minutes: float) -> dict[str, Any]:
                         schedule=Schedule("wsd", warmup=0.02, decay=0.4))
     history = Loop(model, rows, config).run()
     save(model, folder, tokenizer=tokenizer)
-    return {"minutes": minutes, "tokens": history.tokens, "epochs": round(history.tokens / rows.tokens.numel(), 2), "steps": history.steps}
+    told = {"minutes": minutes, "tokens": history.tokens, "epochs": round(history.tokens / rows.tokens.numel(), 2), "steps": history.steps}
+    (folder / HISTORY).write_text(json.dumps(told) + "\n", encoding="utf-8")
+    return told
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,7 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     result = begin("quality", chosen)
     folder = chosen.model or FOLDER
     if chosen.model is None:
-        result["training"] = trained(folder, chosen.minutes)
+        trained(folder, chosen.minutes)
+    if (folder / HISTORY).exists():
+        result["training"] = json.loads((folder / HISTORY).read_text(encoding="utf-8"))
     model, tokenizer = load(folder), Tokenizer.load(folder)
     texts = list(corpora.read(chosen.corpus)) if chosen.corpus else divide(corpora.standard_library("docs"))[1]
     rows = rows_of(tokenizer.encode_each([d.text for d in texts]), min(ROW, model.spec.context), chosen.tokens)
