@@ -108,3 +108,17 @@ def test_where_it_cannot_run_another_does_and_says_why(monkeypatch):
     assert not isinstance(choice.value, (BatchStep, CompiledStep)) and "bfloat16" in choice.reason
     monkeypatch.setattr("pellucid.engine.native_step.choose_native", lambda: Choice(None, "no compiler"))
     assert isinstance(choose_step(model_of("grouped")).value, CompiledStep)
+
+
+def test_other_beginnings_in_a_cache_that_lies_where_it_lay():
+    model = model_of("grouped")
+    step, tokens, found = choose_step(model).value, torch.tensor([5, 6, 7]), []
+    for run in (step, plain_step(model)):
+        cache = KVCache(model.spec, 3, 12, first=torch.tensor([0, 1, 2]))
+        with torch.inference_mode():
+            model.hidden(torch.arange(12).view(3, 4), cache=cache)
+            for first in ([0, 1, 2], [3, 0, 1]):
+                cache.first = torch.tensor(first)
+                found.append(run(tokens, cache).clone())
+    for got, want in zip(found[:2], found[2:], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)

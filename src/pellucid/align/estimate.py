@@ -11,7 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 from pellucid.align.online_config import OnlineConfig
+from pellucid.align.rows import LONGEST
 from pellucid.nn import Attn, Decoder, DecoderSpec
+from pellucid.nn.context import branching
 from pellucid.nn.count import cache_entries
 from pellucid.nn.lora import adapted
 
@@ -22,7 +24,8 @@ CHUNK = 2**20  # numbers of a chunk of logits, about
 def memory(model: Decoder, config: OnlineConfig, prompt: int) -> dict[str, int]:
     """Bytes by part, of a step of the online loop. prompt: tokens of the longest prompt."""
     cfg, longest = config.objective, prompt + config.max_tokens
-    tokens = min(config.micro_rows * 2, config.prompts * config.group) * longest  # a row holds twice the longest completion
+    row = max(2 * longest, min(8 * longest, LONGEST)) if branching(model.spec) is None else 2 * longest  # one row at least
+    tokens = min(max(config.micro_rows * 2 * longest, row), config.prompts * config.group * longest)
     parts = learning(model, config.optim.name, tokens)
     learned = parts["weights"] + parts["gradients"] + parts["optimizer"]
     dtype = (model.compute_dtype or model.embed.weight.dtype).itemsize

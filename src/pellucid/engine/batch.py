@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from pellucid.engine.decode import Step
-from pellucid.engine.native_batch import choose_step
+from pellucid.engine.native_batch import BatchStep, choose_step
 from pellucid.engine.params import SamplingParams
 from pellucid.engine.sampler import Sampler
 from pellucid.errors import BadInput
@@ -73,6 +73,7 @@ class Batch:
             return
         step: Step = choose_step(self.model).value
         logits = self._prefill()
+        self.sampler.alone = isinstance(step, BatchStep)
         while True:
             tokens, logprobs = self.sampler(logits, self.step_number)
             self.step_number += 1

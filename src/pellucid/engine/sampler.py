@@ -58,6 +58,7 @@ class Sampler:
         self.seeds = torch.tensor([s % 2**63 for s in seeds], dtype=torch.int64, device=device)
         self.logprobs = any(p.top is not None for p in params)
         self.support = support
+        self.alone = False  # draw in one thread: the steps between have threads of their own
         self.kept: list[Tensor] = []  # of the latest draw, for each row the tokens that could be drawn
         self._plan()
 
@@ -99,7 +100,7 @@ class Sampler:
         from pellucid.ops.jit.lanes import array
 
         # OpenMP's threads wait busily for a while, on the core that the next step's threads want: not for a few microseconds of work.
-        same_threads(1 if logits.numel() < ONE_THREAD else 2**31)
+        same_threads(1 if self.alone or logits.numel() < ONE_THREAD else 2**31)
         tokens, logprobs = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits) if self.logprobs else 0)
         draw(array(logits.contiguous()), array(self.temperature), array(self.seeds), array(steps), array(tokens), array(logprobs))
         return tokens, logprobs if self.logprobs else None
