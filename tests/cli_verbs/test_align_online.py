@@ -315,3 +315,14 @@ def test_what_rewards_log_is_shown_beside_the_completions(at: Path, capsys: pyte
     assert main(["align", "inspect", str(at / "noted")]) == 0
     shown = capsys.readouterr().out
     assert "letters" in shown and "said" in shown
+
+
+def test_three_rewards_with_a_conditioned_length_in_one_command(at: Path, capsys: pytest.CaptureFixture[str]):
+    """The setting of GDPO's paper: accuracy, format, and a length that counts for right answers only."""
+    code, seen = run(at, "gdpo", "--task", "brevity", "--reward", "correct", "format", "length@correct>=1", "--steps", "1", data=False, out=at / "three")
+    assert code == 0, capsys.readouterr().err
+    (graded, *_) = [e for e in seen if e.kind == "graded" and e.completions == 16]
+    assert {k: w for k, w in graded.weights.items() if w} == {"correct": 1.0, "format": 1.0, "length": 1.0}
+    assert graded.means["length"] == 0.0 == graded.means["correct"]  # a random model: nothing is right, so no length is rewarded
+    (step,) = [e for e in seen if e.kind == "step"]
+    assert {"reward/length/mean", "reward/length/informative", "advantage/factor"} <= step.metrics.keys()
