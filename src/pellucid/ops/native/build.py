@@ -38,7 +38,7 @@ def cache_folder() -> Path:
 
 def find() -> Path | None:
     """The library of these sources, where it has been built: beside them, or in the cache folder."""
-    name = f"kernels-{source_hash()}.so"
+    name = f"kernels-{source_hash()}.lib"
     return next((folder / name for folder in (HERE, cache_folder()) if (folder / name).is_file()), None)
 
 
@@ -77,7 +77,7 @@ def build(folder: Path) -> Path:
             list(pool.map(lambda job, out: _call([cxx, *FLAGS, *job[2], "-c", str(job[0]), "-o", out]), jobs, objects))
         out = os.path.join(scratch, "kernels.so")
         _call([cxx, "-shared", "-o", out, *objects, "-lpthread"])
-        target = folder / f"kernels-{source_hash()}.so"
+        target = folder / f"kernels-{source_hash()}.lib"
         beside = shutil.copy(out, f"{target}.{os.getpid()}")  # another file system than scratch's, perhaps: then renamed, never half there
         os.replace(beside, target)
     return target
@@ -95,7 +95,7 @@ def _call(command: list[str]) -> None:
 
 if __name__ == "__main__":
     try:
-        for old in HERE.glob("kernels-*.so"):
+        for old in HERE.glob("kernels-*.lib"):
             old.unlink()
         print(build(HERE))
     except OSError as error:
