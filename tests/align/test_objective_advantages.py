@@ -18,6 +18,7 @@ from pellucid.align import (
     recipe,
     total_reward,
 )
+from pellucid.align.advantages import pass_at_k_advantages, whiten
 from pellucid.errors import BadInput
 
 SCALES, BASELINES = ("group", "batch", "none"), ("mean", "leave-one-out")
@@ -269,3 +270,9 @@ def test_soft_overlong_is_trls():
     assert soft_overlong(torch.tensor([80, 90, 100, 101]), 100, 20).tolist() == [0, -0.5, -1, -1]
     with pytest.raises(BadInput, match="margin"):
         soft_overlong(torch.tensor([1]), 10, 20)
+
+
+def test_pass_at_k_and_whitening_by_hand():
+    assert pass_at_k_advantages(rewards([4, 1, 0, 0])).tolist() == [[3, 0, 0, 0]]
+    for eps_in, divisor in (("variance", (2 + 0.5) ** 0.5), ("std", 2**0.5 + 0.5)):
+        torch.testing.assert_close(whiten(torch.tensor([0.0, 2.0]), eps=0.5, eps_in=eps_in), torch.tensor([-1.0, 1.0]) / divisor)

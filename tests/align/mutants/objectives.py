@@ -18,7 +18,7 @@ MUTANTS = [
     (A + "advantages.py", "lead = best.values[:, :1] - best.values[:, 1:]", "lead = best.values[:, :1] - group_mean(r, present)", ADVANTAGES),
     (A + "advantages.py", "total += weight * group_advantages(reward, eps=eps, valid=kept)", "total += group_advantages(weight * reward, eps=eps, valid=kept)", GDPO),
     (A + "advantages.py", "return total.round(decimals=12) + 0.0  # + 0.0: no -0.0", "return total", GDPO),
-    (A + "advantages.py", "(variance + eps).rsqrt() if eps_in", "(variance.sqrt() + eps).reciprocal() if eps_in", GDPO),
+    (A + "advantages.py", "(variance + eps).rsqrt() if eps_in", "(variance.sqrt() + eps).reciprocal() if eps_in", ADVANTAGES),
     (A + "advantages.py", "/ (n - 1).clamp(min=1)\n    return mean", "/ n.clamp(min=1)\n    return mean", GDPO),
     (A + "advantages.py", "w = torch.where(present, lengths.double(), 0.0)", "w = torch.where(present, 1.0, 0.0)", ADVANTAGES),
     (A + "components.py", "return torch.where(gone, torch.nan, total.round(decimals=12))", "return torch.where(gone, 0.0, total.round(decimals=12))", ADVANTAGES),
