@@ -2,7 +2,8 @@
 
 Everything that works on each token alone (projections of the feed-forward, experts, norms, head) sees all tokens at once,
 so that weights are read once a step. Mixers see segments: the requests that got one token each together, every longer
-part by itself. On a CPU, models of plain attention run by compiled kernels instead (engine/paged_step.py).
+part by itself. Models of plain attention run by kernels that read the pages where they lie instead: compiled ones on a CPU
+(engine/paged_step.py), Triton's on a GPU (engine/gpu_step.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from pellucid.engine.adapters import applied
 from pellucid.engine.decode import unsuited
+from pellucid.engine.gpu_step import GpuStep, choose_gpu_step
 from pellucid.engine.layer_groups import Group
 from pellucid.engine.native_step import NativeStep, choose_native_step
 from pellucid.engine.paged_cache import Pages, Rows, Saved
@@ -35,7 +37,8 @@ class Runner:
     """Holds the pages. `places`: requests that can be in the engine at a time (for constant states).  codes: the cache's format, by
     default the numbers that the model computes with.
 
-    path: 'compiled' or 'flat', and why: whether steps run by compiled kernels. Long prompts and adapters take the flat pass in any case.
+    path: 'compiled', 'triton' or 'flat', and why: whether steps run by compiled kernels on a CPU, by Triton's on a GPU, or through the
+    model alone. With 'compiled', long prompts and adapters take the flat pass in any case.
     """
 
     def __init__(self, model: Decoder, blocks: int, size: int, places: int, codes: CacheCodes | None = None,
@@ -46,6 +49,10 @@ class Runner:
         several = len(self.pages.groups)
         native = choose_native_step(model, self.pages) if several == 1 else Choice(None, f"the C++ step reads one table of blocks, not {several}")
         self.path = choose_path(model, self.pages.codes, native)
+        gpu = choose_gpu_step(model, self.pages)
+        self.gpu: GpuStep | None = gpu.value
+        if self.gpu is not None or self.device.type != "cpu":
+            native, self.path = Choice(None, gpu.reason), Choice("flat" if self.gpu is None else "triton", gpu.reason)
         self.compiled: NativeStep | PagedStep | None = native.value
         if self.compiled is None and self.path.value == "compiled":
             self.compiled = PagedStep(model)
@@ -92,6 +99,10 @@ class Runner:
             groups = segments_of([part for part in parts if part.request.adapter is adapter])
             mine = [part for group in groups for part in group]
             with applied(self.model, adapter):
+                if self.gpu is not None:
+                    states.append(self.gpu.hidden(mine, same=adapter is None))
+                    order += mine
+                    continue
                 compiled = adapter is None and self.compiled is not None and self.compiled.suits(mine)
                 states.append(self._compiled(mine) if compiled else self._flat(groups))
             order += mine

@@ -16,6 +16,7 @@ from pellucid.engine.params import SamplingParams
 from pellucid.errors import PellucidError
 from pellucid.ops import choose_jit
 from pellucid.ops.compiled import same_threads
+from pellucid.ops.triton.language import choose_triton
 
 ONE_THREAD = 2**17
 """Logits in a draw from which on several threads draw."""
@@ -65,6 +66,7 @@ class Sampler:
     def _plan(self) -> None:
         cuts = (self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0) | (self.typical_p < 1)
         self._truncating = (cuts & (self.temperature > 0)).nonzero().squeeze(-1)
+        self._typical = bool((self.typical_p < 1).any())
 
     def keep(self, rows: Tensor) -> None:
         for name in ("temperature", "top_k", "top_p", "min_p", "typical_p", "seeds"):
@@ -75,12 +77,15 @@ class Sampler:
         """logits (B, V) -> tokens (B,) int64, and their log-probabilities (B,) if any request asked for them. step: how many
         tokens each sequence has drawn before: one number, or one for each (B,).
 
-        Rows that truncate are drawn by PyTorch, all others by a compiled kernel where there is one: how a row is drawn
-        never depends on its neighbours.
+        On a GPU one kernel draws (but for typical_p). On a CPU rows that truncate are drawn by PyTorch, all others by a compiled
+        kernel where there is one: how a row is drawn never depends on its neighbours.
         """
         steps = step if isinstance(step, Tensor) else torch.full_like(self.seeds, step)
         compiled = logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.bfloat16) and choose_jit().value
-        tokens, logprobs = self._draw_compiled(logits, steps) if compiled else self._draw(logits, steps, slice(None))
+        fused = not (self.support or self._typical) and choose_triton(logits.device).value
+        compiled = compiled and not fused
+        way = self._draw_fused if fused else self._draw_compiled if compiled else self._draw
+        tokens, logprobs = way(logits, steps)
         if bool((tokens < 0).any()):
             raise PellucidError("the model's logits are not numbers", "its weights diverged in training, or are damaged",
                                 "check them with `pellucid eval`, or go back to an earlier checkpoint")
@@ -95,6 +100,12 @@ class Sampler:
         temperature = self.temperature[rows]
         return logits.float() / torch.where(temperature == 0, 1.0, temperature)[:, None]
 
+    def _draw_fused(self, logits: Tensor, steps: Tensor) -> tuple[Tensor, Tensor | None]:
+        from pellucid.ops.triton.draw import draw as draw_rows
+
+        tokens, logprobs = draw_rows(logits, self.temperature, self.top_k, self.top_p, self.min_p, uniform(self.seeds, steps))
+        return tokens, logprobs if self.logprobs else None
+
     def _draw_compiled(self, logits: Tensor, steps: Tensor) -> tuple[Tensor, Tensor | None]:
         from pellucid.ops.jit.draw import draw
         from pellucid.ops.jit.lanes import array
@@ -105,7 +116,7 @@ class Sampler:
         draw(array(logits.contiguous()), array(self.temperature), array(self.seeds), array(steps), array(tokens), array(logprobs))
         return tokens, logprobs if self.logprobs else None
 
-    def _draw(self, logits: Tensor, steps: Tensor, rows: Tensor | slice) -> tuple[Tensor, Tensor | None]:
+    def _draw(self, logits: Tensor, steps: Tensor, rows: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor | None]:
         """The readable twin, and the only path that truncates. `rows`: whose settings these logits follow. A row that holds
         NaN, or whose largest logit is infinite, gives token -1."""
         logits, temperature = logits.float(), self.temperature[rows]

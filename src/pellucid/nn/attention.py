@@ -32,6 +32,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         T = x.shape[1]
         q, k, v, gate = self.heads(x, ctx, *ctx.rotation(self.rope))
+        if (attend := getattr(ctx.cache, "attend", None)) is not None:  # a cache with kernels that read it where it lies
+            return self.joined(attend(self.index, q, k, v, self.spec.window, self.spec.scale, self.sinks), gate, x.dtype)
         end = T
         if ctx.cache is not None:
             end = ctx.cache.length + T

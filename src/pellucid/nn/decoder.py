@@ -77,7 +77,7 @@ class Decoder(nn.Module):
         """(B, T) -> (B, T, D)"""
         x = F.embedding(tokens, self.embed.weight)
         if self.spec.embed_scale != 1:
-            x = x * x.new_tensor(self.spec.embed_scale)  # the factor is rounded to the weights' dtype, as in training
+            x = x * x.new_full((), self.spec.embed_scale)  # the factor is rounded to the weights' dtype, as in training
         return x if self.compute_dtype is None else x.to(self.compute_dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:

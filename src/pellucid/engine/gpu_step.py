@@ -1,0 +1,180 @@
+"""A step of the engine on a GPU: the model's own layers, with attention by Triton kernels that read the pages where they lie.
+
+All tokens of all requests are rows of one pass, whatever they belong to (ops/triton/paged.py); no entry is gathered. The readable
+twin is the flat pass of engine/runner.py. A step in which every request gets one token is the same work each time: its launches are
+recorded once for each number of rows (CUDA graphs) and replayed, so that Python's time between kernels, which is most of a small
+model's step on a GPU, is paid once.
+
+Run so far: with the kernels interpreted on a CPU, the padded batches of the graphs included; graphs themselves on no GPU yet.
+Legend: N tokens of the step, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pellucid.engine.paged_cache import Pages
+from pellucid.engine.scheduler import Part
+from pellucid.nn import Decoder, MoE
+from pellucid.nn.attention import Attention
+from pellucid.nn.context import Context, Segment
+from pellucid.ops.triton import paged
+from pellucid.ops.triton.language import choose_triton
+from pellucid.runtime import Choice
+
+TOKEN, ROW, POSITION, REAL = range(4)
+"""What a step brings of each of its tokens, as rows of one array: one transfer. ROW: of the table of slots. REAL: 0 fills up."""
+
+
+class PagesInPlace:
+    """A step's tokens, and where their entries lie; speaks as a cache to `nn.attention.Attention`.  numbers (4, N) int64."""
+
+    began = None
+
+    def __init__(self, pages: Pages, numbers: Tensor, tiles: Sequence[paged.Tiles]):
+        self.pages, self.tiles, self.request, self.positions = pages, tiles, numbers[ROW], numbers[POSITION]
+        self.into = [slots[self.request, self.positions].where(numbers[REAL] > 0, -1) for slots in pages.table.slots]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None, sinks: Tensor | None) -> Tensor:
+        """q (N, H, 1, d), k, v (N, K, 1, d), of one token each -> (N, H, 1, d)"""
+        group, (keys, values) = self.pages.group_of[layer], self.pages.entries[layer]
+        paged.write(k[:, :, 0], v[:, :, 0], self.into[group], keys.codes, values.codes)
+        return paged.attend(q[:, :, 0], keys.codes, values.codes, self.pages.table.slots[group], self.request, self.positions, self.tiles,
+                            window, scale, sinks)[:, :, None]
+
+    def advance(self, tokens: int) -> None:
+        """Counters are the requests' own."""
+
+
+class GpuStep:
+    """`hidden(parts)` -> (N, D), rows in the parts' order."""
+
+    def __init__(self, model: Decoder, pages: Pages):
+        self.model, self.pages = model, pages
+        self.group = max(layer.mixer.heads // layer.mixer.kv_heads for layer in model.spec.layers)  # type: ignore[union-attr]
+        self.graphs = choose_graphs(model)
+        self.recorded: dict[int, Recorded] = {}  # by the number of rows
+        self.tables: list[int] = []  # where the tables of slots lay when they were recorded
+
+    def hidden(self, parts: Sequence[Part], same: bool = True) -> Tensor:
+        """same: the model is as it always is (an adapter's pass is not)."""
+        numbers = self._numbers(parts)
+        if same and self.graphs.value and all(p.count == 1 for p in parts):
+            return self._replay(numbers)
+        counts, ones = [p.count for p in parts], sum(p.count == 1 for p in parts)
+        firsts = np.cumsum([0, *counts[:-1]])
+        return self._run(numbers.to(self.pages.device), self._tiles(firsts, counts, ones))
+
+    def _numbers(self, parts: Sequence[Part]) -> Tensor:
+        """(4, N) on the host."""
+        stops = [p.start + p.count for p in parts]
+        rows = self.pages.table.follow([p.request for p in parts], [p.start for p in parts], stops)
+        tokens = [t for p, stop in zip(parts, stops, strict=True) for t in p.request.tokens[p.start : stop]]
+        positions = np.concatenate([np.arange(p.start, stop) for p, stop in zip(parts, stops, strict=True)])
+        return torch.from_numpy(np.stack([tokens, np.repeat(rows, [p.count for p in parts]), positions, np.ones_like(positions)]))
+
+    def _tiles(self, firsts: Any, counts: Sequence[int], ones: int) -> list[paged.Tiles]:
+        """Parts of one token, which stand first, have tiles of one row; longer ones are cut. (See `segments_of`.)"""
+        most, made = paged.chunk_rows(self.group), []
+        if ones:
+            made.append((firsts[:ones], np.ones(ones, np.int64), 1))
+        if ones < len(counts):
+            cut = [(first + at, min(most, n - at)) for first, n in zip(firsts[ones:], counts[ones:], strict=True) for at in range(0, n, most)]
+            made.append((*np.array(cut, np.int64).T, most))
+        arrays = [(torch.from_numpy(np.stack([f, c])).to(self.pages.device), most) for f, c, most in made]
+        return [paged.Tiles(both[0], both[1], most) for both, most in arrays]
+
+    def _run(self, numbers: Tensor, tiles: Sequence[paged.Tiles]) -> Tensor:
+        """numbers (4, N) on the device -> (N, D): each token a sequence of its own to the mixers, all of them in one segment."""
+        dtype, N = self.model.compute_dtype or self.model.embed.weight.dtype, numbers.shape[1]
+        cache: Any = PagesInPlace(self.pages, numbers, tiles)
+        inner = Context(numbers[POSITION][:, None], dtype, cache=cache)
+        flat = Context(numbers[POSITION][None], dtype, segments=[Segment(0, N, N, inner)])
+        return self.model.run(numbers[TOKEN][None], flat)[0]
+
+    def _replay(self, numbers: Tensor) -> Tensor:
+        """The recorded pass of the next larger batch, filled up with rows that write and read nothing."""
+        tables = [slots.data_ptr() for slots in self.pages.table.slots]
+        if tables != self.tables:  # they have grown, and moved
+            self.tables, self.recorded = tables, {}
+        rows = rows_recorded(numbers.shape[1])
+        if rows not in self.recorded:
+            self.recorded[rows] = Recorded(self, rows)
+        return self.recorded[rows](numbers)
+
+
+class Recorded:
+    """A pass over so many rows of one token each. On a GPU its launches are recorded when it is first called; on a CPU it just runs."""
+
+    def __init__(self, step: GpuStep, rows: int):
+        self.step, device = step, step.pages.device
+        self.numbers = torch.zeros(4, rows, dtype=torch.int64, device=device)
+        self.tiles = [paged.Tiles(torch.arange(rows, device=device), self.numbers[REAL], 1)]
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.out: Tensor | None = None
+
+    def __call__(self, numbers: Tensor) -> Tensor:
+        """numbers (4, n) on the host, n up to `rows` -> (n, D)"""
+        n = numbers.shape[1]
+        self.numbers[:, :n].copy_(numbers)
+        self.numbers[:, n:] = 0
+        if self.numbers.device.type != "cuda":
+            return self._pass()[:n]
+        if self.graph is None:
+            self._record()
+        assert self.graph is not None and self.out is not None
+        self.graph.replay()
+        return self.out[:n].clone()  # the next replay writes over it
+
+    def _pass(self) -> Tensor:
+        return self.step._run(self.numbers, self.tiles)
+
+    def _record(self) -> None:
+        """Two passes first, on a stream of their own: kernels are compiled, libraries set up. They write what the replay will write."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self._pass()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.out = self._pass()
+
+
+def rows_recorded(n: int) -> int:
+    """1, 2, 4, then multiples of 8: what is filled up costs little, and few passes are recorded."""
+    return 1 << (n - 1).bit_length() if n <= 4 else -(-n // 8) * 8
+
+
+def choose_graphs(model: Decoder) -> Choice:
+    """Whether a pass of this model can be recorded: nothing in it may wait for the GPU, or depend on what ran on the host."""
+    if any(isinstance(layer.ffn, MoE) for layer in model.spec.layers):
+        return Choice(False, "its experts' tokens are counted on the host")
+    if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+        return Choice(False, "it has hooks, whose Python would run once only")
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return Choice(False, "it takes part in exchanges between processes")
+    return Choice(True, "steps of one token for each request are recorded once and replayed")
+
+
+def choose_gpu_step(model: Decoder, pages: Pages) -> Choice:
+    """A GpuStep, or None, and why."""
+    triton = choose_triton(pages.device)
+    if not triton.value:
+        return Choice(None, triton.reason)
+    for layer in model.layers:
+        if type(layer.mixer) is not Attention or hasattr(layer, "cross"):
+            return Choice(None, f"{type(layer.mixer).__name__} has no Triton kernel over pages")
+        spec = layer.mixer.spec
+        if spec.rope.by_length or not spec.causal or spec.head_dim > 256:
+            return Choice(None, "rotations by the sequence's length, sight of the future, or heads wider than 256 have no Triton kernel")
+    if pages.codes.kept not in (torch.float32, torch.bfloat16):
+        return Choice(None, f"a cache of {pages.codes.name} has no Triton kernel")
+    step = GpuStep(model, pages)
+    return Choice(step, f"{triton.reason}; attention reads the pages where they lie; {step.graphs.reason}")
