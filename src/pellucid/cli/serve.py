@@ -88,15 +88,31 @@ class Serve(RunsModel):
     prefix: Literal["chain", "radix", "radix-cost", "none"] = "chain"
     """Prefix cache: chain of block hashes, radix tree (exact to the token; radix-cost evicts what is cheapest to lose), or none.
     前缀缓存：分块哈希链、基数树（精确到词元；radix-cost 先淘汰损失最小者）或不用。"""
-    order: Literal["first-come", "longest-hit", "depth-first", "fair"] = "first-come"
+    order: Literal["first-come", "longest-hit", "depth-first", "planned", "fair"] = "first-come"
     """Who is admitted first: the oldest, the longest hit in the prefix cache, depth first by prefix, or the key or salt served least.
     准入次序：先到先得、前缀命中最长、按前缀深度优先，或得到服务最少的密钥。"""
+    step_ms: float | None = None
+    """Longest step in milliseconds: prompts are read in smaller pieces, so that answers on their way keep their pace.
+    每步的最长毫秒数：提示被切成更小的块读取，使正在进行的回答保持速度。"""
     budget: int = 512
     """Tokens computed in a step; prompts longer than that are cut into chunks.
     每步计算的词元数；更长的提示会被分块。"""
     adapters: Path | None = None
     """Folder of LoRA adapters (PEFT's format), one a subfolder: each is a model of its own name, and more can be loaded while it runs.
     LoRA 适配器目录（PEFT 格式），每个子目录一个：各以其名作为模型，运行中可继续加载。"""
+    tp: int = 1
+    """Processes that share every layer of a model: heads, channels and experts (tensor parallelism). Each reads its part of the weights.
+    分摊模型每一层（注意力头、通道、专家）的进程数（张量并行）；各进程只读取自己的权重。"""
+    dp: int = 1
+    """Engines beside each other, each with all weights; requests go to the one that has their prefix, or the emptiest. Goes with --tp.
+    并列的引擎数，各持全部权重；请求分给已有其前缀者或最空闲者。可与 --tp 合用。"""
+    dp_attention: int = 1
+    """Processes with requests and cache of their own that share feed-forwards and experts: for latent attention, whose cache --tp would hold
+    several times.
+    各有请求与缓存、共享前馈层与专家的进程数：适合潜在注意力（--tp 会重复存放其缓存）。"""
+    disaggregate: bool = False
+    """One process computes prompts, another goes on with the answers: long prompts do not hold up running answers.
+    一个进程计算提示，另一个继续生成：长提示不会拖慢正在进行的回答。"""
     tool_format: str | None = None
     """How the model writes tool calls: hermes, qwen3-coder, deepseek, deepseek-dsml, llama-json, pythonic, mistral, harmony; by default
     what its chat template shows.
@@ -137,7 +153,8 @@ def serve(config: Serve) -> None:
     with bind(config.host, config.port) as listener:  # before the model is loaded: a taken port is told at once
         prepare(config, seed=None)
         engine = EngineConfig(cache_tokens=config.cache_tokens, prefix=config.prefix, order=config.order, running=config.running,
-                              budget=config.budget, **config.proposing())
+                              budget=config.budget, step_seconds=None if config.step_ms is None else config.step_ms / 1e3,
+                              **config.proposing())
         models = {name: opened(name, path, config, engine) for name, path in zip(names, config.models)}
         app = create_app(models, api_key=keys, waiting=config.waiting, engine=engine, max_tokens=config.max_tokens, timeout=config.timeout,
                          max_body=config.max_body, form=config.tool_format, tracing=config.otel, adapters=config.adapters)
@@ -159,8 +176,11 @@ def opened(name: str, path: str, config: Serve, engine: EngineConfig) -> Any:
     from pellucid.server.registry import open_model
 
     began = time.perf_counter()
-    model = open_model(path, engine, **config.opening())
+    model = open_model(path, engine, **config.opening(), tp=config.tp, dp=config.dp, dp_attention=config.dp_attention,
+                       disaggregate=config.disaggregate)
     loaded = time.perf_counter() - began
+    if isinstance(model, LLM) and model.layout.processes > 1:
+        return model  # its processes load and warm up when the engine is made, and tell it themselves
     warm = warm_up(model.model) if isinstance(model, LLM) else 0.0
     note(say("serve.ready", name=name, loaded=f"{loaded:.1f}", warm=f"{warm:.1f}"))
     return model
