@@ -169,6 +169,23 @@ def test_cancelling_wherever_it_is_frees_both_sides(delay, model, sides):
     both.until(lambda: both.idle and both.prefill.granted == WINDOW)
 
 
+def test_a_request_that_was_handed_over_is_cancelled_where_it_is(model, sides):
+    both, go = sides(CONFIG), threading.Event()
+    step = both.decode.engine.step
+    both.decode.engine.step = lambda: (go.wait(30), step())[1]
+    both.add(0, Request([1, 2, 3], SamplingParams(max_tokens=100)))
+    both.add(1, Request([4, 5, 6], SamplingParams(max_tokens=4)))
+    both.until(lambda: {0, 1} & set(both.decode.requests))
+    both.until(lambda: not both.prefill.requests and not both.prefill.outbox)
+    both.drivers[0].send({"do": "cancel", "number": 0})
+    both.until(lambda: both.prefill.driver.ready() is False)  # it has heard it, and passed it on
+    time.sleep(0.05)
+    go.set()
+    both.until(lambda: both.done(1))
+    both.until(lambda: both.idle and both.prefill.granted == WINDOW)
+    assert not both.done(0) and len(both.tokens(0)) < 20
+
+
 def test_a_transfer_that_does_not_fit_is_refused_and_leaves_nothing(model, sides):
     both = sides(CONFIG)
     hold = {}

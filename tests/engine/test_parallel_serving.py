@@ -16,7 +16,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
-from tiny_checkpoints import checkpoint, tokenizer
+from tiny_splits import checkpoint, tokenizer
 
 from pellucid import events
 from pellucid.engine import LLM, AsyncLLM, SamplingParams, StructuredOutput

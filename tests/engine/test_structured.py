@@ -127,10 +127,10 @@ CONFIGS = {"plain": {"prefix": "none"}, "chunks of 1": {"chunk": 1}, "chunks of 
 
 
 @pytest.fixture(scope="module")
-def free(model):
+def free(model, words):
     """What a request without a form writes, alone."""
     r = Request([3, 4, 5], SamplingParams(max_tokens=30, temperature=1.0), 9)
-    engine = Engine(model, config=EngineConfig(cache_tokens=100))
+    engine = Engine(model, config=EngineConfig(cache_tokens=100), tokenizer=words)
     engine.add(r)
     while engine.busy:
         engine.step()
@@ -162,7 +162,7 @@ def test_a_thought_is_free_and_the_answer_behind_it_is_not(model, words):
             for drafts in (0, 3):
                 engine = Engine(model, words.eos_ids, EngineConfig(cache_tokens=900, block=4, drafts=drafts), words)
                 # the end of the thought made likely, so that it comes; without an open thought also its beginning
-                r = Request(prompt, SamplingParams(max_tokens=250, temperature=1.0, structured=form, logit_bias={close: 4.0, open_: 9.0 if seed % 2 else -9.0}), seed)
+                r = Request(prompt, SamplingParams(max_tokens=250, temperature=1.0, structured=form, logit_bias={close: 5.0, open_: 9.0 if seed % 2 else -9.0}), seed)
                 engine.add(r)
                 while engine.busy:
                     engine.step()

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from tiny_checkpoints import FAMILIES, checkpoint
+from tiny_splits import FAMILIES, checkpoint
 
 import pellucid
 from pellucid.engine.dp_attention import Exchange

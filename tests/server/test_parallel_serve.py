@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
-from tiny_checkpoints import checkpoint
+from tiny_splits import checkpoint
 
 from pellucid.engine import LLM, SamplingParams
 
