@@ -194,7 +194,8 @@ def test_what_two_processes_began_one_ends(folder, tmp_path):
 
 def test_a_process_that_fails_ends_the_others(folder):
     codes, complaints = json.loads((folder / "ended.json").read_text())
-    assert codes == [1, 1] and "another process of this run has ended" in complaints[0]
+    assert codes[0] == 1 and codes[1] in (1, -6)  # gloo may abort the one that leaves first, when the other's connection breaks
+    assert "told to fail" in complaints[1] and "another process of this run has ended" in complaints[0]
 
 
 def test_shares():

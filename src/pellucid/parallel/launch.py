@@ -70,8 +70,10 @@ class Processes:
         return self.count
 
     def close(self) -> None:
-        """They are told to stop, and made to after `PATIENCE` seconds. Nothing where it was done."""
+        """They are told to stop, and made to after `PATIENCE` seconds. Nothing where it was done; waits where another thread is at it."""
         self._end()
+        for process in self.running:
+            process.wait()
 
     def kill(self) -> None:
         """At once: one of them has died, and others may wait for it for ever."""
