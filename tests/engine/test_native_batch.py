@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_native_step import SPECS, model_of
 
-from pellucid.engine import Sample, SamplingParams, run_all
+from pellucid.engine import Sample, SamplingParams, batch, run_all
 from pellucid.engine.decode import CompiledStep, plain_step
 from pellucid.engine.native_batch import BatchStep, choose_step
 from pellucid.nn import KVCache
@@ -84,6 +84,8 @@ def test_one_step_serves_several_caches_and_weights_that_change():
 def test_whole_batches_give_the_same_tokens_and_logprobs(threads, monkeypatch):
     """Shrinking, growing cache, shared prompts, unequal lengths: as through the twin."""
     before, model = torch.get_num_threads(), model_of("windows")
+    monkeypatch.setenv("PELLUCID_NATIVE_BATCH", "1")
+    assert isinstance(batch.choose_step(model).value, BatchStep)
     torch.set_num_threads(threads)
 
     def answers() -> list[Sample]:
