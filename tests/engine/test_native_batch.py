@@ -84,7 +84,6 @@ def test_one_step_serves_several_caches_and_weights_that_change():
 def test_whole_batches_give_the_same_tokens_and_logprobs(threads, monkeypatch):
     """Shrinking, growing cache, shared prompts, unequal lengths: as through the twin."""
     before, model = torch.get_num_threads(), model_of("windows")
-    monkeypatch.setenv("PELLUCID_NATIVE_BATCH", "1")
     assert isinstance(batch.choose_step(model).value, BatchStep)
     torch.set_num_threads(threads)
 

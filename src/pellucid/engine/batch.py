@@ -9,20 +9,17 @@ writing, so its turns before are never computed again, and never tokenised again
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from pellucid.engine import decode, native_batch
 from pellucid.engine.decode import Step
-from pellucid.engine.native_batch import BatchStep
+from pellucid.engine.native_batch import BatchStep, choose_step
 from pellucid.engine.params import SamplingParams
 from pellucid.engine.sampler import Sampler
 from pellucid.errors import BadInput
 from pellucid.nn import Decoder, KVCache
-from pellucid.runtime import Choice
 
 
 @dataclass
@@ -166,12 +163,6 @@ class Batch:
         self.sampler.keep(rows)
         self.active = [self.active[i] for i in going]
         return tokens[rows]
-
-
-def choose_step(model: Decoder) -> Choice:
-    """The C++ step only where PELLUCID_NATIVE_BATCH=1 asks for it: beside other work, reruns with it were not always equal bit for
-    bit (experiments/LOG.md), and training promises that."""
-    return (native_batch if os.environ.get("PELLUCID_NATIVE_BATCH") == "1" else decode).choose_step(model)
 
 
 def check_length(prompt: int, max_tokens: int, context: int) -> None:

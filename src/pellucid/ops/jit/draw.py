@@ -79,10 +79,13 @@ def draw(logits: Array, temperature: Array, seeds: Array, steps: Array, tokens: 
         scale = np.float32(1) if heat == 0 else np.float32(1) / max(heat, np.float32(1e-30))
         weights, sums = np.empty(V, np.float32), np.empty(blocks, np.float64)
         for k in range(blocks):
-            total = np.float32(0)
-            for i in range(k * BLOCK, min(V, (k + 1) * BLOCK)):
+            start, stop, total = k * BLOCK, min(V, (k + 1) * BLOCK), np.float32(0)
+            for i in range(start, stop):
                 y = (wide(row[i]) - top) * scale
                 weights[i] = np.float32(0) if y <= np.float32(-87) else exp(y)  # NaN stays NaN
+            # A loop of its own. Where the one above also summed, LLVM took its scalar form, which adds in another order, whenever the
+            # two arrays lay close enough that they might overlap: the last bit depended on where memory was free.
+            for i in range(start, stop):
                 total += weights[i]
             sums[k] = total
         whole = sums.sum()
