@@ -6,6 +6,7 @@ One pair of processes (module-scoped) opens one model after the other.
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import signal
 import sys
@@ -51,14 +52,7 @@ def pairs():
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    made = {}
-
-    def folder(family):
-        if family not in made:
-            made[family] = checkpoint(family, tmp_path_factory.mktemp(family) / "model")
-        return made[family]
-
-    return folder
+    return functools.cache(lambda family: checkpoint(family, tmp_path_factory.mktemp(family) / "model"))
 
 
 @pytest.fixture

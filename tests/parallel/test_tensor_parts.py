@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 
 import pytest
@@ -63,14 +64,7 @@ def together(size: int, work):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    made = {}
-
-    def folder(family):
-        if family not in made:
-            made[family] = checkpoint(family, tmp_path_factory.mktemp(family) / "model")
-        return made[family]
-
-    return folder
+    return functools.cache(lambda family: checkpoint(family, tmp_path_factory.mktemp(family) / "model"))
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_answer_parser import merged
 
-from pellucid.server.formats import FORMATS, Piece, format_of, typed
+from pellucid.server.calls import Piece
+from pellucid.server.formats import FORMATS, format_of
 from pellucid.server.parser import AnswerParser, parse_answer
 from pellucid.server.tape import Tape
+from pellucid.server.text_calls import typed
 
 SCHEMAS = {"f": {"type": "object", "properties": {
     "a": {"type": "integer"}, "b": {"type": "string"}, "c": {"type": ["array", "null"]}, "d": {"anyOf": [{"type": "string"}, {"type": "null"}]},

@@ -17,7 +17,7 @@ from pellucid.events import Event, emit
 
 if TYPE_CHECKING:
     from pellucid.engine import LLM, SamplingParams
-    from pellucid.server.formats import Piece
+    from pellucid.server.calls import Piece
     from pellucid.tasks import Tool
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"

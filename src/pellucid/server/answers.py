@@ -11,8 +11,8 @@ from typing import Any
 
 from pellucid.engine.job import Job, per_token
 from pellucid.engine.request import Request
+from pellucid.server.calls import Piece
 from pellucid.server.errors import Refused, as_json
-from pellucid.server.formats import Piece
 from pellucid.server.protocol import CompletionRequest
 from pellucid.server.reader import AnswerReader, Update
 from pellucid.tokenizers import Tokenizer

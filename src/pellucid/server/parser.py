@@ -2,7 +2,7 @@
 
     <think>            ->  reasoning        (only where the answer begins with it)
     Hello              ->  content
-    <tool_call>        ->  tool_call        read when its block is closed; the families' formats are in server/formats.py
+    <tool_call>        ->  tool_call        the families' formats are in server/formats.py
     {...}
     </tool_call>
 
@@ -19,7 +19,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
-from pellucid.server.formats import HERMES, BlockReader, Format, Piece, Schemas, forced, parse_call
+from pellucid.server.calls import BlockReader, Piece, Schemas
+from pellucid.server.formats import HERMES, Format, parse_call
+from pellucid.server.json_calls import forced
 from pellucid.server.tape import unfinished
 
 __all__ = ["AnswerParser", "Piece", "parse_answer", "parse_call", "unfinished"]

@@ -7,7 +7,8 @@ from typing import Protocol
 
 from pellucid.engine.params import SamplingParams
 from pellucid.engine.request import Request
-from pellucid.server.formats import BlockReader, Piece, forced
+from pellucid.server.calls import BlockReader, Piece
+from pellucid.server.json_calls import forced
 from pellucid.server.registry import Served
 
 

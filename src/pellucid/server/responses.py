@@ -17,8 +17,8 @@ from fastapi import FastAPI, Request, Response
 
 from pellucid.engine.job import Job
 from pellucid.server.answers import joined, reader_of, sse, updates, whole
+from pellucid.server.calls import Piece
 from pellucid.server.errors import Json, Refused, refusal_of
-from pellucid.server.formats import Piece
 from pellucid.server.jobs import Desk, EventStream, unless_gone
 from pellucid.server.protocol import FunctionCall, Message, ToolCall
 from pellucid.server.responses_body import NamedChoice, ResponsesRequest
