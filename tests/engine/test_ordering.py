@@ -72,6 +72,27 @@ def test_priority_first_and_nobody_waits_for_more_than_a_window():
     assert len(list(itertools.groupby(stems))) == 2  # those that share a stem stand together
 
 
+@pytest.mark.parametrize("priorities", [[0], [0, 0, 0, -1]])
+def test_a_stream_that_shares_a_stem_does_not_starve_one_that_shares_nothing(priorities):
+    """The cache holds little more than the stem: whenever it is planned, the other costs least when it comes last."""
+    planned, cache, numbers = Planned(), HashChain(12, 1), itertools.count(1)
+
+    def next_one(priority=0):
+        n = next(numbers)
+        return Request([1] * 8 + [n], SamplingParams(max_tokens=2), number=n, priority=priority)
+
+    other = Request([9] * 8, SamplingParams(max_tokens=2), number=0)
+    waiting, later = [other, *(next_one() for _ in range(WINDOW + 2))], 0
+    for turn in range(10 * WINDOW):
+        first = next(iter(planned(waiting, cache)))
+        if first is other:
+            break
+        later += first.priority == 0
+        waiting.remove(first)
+        waiting.append(next_one(priorities[turn % len(priorities)]))
+    assert 0 < later < WINDOW and first is other
+
+
 def test_who_has_left_is_forgotten():
     planned, cache = Planned(), HashChain(100, 1)
     crowd = waiting_of([1, 2], [3, 4], [1, 5])

@@ -55,16 +55,24 @@ def fewest_tokens(prompts: Sequence[Sequence[int]], hits: Sequence[int], room: i
 
 
 class Planned:
-    """An `Order` of the scheduler: by priority; among equals the oldest WINDOW in the order that computes the fewest tokens, so
-    that nobody waits for more than a window of later ones. The plan is made again when the waiting ones have changed."""
+    """An `Order` of the scheduler: by priority; among equals WINDOW at a time in the order that computes the fewest tokens. Later
+    ones join only when all of a batch are admitted (or it has room), so that nobody waits for more than a window of later ones.
+    The plan is made again when the waiting ones of the batch have changed."""
 
     def __init__(self) -> None:
+        self.batches: dict[int, list[Request]] = {}  # of each priority, those that are planned together, the admitted ones too
         self.planned: list[Request] = []
         self.seen: list[Request] = []
 
     def __call__(self, waiting: list[Request], cache: PrefixCache) -> Iterable[Request]:
-        ranked = sorted(waiting, key=lambda r: (r.priority, r.number))
-        window = [r for r in ranked if r.priority == ranked[0].priority][:WINDOW]
+        if not waiting:
+            return []
+        ranked, here = sorted(waiting, key=lambda r: (r.priority, r.number)), set(waiting)
+        self.batches = {priority: batch for priority, batch in self.batches.items() if not here.isdisjoint(batch)}
+        equals = [r for r in ranked if r.priority == ranked[0].priority]
+        batch = self.batches.setdefault(ranked[0].priority, [])
+        batch += [r for r in equals if r not in batch][: WINDOW - len(batch)]
+        window = [r for r in equals if r in batch]
         if set(window) != set(self.seen):
             hits = [len(cache.match(r)) * cache.size for r in window]
             order, _ = fewest_tokens([r.tokens for r in window], hits, cache.available() * cache.size)
