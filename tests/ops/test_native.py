@@ -173,6 +173,20 @@ def test_wrong_inputs_are_refused():
     assert library.product(plain(w, None), rows(0, 6)).shape == (0, 4)
 
 
+@pytest.mark.parametrize("change", [lambda: torch.set_default_dtype(torch.bfloat16), lambda: torch.set_default_device("meta")])
+def test_pytorchs_defaults_do_not_decide_where_results_are_written(change):
+    """They are written as float32: memory for bfloat16 numbers would end half way."""
+    library, w, x = choose_native().value, rows(300, 64), rows(4, 64)
+    want = library.product(plain(w, None), x)
+    try:
+        change()
+        y = library.product(plain(w, None), x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert y.dtype == torch.float32 and torch.equal(y, want)
+
+
 def test_a_child_process_has_threads_of_its_own():
     """Threads stay with the parent at a fork: without new ones a child would wait for ever."""
     library, w, x = choose_native().value, rows(300, 64), rows(4, 64)
@@ -220,6 +234,7 @@ def test_a_library_of_other_sources_is_not_loaded(tmp_path, monkeypatch):
     assert found is not None
     copy = tmp_path / "native"
     shutil.copytree(build.HERE, copy)
+    shutil.copy(found, copy)  # which may lie in the cache folder
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(build, "HERE", copy)
     assert build.find() == copy / found.name

@@ -75,7 +75,7 @@ class NativeStep:
 
     def hidden(self, tokens: Tensor, batch: PagedBatch) -> Tensor:
         self._follow(batch.slots.shape[1])
-        step, out = self.step, torch.empty(len(tokens), self.model.spec.dim)
+        step, out = self.step, torch.empty(len(tokens), self.model.spec.dim, dtype=torch.float32, device="cpu")
         indices = (tokens, batch.positions, batch.request, *batch.every_into, *batch.every_slots)
         assert all(t.dtype == torch.int64 and t.is_contiguous() for t in indices)
         step.tokens, step.positions, step.request, *rest = (t.data_ptr() for t in indices)

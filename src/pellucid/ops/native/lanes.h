@@ -88,7 +88,7 @@ inline vi whole(vf x) {  // to nearest, ties to even; |x| < 2^22. An instruction
 
 // --- rows of float32 or bfloat16, as they lie in a checkpoint ------------------------------------------------------------
 
-typedef vu vraw;  // 64, 32 or 16 bytes of a row
+typedef uint32_t vraw __attribute__((vector_size(4 * W), aligned(2), may_alias));  // 64, 32 or 16 bytes of a row, which may begin anywhere
 template <class T> constexpr i64 STEP = 4 * W / sizeof(T);
 template <class T> inline vraw raw(const T* p) { return *(const vraw*)p; }
 

@@ -78,7 +78,7 @@ class Library:
         if x.dtype != torch.float32 or x.dim() != 2 or x.shape[1] != matrix.k or x.device.type != "cpu":
             raise TypeError(f"the product takes float32 (M, {matrix.k}) on the CPU, not {x.dtype} {tuple(x.shape)} on {x.device}")
         x = x.contiguous()
-        y = torch.empty(len(x), matrix.n)
+        y = torch.empty(len(x), matrix.n, dtype=torch.float32, device="cpu")  # whatever the defaults are
         if len(x):
             check(self.c.pellucid_product(ctypes.byref(matrix), x.data_ptr(), len(x), torch.get_num_threads(), int(whole), y.data_ptr()))
         return y

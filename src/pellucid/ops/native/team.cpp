@@ -45,7 +45,8 @@ struct Team {
     int64_t size = 0;
 
     // The part that is shared out: its number in the high half, the next piece in the low half. Who raises it from what it read
-    // has that piece; the fields were that part's own, since they change only while the low half is NONE.
+    // has that piece; the fields were that part's own, since they change only while the low half is NONE: they are released and
+    // acquired each, so that whoever sees one of the next part no longer finds the ticket of this one (ARM may show them earlier).
     alignas(64) std::atomic<uint64_t> ticket{NONE};
     std::atomic<uint64_t> pieces{0};
     std::atomic<int> wanted{0};
@@ -55,9 +56,9 @@ struct Team {
 
     bool take(int rank) {
         uint64_t t = ticket.load(std::memory_order_acquire);
-        while ((t & NONE) < pieces.load(std::memory_order_relaxed) && rank < wanted.load(std::memory_order_relaxed)) {
-            Piece call = piece.load(std::memory_order_relaxed);
-            const void* with = about.load(std::memory_order_relaxed);
+        while ((t & NONE) < pieces.load(std::memory_order_acquire) && rank < wanted.load(std::memory_order_acquire)) {
+            Piece call = piece.load(std::memory_order_acquire);
+            const void* with = about.load(std::memory_order_acquire);
             if (ticket.compare_exchange_weak(t, t + 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
                 call(with, int64_t(t & NONE), rank);
                 done.fetch_add(1, std::memory_order_release);
@@ -70,8 +71,8 @@ struct Team {
     void share(int64_t n, Piece call, const void* with) {
         const uint64_t part = ticket.load(std::memory_order_relaxed) | NONE;
         ticket.store(part, std::memory_order_seq_cst);
-        pieces.store(uint64_t(n), std::memory_order_relaxed), wanted.store(crew.threads, std::memory_order_relaxed);
-        piece.store(call, std::memory_order_relaxed), about.store(with, std::memory_order_relaxed);
+        pieces.store(uint64_t(n), std::memory_order_release), wanted.store(crew.threads, std::memory_order_release);
+        piece.store(call, std::memory_order_release), about.store(with, std::memory_order_release);
         done.store(0, std::memory_order_relaxed);
         ticket.store(part + 1, std::memory_order_release);  // the next number, piece 0
         while (take(0)) {
