@@ -57,6 +57,7 @@ def test_a_message_larger_than_the_sockets_buffer_arrives_whole(ends):
     frame({"body": 3, "tensors": []}),
     frame({"body": {}, "tensors": [["F31", [1]]]}),
     frame({"body": {}, "tensors": [["F32", [1 << 40]]]}),  # four TiB
+    frame({"body": {}, "tensors": [["F32", [0, 1 << 70]]]}),  # of no number, and no possible shape
     frame({"body": {}, "tensors": [["F32", [1 << 19]], ["F32", [1 << 20]]]}),  # together beyond the limit
     frame({"body": {}, "tensors": [["F32", [-1, -4]]]}),
     frame({"body": {}, "tensors": [["F32", [True]]]}),

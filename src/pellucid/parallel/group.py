@@ -72,7 +72,7 @@ def join(rank: int, size: int, folder: Path, device: torch.device) -> Group:
     """The group of `size` processes on this machine that meet in a private folder. Sets the device of a process on GPUs."""
     loopback = {"Linux": "lo", "Darwin": "lo0"}.get(platform.system())
     if loopback:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)  # nobody from outside can take part
+        os.environ["GLOO_SOCKET_IFNAME"] = loopback  # nobody from outside can take part, whatever is set for training on several machines
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)

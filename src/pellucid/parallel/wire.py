@@ -73,7 +73,7 @@ class Channel:
             raise Garbled("the body of a message is no object")
         left = self.most_bytes
         for dtype, shape in shapes:
-            if not all(type(n) is int and n >= 0 for n in shape) or (left := left - math.prod(shape) * dtype.itemsize) < 0:
+            if not all(type(n) is int and 0 <= n <= self.most_bytes for n in shape) or (left := left - math.prod(shape) * dtype.itemsize) < 0:
                 raise Garbled(f"a tensor of shape {shape}", f"at most {self.most_bytes} bytes are accepted")
         return body, [self._tensor(dtype, shape) for dtype, shape in shapes]
 
