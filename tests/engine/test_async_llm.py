@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -173,3 +174,11 @@ class Silent:
 
     def read(self, request: Any, tokens: list[int]) -> None:
         self.finish_reason = request.finish_reason
+
+
+def test_an_answer_without_tokens_is_no_time_between_tokens():
+    """A process may refuse a request that another one has begun."""
+    job: Any = SimpleNamespace(first=1.0)
+    choice: Any = SimpleNamespace(last=1.0)
+    AsyncLLM._time(SimpleNamespace(), job, choice, 0, 2.0)  # type: ignore[arg-type]
+    assert (job.first, choice.last) == (1.0, 1.0)

@@ -23,6 +23,7 @@ from pellucid import events
 from pellucid.engine import LLM, AsyncLLM, SamplingParams, StructuredOutput
 from pellucid.engine.core import Engine, EngineConfig
 from pellucid.engine.fleet import Fleet
+from pellucid.engine.job import TextReader
 from pellucid.engine.layout import Layout
 from pellucid.engine.llm import open_model
 from pellucid.engine.request import Request, State
@@ -234,6 +235,25 @@ def test_tokens_that_overtake_others_wait_for_them(fleet_of):
     assert fleet._take(0, {"step": [row(0, [10])]}) == [(r, [10]), (r, [11]), (r, [12, 13])]
     assert r.output == [10, 11, 12, 13] and r.logprobs == [-10, -11, -12, -13]
     assert fleet._take(1, {"step": [row(4, [14], "length")]}) == [(r, [14])] and not fleet.requests and not fleet.early
+
+
+def test_a_request_stands_once_in_a_step_whatever_was_heard_meanwhile(fleet_of):
+    """Processes go on while nobody listens: its last tokens and those before them may be taken in one step. A reader would end at the first."""
+    fleet = fleet_of("llama", "replicas")
+    r, other = (Request([1, 2, 3], SamplingParams(max_tokens=3)) for _ in range(2))
+    for number, request in enumerate((r, other), start=1000):
+        fleet.requests[number], fleet.number_of[request] = (request, 0), number
+        fleet.scheduler.waiting.append(request)
+        fleet.router.loads[0] += request.limit
+        fleet.router.counts[0] += 1
+    for number, at, tokens, reason in ((1000, 0, [10], None), (1001, 0, [20], None), (1000, 1, [11, 12], "length"), (1001, 1, [21], None)):
+        fleet.heard.put((0, {"step": [{"number": number, "at": at, "tokens": tokens, "reason": reason, "hit": 0, "preemptions": 0}]}))
+    given = fleet.step()
+    assert given == [(r, [10, 11, 12]), (other, [20, 21])] and r.finish_reason == "length"
+    reader = TextReader(tokenizer(), r.params)
+    chunk = reader.read(*given[0])
+    assert chunk is not None and chunk.token_ids == [10, 11, 12] and chunk.finish_reason == "length"
+    fleet._leave(other, "cancelled")
 
 
 # --- the faces --------------------------------------------------------------------------------------------------------------

@@ -296,6 +296,8 @@ class AsyncLLM:
                 self._end(job, None)
 
     def _time(self, job: Job, choice: Choice, tokens: int, now: float) -> None:
+        if not tokens:  # another process has refused it
+            return
         if job.first is None:
             job.first = now
             self.latencies.first.observe(now - job.arrived)

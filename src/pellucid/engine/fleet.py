@@ -229,7 +229,8 @@ class Fleet(Engine):
             self._send(self.layout.entries[place], {"do": "cancel", "number": number})
 
     def step(self) -> list[tuple[Request, list[int]]]:
-        """Engines that step together make one step; of the others the next answers are taken."""
+        """Engines that step together make one step; of the others the next answers are taken. Each request stands there once, with all
+        its new tokens: its `finish_reason` is the last message's, so that the first of two would look like the end."""
         self._living()
         given: list[tuple[Request, list[int]]] = []
         if self.layout.together:
@@ -241,12 +242,12 @@ class Fleet(Engine):
                 given += self._take(rank, message)
                 if "step" in message:
                     waiting.discard(rank)
-            return given
+            return once_each(given)
         given += self._take(*self._hear())
         with contextlib.suppress(queue.Empty):
             while True:
                 given += self._take(*self._hear(block=False))
-        return given
+        return once_each(given)
 
     def snapshot(self) -> dict[str, Any]:
         def row(r: Request) -> dict[str, Any]:
@@ -323,6 +324,13 @@ class Fleet(Engine):
             record |= {"running": len(self.scheduler.running), "waiting": len(self.scheduler.waiting), "available": self.cache.free,
                        "blocks": self.cache.blocks, "step": self.steps}
             events.emit(EngineStep(**record))
+
+
+def once_each(given: list[tuple[Request, list[int]]]) -> list[tuple[Request, list[int]]]:
+    merged: dict[Request, list[int]] = {}
+    for request, tokens in given:
+        merged.setdefault(request, []).extend(tokens)
+    return list(merged.items())
 
 
 def refuse_what_is_not_shared(model: str | os.PathLike[str], config: EngineConfig, layout: Layout, device: str, quantize: str | None) -> None:
