@@ -12,6 +12,7 @@ import torch
 from pellucid.engine import LLM, AsyncLLM, SamplingParams
 from pellucid.engine.async_llm import Closed, QueueFull
 from pellucid.engine.core import EngineConfig
+from pellucid.engine.job import TextReader
 from pellucid.errors import BadInput
 from pellucid.nn import MLP, Attn, Decoder, DecoderSpec, Layer, Rope, init_weights
 from pellucid.tokenizers import train_bpe
@@ -141,6 +142,23 @@ def test_a_failure_is_told_and_survived(llm: LLM, monkeypatch: pytest.MonkeyPatc
         return engine.totals
 
     assert run(llm, main)["generated_tokens"] == 16, "counters go on where the failed engine's ended"
+
+
+def test_a_call_beside_a_failing_request_is_answered(llm: LLM, monkeypatch: pytest.MonkeyPatch):
+    async def main(engine: AsyncLLM) -> Any:
+        def broken(*_: Any, **__: Any) -> Any:
+            raise RuntimeError("memory is full")
+
+        monkeypatch.setattr(engine.engine, "add", broken)
+        with engine._wake:  # so that the engine's thread finds both at once
+            future = engine.call_soon(lambda: 7)
+            job = await engine.submit([[1, 2]], [SamplingParams(max_tokens=2)], lambda p, _: TextReader(llm.tokenizer, p))
+        with pytest.raises(RuntimeError, match="memory is full"):
+            async for _ in job:
+                pass
+        return await asyncio.wait_for(asyncio.wrap_future(future), 5)
+
+    assert run(llm, main) == 7
 
 
 def test_closing_ends_what_runs(llm: LLM):

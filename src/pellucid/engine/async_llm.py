@@ -242,16 +242,17 @@ class AsyncLLM:
                 calls, self._calls = self._calls, []
             if self.dead is not None:
                 self._fail(self.dead)
-                for _, future in calls:
-                    future.set_exception(self.dead)
+                for _, future in calls + self._calls:
+                    if future.set_running_or_notify_cancel():
+                        future.set_exception(self.dead)
                 return
             try:
                 for job in new:
                     self._start(job)
                 for job in dropped:
                     self._end(job, Closed("the engine is shutting down") if self._closing else None)
-                for function, future in calls:
-                    answer(function, future)
+                while calls:
+                    answer(*calls.pop(0))
                 if self.engine.busy:
                     self._step()
             except RankDied as error:
@@ -259,6 +260,7 @@ class AsyncLLM:
             except Exception as error:  # whatever it is, the clients must hear of it, and the next ones must be served
                 self._fail(error)
             with self._wake:
+                self._calls = calls + self._calls  # that a failure has kept from their answers
                 if self._closing and not (self._open or self._calls):
                     return
 
