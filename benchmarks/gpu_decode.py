@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from common import begin, finish, options
-from pellucid.engine.core import Engine, EngineConfig
+from pellucid.engine.config import EngineConfig
+from pellucid.engine.core import Engine
 from pellucid.engine.params import SamplingParams
 from pellucid.engine.request import Request
 from pellucid.models.hub import spec_of

@@ -39,7 +39,8 @@ import torch
 from common import Contestant, begin, finish, options, quiet_transformers
 from peers import DECODE, PREFILL, REQUESTS, TOKENS, answer_turns, prompts_of
 from pellucid import events, quant
-from pellucid.engine.core import Engine, EngineConfig
+from pellucid.engine.config import EngineConfig
+from pellucid.engine.core import Engine
 from pellucid.engine.native_step import NativeStep
 from pellucid.engine.paged_step import PagedBatch, PagedStep
 from pellucid.engine.params import SamplingParams

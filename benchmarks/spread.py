@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from common import begin, finish, options
-from pellucid.engine.core import EngineConfig
+from pellucid.engine.config import EngineConfig
 from pellucid.engine.fleet import Fleet
 from pellucid.engine.layout import Layout
 from pellucid.engine.params import SamplingParams

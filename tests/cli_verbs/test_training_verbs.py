@@ -74,7 +74,7 @@ def test_sft_holds_all_answers_to_a_question_out_together(folder: Path, tmp_path
 def test_eval_measures_an_int8_folder_with_int8_products(
         folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     from pellucid.cli.eval import Eval, text_bits
-    from pellucid.engine.llm import open_model
+    from pellucid.engine.opening import open_model
     from pellucid.quant import compress
 
     compress(folder, tmp_path / "int8")

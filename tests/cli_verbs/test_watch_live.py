@@ -16,7 +16,7 @@ from served_models import random_llm
 
 from pellucid.cli.watch import Watch, look_at, panel, strip
 from pellucid.engine import AsyncLLM, SamplingParams
-from pellucid.engine.core import EngineConfig
+from pellucid.engine.config import EngineConfig
 from pellucid.messages import set_language
 
 

@@ -10,7 +10,8 @@ from tiny_generators import VOCAB, generated, hugging_face
 
 import pellucid
 from pellucid.engine.adjust import Adjuster
-from pellucid.engine.core import Engine, EngineConfig
+from pellucid.engine.config import EngineConfig
+from pellucid.engine.core import Engine
 from pellucid.engine.params import SamplingParams
 from pellucid.engine.request import Request
 from pellucid.errors import BadInput

@@ -11,7 +11,7 @@ import torch
 
 from pellucid.engine import LLM, AsyncLLM, SamplingParams
 from pellucid.engine.async_llm import Closed, QueueFull
-from pellucid.engine.core import EngineConfig
+from pellucid.engine.config import EngineConfig
 from pellucid.engine.job import TextReader
 from pellucid.errors import BadInput
 from pellucid.nn import MLP, Attn, Decoder, DecoderSpec, Layer, Rope, init_weights

@@ -8,7 +8,8 @@ from tiny_generators import generated, hugging_face
 
 import pellucid
 from pellucid.engine.beam import Search, run_searches
-from pellucid.engine.core import Engine, EngineConfig
+from pellucid.engine.config import EngineConfig
+from pellucid.engine.core import Engine
 from pellucid.engine.params import SamplingParams
 from pellucid.engine.request import Request
 from pellucid.errors import BadInput

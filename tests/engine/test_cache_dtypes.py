@@ -10,7 +10,8 @@ import torch
 from tiny_caches import CASES, DTYPES, checkpoint, forced, greedy
 
 from pellucid import events
-from pellucid.engine.core import Engine, EngineConfig, choose_room
+from pellucid.engine.config import EngineConfig, choose_room
+from pellucid.engine.core import Engine
 from pellucid.engine.params import SamplingParams
 from pellucid.engine.request import Request
 from pellucid.errors import BadInput

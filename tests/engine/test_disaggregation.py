@@ -11,7 +11,8 @@ import time
 import pytest
 import torch
 
-from pellucid.engine.core import Engine, EngineConfig
+from pellucid.engine.config import EngineConfig
+from pellucid.engine.core import Engine
 from pellucid.engine.disaggregation import WINDOW, Decode, Prefill
 from pellucid.engine.params import SamplingParams
 from pellucid.engine.request import Request

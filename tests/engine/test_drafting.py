@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pellucid import events
-from pellucid.engine.core import Engine, EngineConfig
+from pellucid.engine.config import EngineConfig
+from pellucid.engine.core import Engine
 from pellucid.engine.drafting import DraftModel, PredictionHead
 from pellucid.engine.params import SamplingParams
 from pellucid.engine.request import Request

@@ -17,7 +17,8 @@ if not torch.cuda.is_available():
 
 from tiny_decoders import decoder
 
-from pellucid.engine.core import Engine, EngineConfig
+from pellucid.engine.config import EngineConfig
+from pellucid.engine.core import Engine
 from pellucid.engine.gpu_step import GpuStep, choose_gpu_step, rows_recorded
 from pellucid.engine.params import SamplingParams
 from pellucid.engine.request import Request

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pellucid.engine.core import Engine, EngineConfig
+from pellucid.engine.config import EngineConfig
+from pellucid.engine.core import Engine
 from pellucid.engine.native_step import NativeStep
 from pellucid.engine.paged_step import PagedBatch
 from pellucid.engine.params import SamplingParams

@@ -21,11 +21,12 @@ from tiny_splits import checkpoint, tokenizer
 
 from pellucid import events
 from pellucid.engine import LLM, AsyncLLM, SamplingParams, StructuredOutput
-from pellucid.engine.core import Engine, EngineConfig
+from pellucid.engine.config import EngineConfig
+from pellucid.engine.core import Engine
 from pellucid.engine.fleet import Fleet
 from pellucid.engine.job import TextReader
 from pellucid.engine.layout import Layout
-from pellucid.engine.llm import open_model
+from pellucid.engine.opening import open_model
 from pellucid.engine.request import Request, State
 from pellucid.errors import BadInput
 from pellucid.models.hub import read_config, spec_of

@@ -16,7 +16,8 @@ from tiny_decoders import SPEC, decoder
 import pellucid
 from pellucid.__main__ import main
 from pellucid.engine import LLM, SamplingParams
-from pellucid.engine.core import Engine, EngineConfig, choose_room
+from pellucid.engine.config import EngineConfig, choose_room
+from pellucid.engine.core import Engine
 from pellucid.engine.params import StructuredOutput
 from pellucid.engine.request import Request
 from pellucid.errors import BadInput

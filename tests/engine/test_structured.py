@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_decoders import SPEC, decoder
 
-from pellucid.engine.core import Engine, EngineConfig
+from pellucid.engine.config import EngineConfig
+from pellucid.engine.core import Engine
 from pellucid.engine.params import SamplingParams, StructuredOutput
 from pellucid.engine.request import Request
 from pellucid.engine.structured import forbid

@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny_caches import MIXED, checkpoint, greedy, run
 
-from pellucid.engine.core import Engine, EngineConfig, choose_room
+from pellucid.engine.config import EngineConfig, choose_room
+from pellucid.engine.core import Engine
 from pellucid.engine.hash_chain import HashChain
 from pellucid.engine.layer_groups import Group, layer_groups, windows_of
 from pellucid.engine.params import SamplingParams

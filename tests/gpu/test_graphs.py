@@ -10,7 +10,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pellucid.engine.core import Engine, EngineConfig
+from pellucid.engine.config import EngineConfig
+from pellucid.engine.core import Engine
 from pellucid.engine.gpu_step import GpuStep
 from pellucid.engine.params import SamplingParams
 from pellucid.engine.request import Request

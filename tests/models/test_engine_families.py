@@ -5,7 +5,9 @@ import torch
 from tiny_checkpoints import CASES, tokens, written
 
 import pellucid
-from pellucid.engine.core import Engine, EngineConfig, is_stateful
+from pellucid.engine.config import EngineConfig
+from pellucid.engine.core import Engine
+from pellucid.engine.drafting import is_stateful
 from pellucid.engine.params import SamplingParams
 from pellucid.engine.request import Request
 from pellucid.errors import BadInput

@@ -9,7 +9,8 @@ from tiny_checkpoints import assert_equal, tokens, written
 
 import pellucid
 from pellucid.engine import Sample, SamplingParams, run_all
-from pellucid.engine.core import Engine, EngineConfig
+from pellucid.engine.config import EngineConfig
+from pellucid.engine.core import Engine
 from pellucid.engine.request import Request
 from pellucid.errors import BadInput
 from pellucid.models import save

@@ -14,8 +14,9 @@ from transformers import PreTrainedConfig
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from tiny_checkpoints import CASES, written
 
-from pellucid.engine.core import Engine, EngineConfig
-from pellucid.engine.llm import open_model
+from pellucid.engine.config import EngineConfig
+from pellucid.engine.core import Engine
+from pellucid.engine.opening import open_model
 from pellucid.engine.params import SamplingParams
 from pellucid.engine.request import Request
 from pellucid.models import load

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pellucid.engine import LLM, SamplingParams
-from pellucid.engine.core import Engine, EngineConfig
-from pellucid.engine.llm import open_model
+from pellucid.engine.config import EngineConfig
+from pellucid.engine.core import Engine
+from pellucid.engine.opening import open_model
 from pellucid.engine.request import Request
 from pellucid.errors import BadInput, PellucidError
 from pellucid.models import load, save

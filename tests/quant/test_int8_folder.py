@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pellucid.engine import LLM, SamplingParams
-from pellucid.engine.llm import open_model
+from pellucid.engine.opening import open_model
 from pellucid.errors import BadInput
 from pellucid.models import load, save
 from pellucid.nn import MLP, Attn, Decoder, DecoderSpec, Layer, Rope, init_weights
@@ -130,7 +130,7 @@ def test_folders_that_are_refused(tmp_path: Path):
 def test_int8_on_a_gpu_is_refused_before_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     save(model_of("qwen3", tied=True), tmp_path / "float")
     compress(tmp_path / "float", tmp_path / "int8")
-    monkeypatch.setattr("pellucid.engine.llm.choose_device", lambda name: Choice(torch.device(name), "a GPU is here"))
+    monkeypatch.setattr("pellucid.engine.opening.choose_device", lambda name: Choice(torch.device(name), "a GPU is here"))
     with pytest.raises(BadInput, match="do not run on cuda"):
         open_model(tmp_path / "int8", device="cuda")
 

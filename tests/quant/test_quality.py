@@ -17,7 +17,7 @@ from tiny_checkpoints import written
 from pellucid import events
 from pellucid.__main__ import main
 from pellucid.engine import LLM, SamplingParams
-from pellucid.engine.llm import open_model
+from pellucid.engine.opening import open_model
 from pellucid.errors import BadInput
 from pellucid.models import load, save
 from pellucid.nn import MLP, Attn, Decoder, DecoderSpec, Layer, Rope, init_weights

@@ -14,7 +14,8 @@ import torch
 
 import pellucid
 from pellucid.engine.adapters import applied, read_adapter
-from pellucid.engine.core import Engine, EngineConfig
+from pellucid.engine.config import EngineConfig
+from pellucid.engine.core import Engine
 from pellucid.engine.params import SamplingParams
 from pellucid.engine.request import Request
 from pellucid.errors import BadInput

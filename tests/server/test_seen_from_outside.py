@@ -21,7 +21,7 @@ from served_models import Actor, random_llm
 import pellucid
 from pellucid import events
 from pellucid.engine import LLM
-from pellucid.engine.core import EngineConfig
+from pellucid.engine.config import EngineConfig
 from pellucid.server import running_server
 from pellucid.server.metrics import series
 

@@ -15,7 +15,7 @@ import pytest
 from served_models import Actor
 
 from pellucid import events
-from pellucid.engine.core import EngineConfig
+from pellucid.engine.config import EngineConfig
 from pellucid.errors import BadInput
 from pellucid.server import running_server
 from pellucid.server.run import bind, url_of

@@ -14,7 +14,7 @@ import pytest
 from served_models import random_llm
 
 from pellucid import events
-from pellucid.engine.core import EngineConfig
+from pellucid.engine.config import EngineConfig
 from pellucid.server import create_app
 from pellucid.server.run import bind, server_of, url_of
 

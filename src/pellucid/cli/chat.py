@@ -181,7 +181,7 @@ class Conversation:
 
 def chat(config: Chat) -> None:
     from pellucid.engine import LLM, SamplingParams
-    from pellucid.engine.core import EngineConfig
+    from pellucid.engine.config import EngineConfig
     from pellucid.tasks import TOOLS
 
     prepare(config, seed=None)

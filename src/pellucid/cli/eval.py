@@ -66,7 +66,7 @@ def text_bits(config: Eval, model: Decoder, tokenizer: Tokenizer) -> tuple[float
 def evaluate(config: Eval) -> None:
     from pellucid import events, tasks
     from pellucid.align.rollout import Rollouts
-    from pellucid.engine.llm import open_model
+    from pellucid.engine.opening import open_model
     from pellucid.tokenizers import Tokenizer
 
     prepare(config)

@@ -84,7 +84,7 @@ class Generated(Event):
 
 def generate(config: Generate) -> None:
     from pellucid.engine import LLM, SamplingParams
-    from pellucid.engine.core import EngineConfig
+    from pellucid.engine.config import EngineConfig
 
     prompts, form = _prompts(config), _form(config)
     prepare(config, seed=None)

@@ -63,7 +63,7 @@ def quantize(config: Quantize) -> None:
     from pellucid import events, quant
     from pellucid.cli.eval import Eval, task_of, text_bits
     from pellucid.engine.decode import choose_step
-    from pellucid.engine.llm import open_model
+    from pellucid.engine.opening import open_model
     from pellucid.models import load
     from pellucid.models.hub import local_folder, matrices_of
     from pellucid.tokenizers import Tokenizer

@@ -22,7 +22,7 @@ from pellucid.events import Event, RunLog, emit, note, subscribed
 from pellucid.messages import add, say
 
 if TYPE_CHECKING:
-    from pellucid.engine.core import EngineConfig
+    from pellucid.engine.config import EngineConfig
 
 add({
     "serve.ready": ("{name}: weights loaded in {loaded} s, first pass in {warm} s", "{name}：加载权重 {loaded} 秒，首次前向 {warm} 秒"),
@@ -143,7 +143,7 @@ def serve(config: Serve) -> None:
         from pellucid.server.run import bind, serve_forever, url_of
     except ModuleNotFoundError as error:
         raise PellucidError("serving needs fastapi and uvicorn", str(error), "pip install 'pellucid[serve]'") from error
-    from pellucid.engine.core import EngineConfig
+    from pellucid.engine.config import EngineConfig
     from pellucid.server.app import create_app
 
     keys = read_keys(config.api_key_file) if config.api_key_file else []

@@ -2,7 +2,8 @@
 
 from pellucid.engine.async_llm import AsyncLLM
 from pellucid.engine.batch import Batch, Sample, run_all
-from pellucid.engine.llm import LLM, Chunk, Completion, RequestOutput
+from pellucid.engine.llm import LLM
+from pellucid.engine.outputs import Chunk, Completion, RequestOutput
 from pellucid.engine.params import SamplingParams, StructuredOutput
 from pellucid.engine.translate import Translation, translate
 

@@ -26,11 +26,13 @@ from torch import Tensor
 from pellucid import events
 from pellucid.engine.adapters import Adapter
 from pellucid.engine.batch import check_length
-from pellucid.engine.core import Engine, EngineConfig
+from pellucid.engine.config import EngineConfig
+from pellucid.engine.core import Engine
 from pellucid.engine.fleet import Fleet
 from pellucid.engine.job import Choice, Job, Reader, TextReader, per_token
 from pellucid.engine.latency import Latencies
-from pellucid.engine.llm import LLM, Chunk, Completion, Prompt, RequestOutput
+from pellucid.engine.llm import LLM, Prompt
+from pellucid.engine.outputs import Chunk, Completion, RequestOutput
 from pellucid.engine.params import SamplingParams
 from pellucid.engine.request import Request, State
 from pellucid.errors import PellucidError

@@ -24,7 +24,8 @@ from typing import Any
 import torch
 
 from pellucid import events
-from pellucid.engine.core import Engine, EngineConfig, EngineStep, drafts_of
+from pellucid.engine.config import EngineConfig, drafts_of
+from pellucid.engine.core import Engine, EngineStep
 from pellucid.engine.layout import Layout
 from pellucid.engine.prefix_cache import NoReuse
 from pellucid.engine.request import Request, State

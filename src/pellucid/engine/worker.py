@@ -30,10 +30,11 @@ import torch
 import torch.distributed as dist
 
 from pellucid.engine import disaggregation
-from pellucid.engine.core import Engine, EngineConfig, choose_room, codes_for, groups_for
+from pellucid.engine.config import EngineConfig, choose_room, codes_for, groups_for
+from pellucid.engine.core import Engine
 from pellucid.engine.dp_attention import SharingRunner
 from pellucid.engine.layout import Layout
-from pellucid.engine.llm import open_model
+from pellucid.engine.opening import open_model
 from pellucid.engine.params import SamplingParams
 from pellucid.engine.request import Request
 from pellucid.engine.runner import Runner

@@ -19,7 +19,7 @@ from fastapi import FastAPI, Request, Response
 
 import pellucid
 from pellucid.engine import LLM
-from pellucid.engine.core import EngineConfig
+from pellucid.engine.config import EngineConfig
 from pellucid.server import errors
 from pellucid.server.about import add_about
 from pellucid.server.access import Access

@@ -18,7 +18,7 @@ from torch import Tensor
 from pellucid.engine import LLM
 from pellucid.engine.adapters import Adapter, read_adapter
 from pellucid.engine.async_llm import AsyncLLM
-from pellucid.engine.core import EngineConfig
+from pellucid.engine.config import EngineConfig
 from pellucid.errors import BadInput
 from pellucid.models import classify_texts, embed_texts, load
 from pellucid.models.embedding import Recipe, read_recipe
