@@ -99,7 +99,7 @@ MUTANTS = [
     (MODELS + "gemma.py", '("rope_local_base_freq", 1e4)', '("rope_theta", 1e4)', f"{OLD} and gemma3"),
     (MODELS + "gemma.py", 'nested.get(kind) or (c.get("rope_scaling") if kind == FULL else None)', 'nested.get(kind) or c.get("rope_scaling")', f"{OLD} and gemma3"),
     (MODELS + "gemma.py", "FULL if (i + 1) % every == 0 else SLIDING", "FULL if i % every == 0 else SLIDING", f"{OLD} and gemma3"),
-    (NN + "decoder.py", "x = x * x.new_tensor(self.spec.embed_scale)", "x = (x.float() * self.spec.embed_scale).to(x.dtype)", "tests/nn/test_norms.py"),
+    (NN + "decoder.py", "x = x * x.new_full((), self.spec.embed_scale)", "x = (x.float() * self.spec.embed_scale).to(x.dtype)", "tests/nn/test_norms.py"),
     (MODELS + "phi.py", 'aliases={"su": "longrope", "yarn": "longrope"}', "aliases={}", CONFIGS),
     (MODELS + "phi.py", "partial=True", "partial=False", logits("phi4")),
     (MODELS + "mistral.py", "window=c.window(default=4096)", "window=c.window(default=None)", CONFIGS),
