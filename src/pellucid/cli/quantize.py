@@ -62,7 +62,7 @@ class Quantize(Common):
 def quantize(config: Quantize) -> None:
     from pellucid import events, quant
     from pellucid.cli.eval import Eval, task_of, text_bits
-    from pellucid.engine.decode import choose_step
+    from pellucid.engine.native_batch import choose_step
     from pellucid.engine.opening import open_model
     from pellucid.models import load
     from pellucid.models.hub import local_folder, matrices_of

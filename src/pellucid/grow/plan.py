@@ -13,7 +13,8 @@ import torch
 
 from pellucid.engine import Sample, SamplingParams, run_all
 from pellucid.engine.core import warm_up
-from pellucid.engine.decode import CompiledStep, choose_step
+from pellucid.engine.decode import CompiledStep
+from pellucid.engine.native_batch import BatchStep, choose_step
 from pellucid.events import Event
 from pellucid.grow import memory, recipe, words  # noqa: F401  (words: its messages)
 from pellucid.grow.config import GrowConfig
@@ -94,7 +95,7 @@ def compile_kernels(spec: DecoderSpec, device: torch.device) -> Choice:
         for temperature in (0.0, 1.0):
             run_all(model, [Sample([0, 1], SamplingParams(max_tokens=3, temperature=temperature), 0)], [])
     warm_up(model)  # in float32, as the last stages ask the server
-    return Choice("compiled" if isinstance(choice.value, CompiledStep) else "pytorch", choice.reason)
+    return Choice("compiled" if isinstance(choice.value, BatchStep | CompiledStep) else "pytorch", choice.reason)
 
 
 def described(name: str, choice: Choice) -> dict[str, str]:

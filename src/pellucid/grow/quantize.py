@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pellucid import quant
-from pellucid.engine.decode import choose_step
+from pellucid.engine.native_batch import choose_step
 from pellucid.grow import recipe
 from pellucid.grow.corpus import split_corpus
 from pellucid.grow.pretrain import heldout_rows
