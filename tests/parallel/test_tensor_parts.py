@@ -14,7 +14,10 @@ from pellucid.engine.dp_attention import Exchange
 from pellucid.errors import BadInput
 from pellucid.models.hub import blank, read_config, spec_of
 from pellucid.nn import MLA, MLP, Attn, DecoderSpec, Layer, MoE, Rope
-from pellucid.parallel import ALONE, Group, Slice, check_split, load_part, part_spec
+from pellucid.parallel import ALONE, DecoderPart, Group, Slice, check_groups, check_split, load_part, part_spec
+from pellucid.parallel.rounded import SharedInt8Linear
+from pellucid.parallel.split import cuts
+from pellucid.quant import Int4Linear, Int8Linear, quantize
 
 
 class Threads(Group):
@@ -33,6 +36,9 @@ class Threads(Group):
 
     def sum(self, x):
         return self.gather(x).sum(0)
+
+    def max(self, x):
+        return self.gather(x).amax(0)
 
     def sum_of_own(self, x):
         return self.sum(x).chunk(self.size)[self.rank]
@@ -130,6 +136,77 @@ def test_only_the_own_slices_of_a_file_are_touched(folders, tmp_path):
     assert read == sum(p.nbytes for p in part.parameters())
     broken, _ = load_part(tmp_path, Slice(1, 2), ALONE)
     assert not all(p.isfinite().all() for p in broken.parameters())
+
+
+# --- quantized parts ------------------------------------------------------------------------------------------------------
+
+
+def codes_of(m) -> torch.Tensor:
+    """What the kernel holds, as numbers: of 4 bits less 8."""
+    return m.codes.float() if isinstance(m, Int8Linear) else m.kernel.unpack(m.packed)[0].float() - 8
+
+
+@pytest.mark.parametrize(("family", "size", "bits"), [
+    *[(family, 2, 8) for family in ("llama", "qwen3-moe", "deepseek-v3", "gpt-oss", "gpt2", "qwen3-next", "llama-one-kv")],
+    ("llama", 4, 8), ("qwen3-wide", 2, 4), ("qwen3-wide", 4, 4)])
+def test_quantized_parts_hold_the_quantized_whole(family, size, bits, folders):
+    """The same codes and scales, cut; and the same results, but for activations that fall on another side of a rounding."""
+    folder = folders(family)
+    model = quantize(pellucid.load(folder), bits=bits)
+    tokens = torch.randint(0, 280, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want = model(tokens)
+    with torch.device("meta"):
+        found = dict(cuts(blank(model.spec), DecoderPart(model.spec, Slice(1, size), ALONE), Slice(1, size)))
+
+    def work(group):
+        part, _ = load_part(folder, Slice(group.rank, size), group, bits=bits)
+        return part(tokens), part
+
+    results = together(size, work)
+    for logits, _ in results:
+        assert torch.equal(logits, results[0][0])
+        assert (logits - want).abs().max() <= 2e-3 * want.abs().max()
+    whole, part, compared = dict(model.named_modules()), results[1][1], 0
+    for name, m in part.named_modules():
+        cut = found.get(f"{name}.weight")
+        if isinstance(m, (Int8Linear, Int4Linear)) and cut is not None and not cut.empty:
+            theirs, ours = codes_of(whole[name]), codes_of(m)
+            if cut.rows is not None:
+                theirs = torch.cat([theirs[a:b] for a, b in cut.rows])
+            if cut.columns is not None:
+                theirs = theirs[:, cut.columns[0] : cut.columns[1]]
+                assert type(m) is (SharedInt8Linear if bits == 8 else Int4Linear)
+                if bits == 8:
+                    assert torch.equal(m.scale, whole[name].scale)
+            assert torch.equal(ours[: len(theirs)], theirs)  # a head may be filled up
+            compared += 1
+    assert compared >= 4 * len(model.spec.layers) - 3
+    mine = model.embed.weight[len(part.embed.weight) :][: len(part.embed.weight)]
+    assert torch.equal(part.embed.weight[: len(mine)], mine)
+
+
+def test_a_quantized_folder_is_cut_as_it_stands(folders, tmp_path):
+    from pellucid.quant import compress
+
+    for bits, family in ((8, "llama"), (4, "qwen3-wide")):
+        compress(folders(family), tmp_path / str(bits), bits)
+
+        def work(group, bits=bits, family=family):
+            ours, theirs = (load_part(f, Slice(group.rank, 2), group, bits=bits)[0] for f in (tmp_path / str(bits), folders(family)))
+            return ours(torch.arange(50)[None]), theirs(torch.arange(50)[None])
+
+        for ours, theirs in together(2, work):
+            assert torch.equal(ours, theirs)
+
+
+def test_a_cut_through_a_group_of_int4_weights_is_refused(folders):
+    with pytest.raises(BadInput, match=r"(?s)INT4 weights cannot be cut over 2 processes.*mixer.o has 32 columns"):
+        load_part(folders("llama"), Slice(0, 2), ALONE, bits=4)
+    with pytest.raises(BadInput, match="INT4") as refused:
+        check_groups(blank(spec_of(read_config(folders("qwen3-wide")))), Slice(0, 8))
+    assert "use 1, 2 or 4 processes, or INT8" in refused.value.next
+    check_groups(blank(spec_of(read_config(folders("llama")))), Slice(0, 2, mixers=False))
 
 
 # --- data-parallel attention ----------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ FAMILIES = {
     "llama-one-kv": ("LlamaConfig", "LlamaForCausalLM", {**ATTENTION, "num_key_value_heads": 1, "tie_word_embeddings": True, "vocab_size": 281}),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", ATTENTION),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**ATTENTION, "head_dim": 8}),
+    "qwen3-wide": ("Qwen3Config", "Qwen3ForCausalLM", {**ATTENTION, "head_dim": 32, "intermediate_size": 128}),  # groups of 32 columns in four parts
     "qwen3-moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", {**ATTENTION, "head_dim": 8, "num_experts": 5, "num_experts_per_tok": 2,
                                                            "moe_intermediate_size": 24, "norm_topk_prob": True, "mlp_only_layers": [0]}),
     "qwen2-moe": ("Qwen2MoeConfig", "Qwen2MoeForCausalLM", {**ATTENTION, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,

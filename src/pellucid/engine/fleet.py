@@ -19,6 +19,7 @@ import queue
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from pellucid import events
 from pellucid.engine.config import EngineConfig, drafts_of
 from pellucid.engine.core import Engine, EngineStep
 from pellucid.engine.layout import Layout
+from pellucid.engine.opening import bits_to_run
 from pellucid.engine.prefix_cache import NoReuse
 from pellucid.engine.request import Request, State
 from pellucid.engine.routing import Router
@@ -35,11 +37,11 @@ from pellucid.engine.served import message_of
 from pellucid.engine.stopping import StopTexts
 from pellucid.errors import BadInput
 from pellucid.messages import add, say
-from pellucid.models.hub import blank, local_folder, read_config
+from pellucid.models.hub import blank, local_folder
 from pellucid.nn import DecoderSpec
-from pellucid.parallel import Gone, Processes, RankDied
+from pellucid.parallel import Gone, Processes, RankDied, Slice, check_groups
 from pellucid.parallel.wire import Garbled
-from pellucid.quant import bits_of
+from pellucid.quant import bits_named
 from pellucid.runtime import choose_device
 from pellucid.tokenizers import Tokenizer
 
@@ -92,8 +94,8 @@ class Fleet(Engine):
                  processes: Processes | None = None, threads: int | None = None):
         layout.check(spec)
         self.layout, self.config, self.tokenizer = layout, config or EngineConfig(), tokenizer
-        refuse_what_is_not_shared(model, self.config, layout, device, quantize)
         self.model: Any = blank(spec)  # without memory: for those who ask what it is
+        refuse_what_is_not_shared(self.model, local_folder(model), self.config, layout, device, quantize)
         self.drafts = drafts_of(self.config)
         self.eos, self.stop, self.grammars = set(tokenizer.eos_ids), StopTexts(tokenizer), None
         self.own = processes is None
@@ -334,16 +336,15 @@ def once_each(given: list[tuple[Request, list[int]]]) -> list[tuple[Request, lis
     return list(merged.items())
 
 
-def refuse_what_is_not_shared(model: str | os.PathLike[str], config: EngineConfig, layout: Layout, device: str, quantize: str | None) -> None:
-    """BadInput for settings that need the whole model in one process."""
-    if layout.kind in ("tensor", "attention"):
-        if choose_device(device).value.type == "cuda" and torch.cuda.device_count() < layout.processes:
-            raise BadInput(f"{layout.processes} processes and {torch.cuda.device_count()} GPU(s)", "each of them needs one of its own",
-                           f"use at most {torch.cuda.device_count()}, or --device cpu")
-        if config.proposer == "mtp":
-            raise BadInput("drafts by the model's own prediction layer need the whole model in one process", next="use proposer lookup, or one process")
-        if quantize or bits_of(read_config(local_folder(model))):
-            raise BadInput("INT8 and INT4 weights are not cut over processes yet", "their scales belong to whole rows",
-                           "serve the float checkpoint, or give --dp or --disaggregate, which keep models whole")
-
-
+def refuse_what_is_not_shared(model: Any, folder: Path, config: EngineConfig, layout: Layout, device: str, quantize: str | None) -> None:
+    """BadInput for what cannot be spread so.  model: on the meta device."""
+    bits = bits_to_run(folder, bits_named(quantize), device)
+    if layout.kind not in ("tensor", "attention"):
+        return
+    if bits is None and choose_device(device).value.type == "cuda" and torch.cuda.device_count() < layout.processes:
+        raise BadInput(f"{layout.processes} processes and {torch.cuda.device_count()} GPU(s)", "each of them needs one of its own",
+                       f"use at most {torch.cuda.device_count()}, or --device cpu")
+    if config.proposer == "mtp":
+        raise BadInput("drafts by the model's own prediction layer need the whole model in one process", next="use proposer lookup, or one process")
+    if bits == 4:
+        check_groups(model, Slice(0, layout.dp_attention if layout.together else layout.tp, not layout.together))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from pellucid.errors import BadInput
 from pellucid.events import note
@@ -37,23 +38,29 @@ def common_ids(tokenizer: Tokenizer, draft: Tokenizer) -> int:
     return min(tokenizer.vocab_size, draft.vocab_size)
 
 
+def bits_to_run(folder: Path, asked: int | None, device: str) -> int | None:
+    """Of the weights in products: 8 or 4 where the folder holds such, or they are asked for; else None. BadInput where that cannot be."""
+    stored = bits_of(read_config(folder))
+    if stored and asked not in (None, stored):
+        raise BadInput(f"{folder} holds INT{stored} weights", f"INT{asked} was asked for", "leave out --quantize, or give the float checkpoint")
+    if (bits := stored or asked) and device != "auto" and choose_device(device).value.type != "cpu":
+        raise BadInput(f"INT{bits} models do not run on {device} yet", "their products are made for the CPU",
+                       "use --device cpu, or the float checkpoint")
+    return bits
+
+
 def open_model(
     path_or_id: str | os.PathLike[str], dtype: str = "float32", device: str = "cpu", allow_missing: bool = False, bits: int | None = None,
 ) -> Decoder:
     """The model of a folder or Hub id as it is to run: with INT8 or INT4 products where the folder holds such weights, or `bits` asks
     for them. Then each matrix is rounded from the file's own numbers, and its float form given back: both are never there as a whole."""
     folder = local_folder(path_or_id)
-    stored = bits_of(read_config(folder))
-    if stored and bits not in (None, stored):
-        raise BadInput(f"{folder} holds INT{stored} weights", f"INT{bits} was asked for", "leave out --quantize, or give the float checkpoint")
-    if stored is None and bits is None:
+    stored, bits = bits_of(read_config(folder)), bits_to_run(folder, bits, device)
+    if bits is None:
         return load(folder, dtype=dtype, device=device, allow_missing=allow_missing)  # type: ignore[no-any-return]
-    if choose_device(device).value.type != "cpu" and device != "auto":
-        raise BadInput(f"INT{stored or bits} models do not run on {device} yet", "their products are made for the CPU",
-                       "use --device cpu, or the float checkpoint")
     model = load(folder, dtype="float32" if stored else "auto", allow_missing=allow_missing)
     before = sum(p.nbytes for p in model.parameters())
-    small = quantize(model, bits=stored or bits or 8, consume=True)
+    small = quantize(model, bits=bits, consume=True)
     if not stored:
         left = ", ".join(f"{name} ({count:,})" for name, count in left_float(small).items())
         note(say("llm.quantized", folder=folder.name, bits=bits, after=f"{held_bytes(small) / 1e6:,.0f}", before=f"{before / 1e6:,.0f}")

@@ -34,7 +34,7 @@ from pellucid.engine.config import EngineConfig, choose_room, codes_for, groups_
 from pellucid.engine.core import Engine
 from pellucid.engine.dp_attention import SharingRunner
 from pellucid.engine.layout import Layout
-from pellucid.engine.opening import open_model
+from pellucid.engine.opening import bits_to_run, open_model
 from pellucid.engine.params import SamplingParams
 from pellucid.engine.request import Request
 from pellucid.engine.runner import Runner
@@ -45,7 +45,7 @@ from pellucid.models.hub import local_folder
 from pellucid.nn import Decoder
 from pellucid.parallel import ALONE, Channel, Gone, Group, Slice, load_part
 from pellucid.parallel.group import join
-from pellucid.quant import bits_named
+from pellucid.quant import bits_named, held_bytes
 from pellucid.runtime import choose_device, dtype_of, peak_memory_bytes
 from pellucid.tokenizers import Tokenizer
 
@@ -83,7 +83,8 @@ class Worker:
 
     def prepare(self, job: dict[str, Any]) -> Callable[[float], None]:
         layout, config, folder = Layout(**job["layout"]), EngineConfig(**job["config"]), local_folder(job["model"])
-        device = self.device(job["device"])
+        bits = bits_to_run(folder, bits_named(job["quantize"]), job["device"])
+        device = self.device("cpu" if bits else job["device"])
         share = Slice(0, 1)
         if layout.kind in ("tensor", "attention"):
             whole_group = layout.kind == "attention"
@@ -91,11 +92,11 @@ class Worker:
             group = self.neighbours(size, device)
             share = Slice(group.rank, size, mixers=not whole_group)
             model: Decoder
-            model, read = load_part(folder, share, group, dtype_of(job["dtype"]), device)
+            model, read = load_part(folder, share, group, dtype_of(job["dtype"]), device, bits)
         else:
-            model = open_model(folder, job["dtype"], str(device), job["allow_missing"], bits_named(job["quantize"]))
-            group, read = ALONE, sum(p.nbytes for p in model.parameters())
-        about = {"rank": self.rank, "read": read, "weights": sum(p.nbytes for p in model.parameters())}
+            model = open_model(folder, job["dtype"], str(device), job["allow_missing"], bits)
+            group, read = ALONE, held_bytes(model)
+        about = {"rank": self.rank, "read": read, "weights": held_bytes(model)}
         if self.rank not in layout.leads:
             return partial(self.follow, model, config, self.links[self.rank - share.rank], about)
         runner: Callable[..., Runner] = Runner

@@ -80,7 +80,7 @@ def load(
     with ExitStack() as stack:
         weights = Weights(folder, stack, family_of(spec))
         if dtype == "auto":
-            dtype = unwrapped(fields).get("dtype") or unwrapped(fields).get("torch_dtype") or weights.dtype
+            dtype = stated_dtype(fields, weights)
         spec = tied_as_stored(spec, weights)
         model = blank(spec)
         if getattr(spec, "mtp", ()) and not weights.hold(model, "mtp.", main_layers(model)):
@@ -92,6 +92,11 @@ def load(
             init_weights(model)
         weights.fill(model, main_layers(model))
     return model.eval()
+
+
+def stated_dtype(fields: dict[str, Any], weights: Weights) -> str | torch.dtype:
+    """What config.json states, else what the weights have."""
+    return unwrapped(fields).get("dtype") or unwrapped(fields).get("torch_dtype") or weights.dtype
 
 
 def tied_as_stored(spec: Any, weights: Weights) -> Any:

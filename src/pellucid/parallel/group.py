@@ -36,6 +36,14 @@ class Group:
         dist.all_reduce(x, group=self.group)
         return x
 
+    def max(self, x: Tensor) -> Tensor:
+        """The largest of all processes, number by number. In place where x is contiguous."""
+        if self.size == 1:
+            return x
+        x = x.contiguous()
+        dist.all_reduce(x, dist.ReduceOp.MAX, group=self.group)
+        return x
+
     def gather(self, x: Tensor) -> Tensor:
         """x of equal shapes -> (W, *shape), in the order of ranks."""
         if self.size == 1:

@@ -87,7 +87,7 @@ def _attn(m: Attn, size: int) -> Attn:
     _divide(m.heads, size, "attention heads")
     if m.kv_heads % size and size % m.kv_heads:
         raise BadInput(f"{m.kv_heads} key/value heads cannot be shared out to {size} processes",
-                       "each holds equally many, or several hold the same one", f"use {_fitting(m.heads, lambda n: m.kv_heads % n == 0 or n % m.kv_heads == 0)}")
+                       "each holds equally many, or several hold the same one", f"use {fitting(m.heads, lambda n: m.kv_heads % n == 0 or n % m.kv_heads == 0)}")
     return replace(m, heads=m.heads // size, kv_heads=max(1, m.kv_heads // size))
 
 
@@ -115,11 +115,11 @@ FFN_PARTS: dict[type, Callable[[Any, Slice], Any]] = {MLP: _mlp, MoE: _moe}
 
 def _divide(total: int, size: int, what: str) -> int:
     if total % size:
-        raise BadInput(f"{total} {what} cannot be shared out to {size} processes", "each holds equally many", f"use {_fitting(total)}")
+        raise BadInput(f"{total} {what} cannot be shared out to {size} processes", "each holds equally many", f"use {fitting(total)}")
     return total // size
 
 
-def _fitting(total: int, fits: Callable[[int], bool] = lambda n: True) -> str:
+def fitting(total: int, fits: Callable[[int], bool] = lambda n: True) -> str:
     """'1, 2 or 4'"""
     numbers = [str(n) for n in range(1, total + 1) if total % n == 0 and fits(n)]
     return " or ".join(filter(None, (", ".join(numbers[:-1][:6]), numbers[-1])))

@@ -10,8 +10,10 @@ are gathered. All that is computed from whole states (norms, routers) is compute
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,15 @@ from torch import Tensor, nn
 
 from pellucid.errors import BadInput
 from pellucid.models.families import family_of
-from pellucid.models.hub import allocate, blank, main_layers, read_config, spec_of, tied_as_stored
+from pellucid.models.hub import allocate, blank, main_layers, read_config, spec_of, stated_dtype, tied_as_stored
 from pellucid.models.names import Piece, targets
 from pellucid.models.weights import Weights
 from pellucid.nn import Decoder, DecoderSpec
 from pellucid.parallel.group import Group
+from pellucid.parallel.rounded import Rounding, check_groups
 from pellucid.parallel.split import Cut, Slice, cuts, part_spec
-from pellucid.runtime import forget_pages
+from pellucid.quant import bits_of
+from pellucid.runtime import dtype_of, forget_pages
 
 
 class DecoderPart(Decoder):
@@ -65,11 +69,13 @@ class DecoderPart(Decoder):
 
 
 def load_part(
-    folder: Path, share: Slice, group: Group, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+    folder: Path, share: Slice, group: Group, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", bits: int | None = None,
 ) -> tuple[DecoderPart, int]:
     """The part of a checkpoint's model, in eval mode, and the bytes that were read for it: of unquantized tensors its own slices.
+    bits: of its matrices, 8 or 4 (then `dtype` is not asked; see parallel/rounded.py); None: as the dtype says.
     Raises BadInput where the model cannot be cut so, and for what `pellucid.load` refuses."""
-    spec = spec_of(read_config(folder))
+    fields = read_config(folder)
+    spec = spec_of(fields)
     if not isinstance(spec, DecoderSpec):
         raise BadInput(f"{folder} holds no decoder", "only decoders are served by several processes", "use one process")
     with ExitStack() as stack:
@@ -82,30 +88,50 @@ def load_part(
         weights.check(whole, main_layers(whole))
         with torch.device("meta"):
             part = DecoderPart(spec, share, group)
-        allocate(part, dtype, torch.device(device))
-        read = fill_part(part, whole, weights, share)
+        if bits == 4:
+            check_groups(whole, share)
+        if bits is not None:  # rounded from the file's own numbers
+            dtype = torch.float32 if bits_of(fields) else dtype_of(stated_dtype(fields, weights))
+        allocate(part, dtype, torch.device(device))  # memory that is used when it is filled
+        read = fill_part(part, whole, weights, share, None if bits is None else Rounding(part, share, bits, group))
+    if bits is not None:
+        part.float().requires_grad_(False)
     return part.eval(), read
 
 
 @torch.no_grad()
-def fill_part(part: DecoderPart, whole: Decoder, weights: Weights, share: Slice) -> int:
-    """Every parameter pulls its slices of the Hub's tensors; returns the bytes read."""
+def fill_part(part: DecoderPart, whole: Decoder, weights: Weights, share: Slice, filled: Callable[[str], None] | None = None) -> int:
+    """Every parameter pulls its slices of the Hub's tensors; returns the bytes read.  filled: is told each module of the part when its own
+    parameters are."""
     found, parameters, read = dict(cuts(whole, part, share)), dict(part.named_parameters()), 0
     for name, cut in found.items():
-        if cut.empty or cut.rows is not None:  # zeros where nothing comes: rows that fill up the vocabulary
+        rows = None if cut.rows is None else sum(stop - start for start, stop in cut.rows)
+        if cut.empty or (rows is not None and rows < len(parameters[name])):  # zeros where nothing comes: rows that fill up the vocabulary
             parameters[name].zero_()
-    for name, parameter, piece in targets(whole, weights.family.names, main_layers(whole), weights):
-        cut = found.get(name, Cut(empty=True))  # of a layer that the part leaves out
-        if cut.empty or (cut.experts is not None and piece.expert is not None and not cut.experts[0] <= piece.expert < cut.experts[1]):
-            continue
-        coded = piece.name not in weights.where or any(scales in weights.where for scales in weights.companions(piece.name))
-        tensor = weights.get(piece.name)
-        for mine, theirs in _pairs(cut, piece, parameter, parameters[name], tensor):
-            mine.copy_(theirs)
-            read += 0 if coded else theirs.nbytes
-        read += tensor.nbytes if coded else 0  # codes are decoded whole
-        if not coded:
-            forget_pages(tensor.data_ptr(), tensor.nbytes)
+    modules = {name.rpartition(".")[0] for name in found}
+    pieces = targets(whole, weights.family.names, main_layers(whole), weights)
+    for module, group in groupby(pieces, key=lambda target: target[0].rpartition(".")[0]):
+        for name, parameter, piece in group:
+            read += _fill(found.get(name, Cut(empty=True)), piece, parameter, parameters.get(name), weights)  # empty: of a layer left out
+        if filled is not None and module in modules:
+            for name in [name for name in parameters if name.rpartition(".")[0] == module]:
+                del parameters[name]
+            filled(module)
+    return read
+
+
+def _fill(cut: Cut, piece: Piece, whole: Tensor, part: Tensor | None, weights: Weights) -> int:
+    """Copies what the part holds of one of the Hub's tensors; the bytes that were read."""
+    if part is None or cut.empty or (cut.experts is not None and piece.expert is not None and not cut.experts[0] <= piece.expert < cut.experts[1]):
+        return 0
+    coded = piece.name not in weights.where or any(scales in weights.where for scales in weights.companions(piece.name))
+    tensor, read = weights.get(piece.name), 0
+    for mine, theirs in _pairs(cut, piece, whole, part, tensor):
+        mine.copy_(theirs)
+        read += theirs.nbytes
+    if coded:  # codes are decoded whole
+        return tensor.nbytes
+    forget_pages(tensor.data_ptr(), tensor.nbytes)
     return read
 
 

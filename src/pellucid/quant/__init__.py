@@ -8,9 +8,11 @@ from pellucid.quant.int8 import (
     held_bytes,
     int8_linear_reference,
     is_quantized,
+    largest_of,
     left_float,
     quantize,
     quantize_rows,
+    rounded_layer,
     stored_bytes,
 )
 from pellucid.quant.kernels import choose_kernel
@@ -30,12 +32,14 @@ __all__ = [
     "int8_linear_reference",
     "is_int8",
     "is_quantized",
+    "largest_of",
     "left_float",
     "measure",
     "quality",
     "quantize",
     "quantize_groups",
     "quantize_rows",
+    "rounded_layer",
     "rows_of",
     "stored_bytes",
 ]

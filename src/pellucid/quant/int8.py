@@ -28,8 +28,9 @@ Activations = Literal["token", "tensor"]
 SMALLEST = 1e-30  # rows whose largest value is below it count as zero
 
 
-def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight (N, K) -> codes (N, K) int8 in -127..127, scale (N, 1) float32: symmetric, to nearest.
+def quantize_rows(weight: Tensor, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """weight (N, K) -> codes (N, K) int8 in -127..127, scale (N, 1) float32: symmetric, to nearest.  largest (N, 1): of the rows' absolute
+    values, where `weight` holds only some columns of them.
 
     Scales keep 16 significant bits: then codes * scale is exact in float32, and quantizing that product
     gives the same codes and scales again. So a model loaded from INT8 files as float32 loses nothing.
@@ -38,10 +39,15 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     if not bool(torch.isfinite(weight).all()):
         raise PellucidError("the weights cannot be quantized", "some of them are infinite or not a number",
                             "check the training run that wrote them")
-    largest = weight.abs().amax(1, keepdim=True)
+    largest = largest_of(weight) if largest is None else largest
     scale = torch.where(largest < SMALLEST, torch.ones(()), largest / 127)
     scale = (scale.view(torch.int32) & ~0xFF).view(torch.float32)  # of a float32's 24 bits
     return (weight / scale).round().to(torch.int8), scale
+
+
+def largest_of(rows: Tensor) -> Tensor:
+    """(N, K) -> (N, 1): the largest absolute value of each row."""
+    return rows.abs().amax(-1, keepdim=True)  # six times as fast as the infinity norm
 
 
 def int8_linear_reference(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None = None, limit: int = 127) -> Tensor:
@@ -81,8 +87,11 @@ class Int8Linear(nn.Module):
     def _by_token(self, rows: Tensor) -> Tensor:
         if isinstance(self.kernel, Native):
             return self.kernel.by_token(rows, self.packed)
-        # Rounded before the kernel rounds: adding its zero point in float32 would move values that are near a half.
-        largest = rows.abs().amax(-1, keepdim=True)  # six times as fast as the infinity norm
+        return self._scaled(rows, largest_of(rows))
+
+    def _scaled(self, rows: Tensor, largest: Tensor) -> Tensor:
+        """rows (M, K), rounded so that `largest` (M, 1) becomes the largest integer: before the kernel rounds, because adding its zero
+        point in float32 would move values that are near a half."""
         factor = torch.div(self.limit, largest.clamp_min_(SMALLEST))
         return self.kernel.product((rows * factor).round_(), self.packed).div_(factor)
 
@@ -130,13 +139,8 @@ def quantize(model: Decoder, activations: Activations = "token", kernel: str = "
         raise BadInput("the model is quantized already", next="quantize the checkpoint it was made from")
     chosen: Kernel = choose_kernel(kernel).value
 
-    def layer(codes: Tensor, scale: Tensor, bias: Tensor | None = None, parts: tuple[int, ...] | None = None) -> Int8Linear:
-        return Int8Linear(codes.cpu(), scale.cpu(), bias, parts, activations, chosen)
-
     def small_layer(weight: Tensor, bias: Tensor | None, parts: tuple[int, ...], head: bool = False) -> nn.Module:
-        if bits == 4 and not head and weight.shape[1] % GROUP == 0:
-            return Int4Linear(*quantize_groups(weight.cpu()), bias, parts)
-        return layer(*quantize_rows(weight), bias, parts)
+        return rounded_layer(weight, bias, parts, 8 if head else bits, activations, chosen)
 
     def small_module(m: Linear | ExpertLinear) -> nn.Module:
         weight = m.weight
@@ -152,9 +156,18 @@ def quantize(model: Decoder, activations: Activations = "token", kernel: str = "
     memo[id(model.embed)] = nn.Embedding.from_pretrained(codes.float() * scale)
     small = copy.deepcopy(model, memo)
     if small.head is None:
-        small.head = layer(codes, scale)  # type: ignore[assignment]
+        small.head = Int8Linear(codes.cpu(), scale.cpu(), None, None, activations, chosen)  # type: ignore[assignment]
     small.compute_dtype = None
     return small.float().cpu().requires_grad_(False).eval()
+
+
+def rounded_layer(weight: Tensor, bias: Tensor | None, parts: tuple[int, ...], bits: int, activations: Activations = "token",
+                  kernel: Kernel | None = None) -> Int8Linear | Int4Linear:
+    """The layer of a matrix (N, K): of 4 bits where they are asked for and its rows divide into groups, else of 8."""
+    if bits == 4 and weight.shape[1] % GROUP == 0:
+        return Int4Linear(*quantize_groups(weight.cpu()), bias, parts)
+    codes, scale = quantize_rows(weight)
+    return Int8Linear(codes.cpu(), scale.cpu(), bias, parts, activations, kernel)
 
 
 def check_bits(bits: int) -> None:
