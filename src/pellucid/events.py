@@ -37,6 +37,7 @@ Subscriber = Callable[["Event"], None]
 
 _subscribers: list[Subscriber] = []
 _lock = threading.Lock()
+_here = threading.local()
 
 
 @dataclasses.dataclass
@@ -86,6 +87,9 @@ def plain(value: Any) -> Any:
 
 def emit(event: Event) -> None:
     """Hand `event` to every subscriber, in the order in which they subscribed."""
+    if (kept := getattr(_here, "kept", None)) is not None:
+        kept.append(event)
+        return
     with _lock:
         readers = list(_subscribers)
     for reader in readers:
@@ -94,6 +98,16 @@ def emit(event: Event) -> None:
 
 def note(text: str, level: str = "info") -> None:
     emit(Note(text, level))
+
+
+@contextlib.contextmanager
+def held() -> Iterator[list[Event]]:
+    """What this thread emits inside the `with` block goes into the list, and to no subscriber: another thread emits it, when it pleases."""
+    before, _here.kept = getattr(_here, "kept", None), []
+    try:
+        yield _here.kept
+    finally:
+        _here.kept = before
 
 
 @contextlib.contextmanager

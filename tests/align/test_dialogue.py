@@ -275,7 +275,7 @@ def config(**changes):
 def test_given_tokens_have_no_gradient_of_their_own(monkeypatch):
     """The gradient of the loss at every output that predicts a given token is exactly zero, and at the others it is not."""
     running = OnlineLoop(patient(), tokenizer(), Guess(), config(objective=recipe("grpo", beta=0.0)))
-    groups = running._rollout()
+    groups = running.sampling.collect().groups
     x, credit = running._judge(groups, running.resolved())
     chosen = [k for k, (i, j) in enumerate(x.places) if credit.lengths[i, j] > 0]
     x.share = False  # a prompt for each completion: easier to count
@@ -309,7 +309,7 @@ def test_advantages_of_a_dialogue_are_those_of_its_sampled_tokens_alone(method):
     """A reply in the middle of an episode changes nothing: GAE and returns are carried over it (verl's fix of 2026)."""
     cfg = recipe(method, reward_beta=0.0) if method != "gspo" else recipe(method)
     running = OnlineLoop(patient(), tokenizer(), Guess(), config(objective=cfg))
-    groups = running._rollout()
+    groups = running.sampling.collect().groups
     x, credit = running._judge(groups, running.resolved())
     assert any(s.mask for s in x.samples)
     values = torch.zeros(x.tokens) if x.values is None else x.values

@@ -8,7 +8,6 @@ models must be ours.
 from __future__ import annotations
 
 import copy
-import random
 
 import numpy as np
 import pytest
@@ -132,7 +131,7 @@ def test_two_mini_batches(verl, name):
     reference = policy() if running.reference is None else running.reference
     with torch.no_grad():
         reference.head_weight.mul_(1.2)
-    groups = [g for g in running._collect() if differs(g)]
+    groups = [g for g in running.sampling.collect().groups if differs(g)]
     theirs = Theirs(verl, method, groups, copy.deepcopy(running.model), copy.deepcopy(judge), reference)
     x, credit = running._judge(groups, running.resolved())
     for k, (i, j) in enumerate(x.places):
@@ -140,9 +139,7 @@ def test_two_mini_batches(verl, name):
         torch.testing.assert_close(mine, theirs.advantages[4 * i + j, : len(mine)].float(), atol=2e-5, rtol=1e-4)
     assert x.advantages.std() > 0.1
 
-    rng = random.Random()
-    rng.setstate(running.rng.getstate())
-    order = rng.sample(range(len(groups)), len(groups))
+    order = running._order(list(range(len(groups))), 0)
     numbers = running._update(x, credit, running.resolved(), 0.5)
     for number, part in enumerate((order[0::2], order[1::2])):
         for recorder, gradients in zip([running.stepper.optimizer, *([running.critic.stepper.optimizer] if running.critic else [])],

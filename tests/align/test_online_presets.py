@@ -73,7 +73,7 @@ def test_micro_batches_change_nothing(name):
         if running.reference is not None:
             with torch.no_grad():
                 running.reference.head_weight.mul_(1.2)
-        numbers = learned(running, running._collect())
+        numbers = learned(running, running.sampling.collect().groups)
         critic = [] if running.critic is None else [*running.critic.stepper.optimizer.gradients, weights(running.critic.model)]
         found.append(([*running.stepper.optimizer.gradients, weights(running.model), *critic], numbers))
     (first, table), *others = found
@@ -91,7 +91,7 @@ def test_the_order_of_groups_and_of_their_completions_changes_nothing():
     for shuffle in (False, True):
         running = loop(config(objective=replace(ALL, high_entropy=1.0)), lr=0.5)
         running.critic.stepper.optimizer = Recorder(running.critic.model, 0.5)
-        groups = running._collect()
+        groups = running.sampling.collect().groups
         if shuffle:
             for g in groups:
                 order = random.Random(1).sample(range(4), 4)
@@ -151,17 +151,17 @@ def test_one_step_off_learns_from_samples_of_older_weights():
     running = loop(cfg)
     start = copy.deepcopy(running.model)
     running.step(0.0)
-    (waiting,) = running.ahead
+    (waiting,) = running.sampling.ahead
     fresh = loop(cfg, model=start)
-    fresh._collect()
-    groups = fresh._collect()  # the second rollout, with the weights as given
+    fresh.sampling.collect()
+    groups = fresh.sampling.collect().groups  # the second rollout, with the weights as given
     assert [[s.tokens for s in g.samples] for g in groups] == [[s.tokens for s in g.samples] for g in waiting.groups]
     numbers = running.step(0.4)
     assert numbers["ratio/max"] > 1.01 and numbers["kl/old_k3"] > 1e-4
     x = running.latest[2]
     assert x.old is x.sampler
     running.step(0.7)
-    assert not running.ahead  # nothing is sampled ahead that the run will not learn from
+    assert not running.sampling.ahead  # nothing is sampled ahead that the run will not learn from
 
 
 def test_a_correction_stands_between_the_sampler_and_the_weights_of_the_step():
@@ -187,7 +187,7 @@ def test_ratios_are_exact_where_the_sampler_truncates(limits, temperature):
     """Trainer against sampler, over what could be drawn: the same numbers. Over the whole vocabulary they are not (the bias
     of the kept mass), and after an update the two ratios are those of the two distributions."""
     running = loop(config(temperature=temperature, updates=2, **limits), lr=0.3)
-    groups = running._collect()
+    groups = running.sampling.collect().groups
     x, credit = running._judge(groups, running.resolved())
     assert x.support is not None and len(x.support) == x.tokens
     assert (x.old - x.sampler).abs().max() < 1e-4
@@ -226,7 +226,7 @@ def test_an_entropy_bonus_keeps_the_entropy_up():
 
 def test_high_entropy_tokens_are_those_of_the_whole_rollout():
     running = loop(config(objective=replace(PLAIN, dead_groups="keep", high_entropy=0.25)))
-    x, credit = running._judge(running._collect(), running.resolved())
+    x, credit = running._judge(running.sampling.collect().groups, running.resolved())
     (entropy,) = x.entropy
     assert 0.2 < float(x.keep.float().mean()) < 0.3
     assert float(entropy[x.keep].min()) >= float(entropy[~x.keep].max())
@@ -256,14 +256,14 @@ def test_the_critic_learns_and_starts_from_what_it_is_given():
     assert running.critic.model.embed.weight is not running.model.embed.weight
     judge = RewardModel.of(policy(), seed=3)
     other = loop(cfg, critic=judge)
-    x, _ = other._judge(other._collect(), other.resolved())
+    x, _ = other._judge(other.sampling.collect().groups, other.resolved())
     assert other.critic.model is judge and float(x.values.abs().mean()) > 0.05
 
 
 def test_values_are_read_before_their_token():
     """Changing a token changes the values behind it only."""
     running = loop(config(objective=PPO), critic=RewardModel.of(policy(), seed=1))
-    groups = running._collect()
+    groups = running.sampling.collect().groups
     place, s = next((k, s) for g in groups for k, s in enumerate(g.samples) if len(s.tokens) >= 3)
     group = next(g for g in groups if any(t is s for t in g.samples))
     x = running._judge([group], running.resolved())[0]
@@ -310,7 +310,7 @@ def test_with_adapters_the_reference_is_the_model_without_them():
     kl = [m["kl/ref_k3"] for _, m in running.run().metrics]
     assert kl[0] < 1e-9 and kl[2] > 1e-5
     assert equal(given, weights(without_adapters(model))) and not equal(given, weights(running.plain))
-    x, _ = running._judge(running._collect(), running.resolved())
+    x, _ = running._judge(running.sampling.collect().groups, running.resolved())
     (frozen,) = Update(x, range(len(x.samples)), Counts(0, 0)).logprobs(policy(), 32, 1.0)
     kept = ~x.ref.isnan()
     torch.testing.assert_close(x.ref[kept], frozen[kept], atol=1e-6, rtol=0)

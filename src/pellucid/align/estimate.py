@@ -2,8 +2,9 @@
 
 Weights, gradients and optimizer states are exact. The activations of a micro-batch count what autograd keeps of every layer;
 the logits never exist as one tensor (chunked log-probabilities), so the vocabulary adds one chunk. Rollout and update follow
-one another: the larger of the two counts. Measured on a CPU, a step of a million parameters grew by 240 MiB from 4 to 32 rows
-in a micro-batch, 241 MiB by this estimate; the process has some 200 to 300 MiB beside its tensors.
+one another, so that the larger of the two counts, unless the one runs beside the other. Measured on a CPU, a step of a million
+parameters grew by 240 MiB from 4 to 32 rows in a micro-batch, 241 MiB by this estimate; the process has some 200 to 300 MiB beside
+its tensors.
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ def memory(model: Decoder, config: OnlineConfig, prompt: int) -> dict[str, int]:
     parts["rollout (cache)"] = rows * longest * sum(cache_entries(layer.mixer) for layer in model.spec.layers) * dtype
     if dtype != model.embed.weight.element_size() or adapted(model):
         parts["rollout (cache)"] += parts["weights"]  # a copy cast to the dtype of the computation, or with the adapters merged in
+    elif config.overlap and config.lag:
+        parts["sampler"] = parts["weights"]  # a copy of the weights that the step began with
+    if config.overlap and config.lag:
+        parts["rollout"] = parts.pop("rollout (cache)")  # beside the update, not before it
     parts["reference"] = parts["weights"] if cfg.needs_reference and not adapted(model) else 0
     parts["critic"] = learned if cfg.advantage == "gae" else 0
     return with_peak(parts)

@@ -87,6 +87,9 @@ LOOP_MEANING: dict[str, str] = {
     "kl/coefficient": "weight of the KL term, or of the KL penalty in the reward", "entropy/coefficient": "weight of the entropy bonus",
     "critic/loss": "the critic's loss, times its coefficient", "critic/grad_norm": "norm of the critic's gradient before clipping",
     "time/sampling": "share of the run's time spent sampling and grading",
+    "time/waiting": "share of the run's time in which the trainer waited for samples that are made beside it",
+    "staleness/steps": "steps between the weights that sampled and those that learn; what it does to the samples show engine/* and correction/* "
+                       "(with a correction), or kl/old_k3 and ratio/* (without one)",
     "update/ratio": "size of an optimizer step beside the weights, |change| / |weights|, mean over the steps: some 1e-3 is usual, 1e-2 is fast "
                     "(from up to 4096 numbers of each matrix)",
     "speed/sampled": "tokens sampled in a second of sampling and grading",

@@ -6,11 +6,10 @@
 Groups whose completions all earn the same teach nothing: with `dead_groups="drop"` they are left out before the update
 (dynamic sampling, DAPO, arXiv 2503.14476), which also saves the time of their backward pass.
 
-With `lag` = 1 a rollout is learned from one step after the weights that sampled it, as in trainers that sample the next
-rollout while they learn from this one. It is the same computation, in a fixed order and so reproducible; on one machine, whose
-cores both halves use whole, overlapping them gains nothing. What changes is the importance ratio: without a `correction` it
-compares with the sampler itself; with one it compares with the weights at the start of the step, and the correction stands
-for the way from the sampler to there (decoupled PPO, arXiv 2505.24298).
+With `lag` = 1 a rollout is learned from one step after the weights that sampled it, and the next one is sampled while this one is
+learned: see `sampling.py`. What changes is the importance ratio: without a `correction` it compares with the sampler itself; with one it
+compares with the weights at the start of the step, and the correction stands for the way from the sampler to there (decoupled PPO,
+arXiv 2505.24298).
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from __future__ import annotations
 import copy
 import random
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,16 +29,14 @@ from pellucid import events
 from pellucid.align import metrics as tables
 from pellucid.align.aggregation import Counts, count
 from pellucid.align.controllers import EntropyController, KLController
-from pellucid.align.corrections import importance_weights
-from pellucid.align.credit import Credit, assign_credit, live_in, token_advantages
+from pellucid.align.credit import Credit, assign_credit, token_advantages
 from pellucid.align.critic import Critic, critic_of
 from pellucid.align.kl import kl_penalty
 from pellucid.align.objective import objective
 from pellucid.align.objective_config import ObjectiveConfig
 from pellucid.align.online_config import OnlineConfig, check_config
-from pellucid.align.pending import Pending, groups_from, groups_state
+from pellucid.align.pending import Pending
 from pellucid.align.policy_losses import high_entropy_tokens
-from pellucid.align.prompts import Prompts
 from pellucid.align.reward_model import RewardModel
 from pellucid.align.reward_sources import task_reward
 from pellucid.align.rewards import RewardSet
@@ -48,12 +44,13 @@ from pellucid.align.rollout import (
     Group,
     Rollouts,
     TrainerState,
-    completions,
     components,
     dialogue_table,
     trained_lengths,
     truncated,
 )
+from pellucid.align.sampling import Sampling
+from pellucid.align.seen import Seen
 from pellucid.align.update import Experience, Update, pick
 from pellucid.errors import BadInput
 from pellucid.models.lora import merge_into, with_merged, without_adapters
@@ -71,6 +68,7 @@ from pellucid.train.ranks import ALONE, Ranks
 class OnlineHistory(RunHistory):
     sampled: int = 0  # tokens
     sampling_seconds: float = 0.0
+    waiting_seconds: float = 0.0  # for samples
     metrics: list[tuple[float, dict[str, float]]] = field(default_factory=list)  # (progress, the table of the step)
 
 
@@ -99,11 +97,10 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
         self.rollouts = Rollouts(self.plain, tokenizer, task, max_tokens=config.max_tokens, top_p=config.top_p, top_k=config.top_k,
                                  rewards=rewards or RewardSet([task_reward(task, config.weights)]))
         self.rollouts.state = TrainerState(self)
+        self.sampling = Sampling(self.rollouts, task, config, ranks, copy=not self.adapted)
         self.shown_groups: list[dict[str, Any]] = []  # the latest groups with rewards and advantages, for the report
         self.latest: tuple[list[Group], Credit, Experience] | None = None  # what the latest step learned from
-        self.rng = random.Random(config.seed)
         self._next_show = 0.0
-        self.ahead: deque[Pending] = deque()  # rollouts that are sampled and not yet learned from, the oldest first
         self.beta = KLController(cfg.beta, cfg.kl_target, cfg.kl_horizon)
         self.reward_beta = KLController(cfg.reward_beta, cfg.kl_target, cfg.kl_horizon)
         self.bonus = EntropyController(cfg.entropy_coef, cfg.entropy_target)
@@ -136,90 +133,52 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
     # --- one step -----------------------------------------------------------------------------------------------------
 
     def step(self, progress: float) -> dict[str, float]:
-        c, h, began = self.config, self.history, time.perf_counter()
-        groups = self._rollout()
-        sampled = time.perf_counter()
-        h.sampling_seconds += sampled - began
-        cfg = self.resolved()
+        h, steps = self.history, self.budget.steps
+        with self.sampling.step(steps - self.budget.done if steps else self.config.lag + 1, h) as rollout:
+            numbers = self._learn(rollout, progress)
+        if self.adapted:
+            merge_into(self.plain, self.model)
+        self.count()
+        numbers["time/sampling"] = h.sampling_seconds / max(h.seconds, 1e-9)
+        if self.sampling.overlap:
+            numbers["time/waiting"] = h.waiting_seconds / max(h.seconds, 1e-9)
+        h.metrics.append((progress, numbers))
+        assert self.latest is not None
+        self._show(*self.latest)
+        return numbers
+
+    def _learn(self, rollout: Pending, progress: float) -> dict[str, float]:
+        """One rollout: what it is worth, and the optimizer steps on it."""
+        c, began, groups, cfg = self.config, time.perf_counter(), rollout.groups, self.resolved()
         x, credit = self._judge(groups, cfg)
-        numbers = self._rollout_numbers(groups, credit, x)
+        numbers = self._rollout_numbers(rollout, credit, x)
         if credit.skip:
             events.note(f"{c.stage}: no group of this step teaches anything; weights stay as they are")
         else:
             numbers |= self._update(x, credit, cfg, progress)
-        if self.adapted:
-            merge_into(self.plain, self.model)
         learned = c.epochs * credit.counts.tokens if not credit.skip else 0
-        numbers |= tables.cost_table(sum(s.trained for g in groups for s in g.samples), sampled - began, learned, time.perf_counter() - sampled, self.device)
-        self.count()
-        numbers["time/sampling"] = h.sampling_seconds / max(h.seconds, 1e-9)
-        h.metrics.append((progress, numbers))
+        numbers |= tables.cost_table(rollout.tokens, rollout.seconds, learned, time.perf_counter() - began, self.device)
         self.latest = (groups, credit, x)
-        self._show(groups, credit, x)
         return numbers
-
-    def _rollout(self) -> list[Group]:
-        """The groups to learn from now. With a lag, those of later steps are sampled first, with the weights as they are."""
-        left = self.budget.steps - self.budget.done if self.budget.steps else self.config.lag + 1
-        while len(self.ahead) < max(1, min(self.config.lag + 1, left)):
-            before = self._source()
-            self.ahead.append(Pending(before, self._collect()))
-        return self.ahead.popleft().groups
-
-    def _collect(self) -> list[Group]:
-        """Rollouts until at least half of `prompts` groups teach something, or `rounds` are spent."""
-        c = self.config
-        groups: list[Group] = []
-        for _ in range(max(1, c.rounds)):
-            problems, seed = self._draw(self.rng)
-            groups += self.groups(problems, c.group, c.temperature, seed)
-            if c.objective.dead_groups != "drop" or int(self._live(groups).sum()) * 2 >= c.prompts:
-                break
-        self.history.sampled += sum(s.trained for g in groups for s in g.samples)
-        return groups
 
     def groups(self, problems: Sequence[Problem], n: int, temperature: float, seed: int) -> list[Group]:
         """n graded completions of each problem; of several processes each samples and grades its share of the problems."""
-        if self.ranks.size == 1:
-            return self.rollouts.groups(problems, n, temperature, seed)
-        numbers = list(self.ranks.mine(range(len(problems))))
-        made = self.rollouts.groups([problems[i] for i in numbers], n, temperature, seed, numbers)
-        parts = self.ranks.gathered({"groups": groups_state(made), "metrics": self.rollouts.metrics, "count": len(made)})
-        self.rollouts.metrics = tables.mean_of([(p["metrics"], p["count"]) for p in parts])
-        return groups_from(self.ranks.dealt([p["groups"] for p in parts]), problems, self.config.max_tokens)
+        return self.sampling.groups(problems, n, temperature, seed)
 
     def for_evaluation(self, seed: int) -> Callable[[list[Problem], int, float], list[list[Completion]]]:
         """The `generate` that `tasks.evaluate` asks for, likewise shared."""
-
-        def generate(problems: list[Problem], draws: int, temperature: float) -> list[list[Completion]]:
-            numbers = list(self.ranks.mine(range(len(problems))))
-            made = self.rollouts.ungraded([problems[i] for i in numbers], draws, temperature, seed, None, numbers)
-            parts = self.ranks.gathered(groups_state(made)) if self.ranks.size > 1 else []
-            return completions(groups_from(self.ranks.dealt(parts), problems, self.config.max_tokens) if parts else made)
-
-        return generate
-
-    def _draw(self, rng: random.Random) -> tuple[list[Problem], int]:
-        """The problems of one rollout, and the seed of its samples."""
-        return [self.task.sample(rng, "train") for _ in range(self.config.prompts)], rng.getrandbits(62)
-
-    def _weights(self, groups: list[Group]) -> dict[str, float]:
-        parts = components(groups)
-        return {k: w for k, w in self.rollouts.rewards.weights.items() if k in parts}
-
-    def _live(self, groups: list[Group]) -> Tensor:
-        return live_in(components(groups), trained_lengths(groups) > 0, self.config.objective, self._weights(groups))
+        return self.sampling.for_evaluation(seed)
 
     # --- from rewards to what every token is worth ----------------------------------------------------------------------
 
     def _judge(self, groups: list[Group], cfg: ObjectiveConfig) -> tuple[Experience, Credit]:
         """Everything that is measured before the first optimizer step on a rollout."""
-        x = Experience(groups, self._live(groups).nonzero().flatten().tolist(), self.device, self.share)
+        x = Experience(groups, self.sampling.live(groups).nonzero().flatten().tolist(), self.device, self.share)
         kl = None
         if in_total := cfg.reward_beta > 0 and not cfg.by_token:
             self._measure(x, list(range(len(x.samples))), cfg)  # of masked completions too: they stay in the baseline
             kl = self._kl_of_completions(x, cfg, groups)
-        credit = assign_credit(components(groups), trained_lengths(groups), cfg, weights=self._weights(groups),
+        credit = assign_credit(components(groups), trained_lengths(groups), cfg, weights=self.sampling.weights(groups),
                                truncated=truncated(groups), kl=kl)
         trained = [k for k, (i, j) in enumerate(x.places) if credit.lengths[i, j] > 0]
         if not credit.skip:
@@ -273,20 +232,24 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
         c = self.config
         live = credit.live.nonzero().flatten().tolist()
         old = x.old if c.epochs * c.updates > 1 or c.lag else None  # None: the policy itself, a ratio of exactly 1
-        seen = _Seen(self.ranks)
+        seen = Seen(self.ranks)
         self.model.train()
-        for _ in range(c.epochs):
-            order = self.rng.sample(live, len(live))
+        for epoch in range(c.epochs):
+            order = self._order(live, epoch)
             for part in (order[k :: c.updates] for k in range(c.updates)):
                 chosen = [x.number[i, j] for i in part for j in range(credit.lengths.shape[1]) if credit.lengths[i, j] > 0]
                 if chosen:
                     batch = Update(x, chosen, count(credit.lengths[part].flatten(), cfg.empty))
                     self._one_update(batch, old, cfg, progress, seen)
         seen.gather()
-        numbers = seen.table() | self._corrections(x, seen, cfg) | {"lr": self.stepper.optimizer.lr, "update/skipped": float(self.stepper.skipped)}
+        numbers = seen.table() | seen.corrections(x, cfg) | {"lr": self.stepper.optimizer.lr, "update/skipped": float(self.stepper.skipped)}
         return numbers | self._controlled(x, credit, numbers)
 
-    def _one_update(self, batch: Update, old: Tensor | None, cfg: ObjectiveConfig, progress: float, seen: _Seen) -> None:
+    def _order(self, live: list[int], epoch: int) -> list[int]:
+        """The groups in the order of a pass. Its random numbers are its own: those of the problems are drawn beside the update."""
+        return random.Random(f"order {self.config.seed} {self.history.steps} {epoch}").sample(live, len(live))
+
+    def _one_update(self, batch: Update, old: Tensor | None, cfg: ObjectiveConfig, progress: float, seen: Seen) -> None:
         """One optimizer step of the policy, and of the critic if there is one."""
         c, x, bonus = self.config, batch.experience, cfg.entropy_coef > 0
         parts = []
@@ -307,18 +270,6 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
             seen.critic.append(self.critic.step(batch, c.micro_rows, progress, coefficient=cfg.value_coef, clip=cfg.value_clip))
             seen.value_clip = cfg.value_clip
 
-    @staticmethod
-    def _corrections(x: Experience, seen: _Seen, cfg: ObjectiveConfig) -> dict[str, float]:
-        """How the correction's weights spread, by the length of their completions."""
-        if cfg.correction == "none":
-            return {}
-        trainer = torch.full_like(x.sampler, torch.nan)
-        trainer[seen.every["at"].to(trainer.device)] = seen.every["trainer"].to(trainer)
-        on = ~trainer.isnan()
-        weights = importance_weights(trainer[on], x.sampler[on], x.sequence[on], level=cfg.correction_level, mode=cfg.correction,
-                                     low=cfg.correction_low, high=cfg.correction_high)
-        return tables.correction_table(weights, x.sequence[on])
-
     def _controlled(self, x: Experience, credit: Credit, numbers: dict[str, float]) -> dict[str, float]:
         """Lets the coefficients follow what was measured; they act in the next step."""
         shown = {}
@@ -334,7 +285,8 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
 
     # --- what is shown ------------------------------------------------------------------------------------------------
 
-    def _rollout_numbers(self, groups: list[Group], credit: Credit, x: Experience) -> dict[str, float]:
+    def _rollout_numbers(self, rollout: Pending, credit: Credit, x: Experience) -> dict[str, float]:
+        groups = rollout.groups
         parts = components(groups)
         known = {shown: float(parts[name].nanmean()) for shown, name in (("accuracy", "correct"), ("format", "format"))
                  if name in parts}
@@ -342,10 +294,11 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
         worth = x.advantages if self.config.objective.by_token else credit.advantages[credit.live]
         return (known | {"accuracy/any": float(right.any(1).double().mean()), "groups/live": float(credit.live.float().mean()),
                          "groups/sampled": float(len(groups))}
-                | tables.reward_table(parts, self._weights(groups)) | tables.advantage_table(worth, credit.factor)
+                | tables.reward_table(parts, self.sampling.weights(groups)) | tables.advantage_table(worth, credit.factor)
                 | tables.length_table(trained_lengths(groups), truncated(groups), right)
                 | tables.diversity_table([[tuple(s.tokens) for s in g.samples] for g in groups])
-                | dialogue_table(groups) | self.rollouts.metrics)
+                | dialogue_table(groups) | rollout.metrics
+                | ({"staleness/steps": float(self.history.steps - rollout.step)} if self.config.lag else {}))
 
     def _show(self, groups: list[Group], credit: Credit, x: Experience) -> None:
         if not self.config.samples_shown or not bool(credit.live.any()) or self.budget.progress < self._next_show:
@@ -367,36 +320,16 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
 
     # --- stop and go on -----------------------------------------------------------------------------------------------
 
-    def _source(self) -> dict[str, Any]:
-        """Where the next problems come from."""
-        version, numbers, gauss = self.rng.getstate()
-        rows = {"task": self.task.state()} if isinstance(self.task, Prompts) else {}
-        return rows | {"rng": [version, list(numbers), gauss]}
-
-    def _go_back(self, source: dict[str, Any]) -> None:
-        if isinstance(self.task, Prompts):
-            self.task.load_state(source["task"])
-        version, numbers, gauss = source["rng"]
-        self.rng.setstate((version, tuple(numbers), gauss))
-
     def state(self) -> dict[str, Any]:
-        return self._source() | {
+        return self.sampling.state() | {
             "groups": self.shown_groups, "next_show": self._next_show,
-            "controllers": {name: getattr(self, name).state() for name in ("beta", "reward_beta", "bonus")},
-            "ahead": [{"source": p.source, "groups": groups_state(p.groups)} for p in self.ahead]}
+            "controllers": {name: getattr(self, name).state() for name in ("beta", "reward_beta", "bonus")}}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.shown_groups, self._next_show = state.get("groups", []), state.get("next_show", 0.0)
         for name, saved in state.get("controllers", {}).items():
             setattr(self, name, type(getattr(self, name))(**saved))
-        self.ahead.clear()
-        for saved in state.get("ahead", []):
-            self._go_back(saved["source"])  # the problems are drawn again, the samples are read
-            problems: list[Problem] = []
-            while len(problems) < len(saved["groups"]):
-                problems += self._draw(self.rng)[0]
-            self.ahead.append(Pending(saved["source"], groups_from(saved["groups"], problems, self.config.max_tokens)))
-        self._go_back(state)
+        self.sampling.restore(state)
 
     def write(self, folder: Path) -> None:
         super().write(folder)
@@ -409,35 +342,3 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
             merge_into(self.plain, self.model)
         if self.critic is not None:
             self.critic.restore(folder)
-
-
-class _Seen:
-    """What the optimizer steps on one rollout gave."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
-        self.steps: list[dict[str, float]] = []
-        self.critic: list[dict[str, Any]] = []
-        self.value_clip: float | None = None
-        self.tokens: dict[str, list[Tensor]] = {}
-        self.every: dict[str, Tensor] = {}  # (M,) after `gather`: the same of all processes
-
-    def add(self, **values: Tensor) -> None:
-        for name, value in values.items():
-            self.tokens.setdefault(name, []).append(value)
-
-    def gather(self) -> None:
-        for name, kind in (("at", torch.int64), *((name, torch.float32) for name in ("entropy", "trainer", "sampler"))):
-            self.every[name] = self.ranks.cat(torch.cat([x.to(kind) for x in self.tokens.get(name, [torch.zeros(0)])]))
-
-    def table(self) -> dict[str, float]:
-        """Means over the steps, maxima where the name says so."""
-        n = len(self.steps)
-        shares = tables.merge([{k: v if k.endswith("/max") else v / n for k, v in step.items()} for step in self.steps])
-        entropy, trainer, sampler = (self.every[name] for name in ("entropy", "trainer", "sampler"))
-        table = shares | tables.entropy_table(entropy) | tables.engine_table(trainer, sampler)
-        if self.critic:
-            values, returns, old = (torch.cat(parts) for parts in zip(*(step["seen"] for step in self.critic)))
-            table |= tables.critic_table(values, returns, old, self.value_clip)
-            table |= {f"critic/{name}": sum(s[name] for s in self.critic) / len(self.critic) for name in ("loss", "grad_norm")}
-        return table

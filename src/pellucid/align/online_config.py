@@ -33,6 +33,8 @@ class OnlineConfig(RunConfig):
     clip acts."""
     lag: int = 0
     """Steps between the weights that sample and those that learn: 0 samples afresh, 1 is one step off."""
+    overlap: bool = True
+    """With a lag: sample beside the update, by a copy of the weights; the numbers are the same without."""
     max_tokens: int = 96
     """Longest completion."""
     temperature: float = 1.0

@@ -6,7 +6,7 @@ Problems are not written: a task's own answers have any form. They are drawn aga
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,10 +19,31 @@ from pellucid.tasks import Problem
 
 @dataclass
 class Pending:
-    """A rollout, and the state of what its problems were drawn from, before they were."""
+    """A rollout.
+
+    source: the state of what its problems were drawn from, before they were. metrics: what rewards logged. step: of the run, whose
+    weights sampled it. seconds: of sampling and grading.
+    """
 
     source: dict[str, Any]
     groups: list[Group]
+    metrics: dict[str, float] = field(default_factory=dict)
+    step: int = 0
+    seconds: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Sampled ones."""
+        return sum(s.trained for g in self.groups for s in g.samples)
+
+    def state(self) -> dict[str, Any]:
+        return {"source": self.source, "groups": groups_state(self.groups), "metrics": self.metrics, "step": self.step, "seconds": self.seconds}
+
+    @classmethod
+    def of(cls, saved: dict[str, Any], problems: Sequence[Problem], max_tokens: int) -> Pending:
+        """The inverse of `state`, with the problems, which are drawn again."""
+        return cls(saved["source"], groups_from(saved["groups"], problems, max_tokens), saved.get("metrics", {}), saved.get("step", 0),
+                   saved.get("seconds", 0.0))
 
 
 def groups_state(groups: Sequence[Group]) -> list[dict[str, Any]]:

@@ -11,8 +11,9 @@ thread; `engine/core.py` wins where requests come at any time, or prompts differ
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,8 +101,13 @@ class Rollouts:
         self.limits: dict[str, Any] = {name: x for name, x in (("top_p", top_p), ("top_k", top_k)) if x not in (None, 1.0)}
         self.state: Any = None  # handed to reward functions as `trainer_state`
         self.metrics: dict[str, float] = {}  # of the latest groups: what rewards logged, and how often they failed
-        self._cast: Decoder | None = None
+        self._copied: Decoder | None = None
+        self._held = False  # whether the copy samples, whatever becomes of the model
         self._rewards = rewards
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed.weight.device
 
     @property
     def rewards(self) -> RewardSet:
@@ -125,38 +131,54 @@ class Rollouts:
         return self._sampled(problems, n, temperature, seed)[0]
 
     def _sampled(self, problems: Sequence[Problem], n: int, temperature: float, seed: int, limits: dict[str, Any] | None = None,
-                 numbers: Sequence[int] | None = None) -> tuple[list[list[Sample]], Replies]:
-        """numbers: of these problems among those of all processes; what is drawn depends on them."""
+                 numbers: Sequence[int] | None = None, each: Callable[[], None] | None = None) -> tuple[list[list[Sample]], Replies]:
+        """numbers: of these problems among those of all processes; what is drawn depends on them. each: called after every token."""
         params = SamplingParams(max_tokens=self.max_tokens, temperature=temperature, logprobs=temperature > 0, **(limits or {}))
         groups = [[Sample(ids, params, seed + i * n + j) for j in range(n)]
                   for i, ids in zip(range(len(problems)) if numbers is None else numbers, map(self.prompt, problems))]
         replies = Replies(self.tokenizer, self.task, [(s, p) for p, group in zip(problems, groups) for s in group])
-        run_all(self._runner(), [s for g in groups for s in g], self.tokenizer.eos_ids, max_batch=self.max_batch,
-                reply=replies if replies.needed else None, support=bool(limits))
+        with _evaluating(self._runner()) as model:
+            run_all(model, [s for g in groups for s in g], self.tokenizer.eos_ids, max_batch=self.max_batch,
+                    reply=replies if replies.needed else None, support=bool(limits), each=each)
         return groups, replies
 
-    @torch.no_grad()
     def _runner(self) -> Decoder:
         """The model, or a copy with its weights cast to the dtype it computes in: once here, not in every step."""
-        dtype = self.model.compute_dtype
-        if dtype is None or dtype == self.model.embed.weight.dtype:
-            return self.model
-        if self._cast is None or self._cast.embed.weight.dtype != dtype:
-            self._cast = copy.deepcopy(self.model).to(dtype).requires_grad_(False).eval()
-        for ours, theirs in zip(self._cast.parameters(), self.model.parameters()):
+        if self._held:
+            assert self._copied is not None
+            return self._copied
+        own = self.model.compute_dtype in (None, self.model.embed.weight.dtype)
+        return self.model if own else self._copy()
+
+    @torch.no_grad()
+    def _copy(self) -> Decoder:
+        """The weights as they are now, in the dtype that the model computes in."""
+        dtype = self.model.compute_dtype or self.model.embed.weight.dtype
+        if self._copied is None or self._copied.embed.weight.dtype != dtype:
+            self._copied = copy.deepcopy(self.model).to(dtype).requires_grad_(False)
+        for ours, theirs in zip(self._copied.parameters(), self.model.parameters()):
             ours.copy_(theirs)
-        return self._cast
+        return self._copied
+
+    def hold(self) -> None:
+        """From here on a copy of the weights as they are now samples, whatever becomes of the model's, until `let_go`."""
+        self._copy()
+        self._held = True
+
+    def let_go(self) -> None:
+        self._held = False
 
     def text(self, sample: Sample) -> str:
         """The completion without its end-of-turn token."""
         return self.tokenizer.decode(sample.tokens[:-1] if sample.finish_reason == "stop" else sample.tokens)
 
-    def groups(self, problems: Sequence[Problem], n: int, temperature: float, seed: int, numbers: Sequence[int] | None = None) -> list[Group]:
+    def groups(self, problems: Sequence[Problem], n: int, temperature: float, seed: int, numbers: Sequence[int] | None = None,
+               each: Callable[[], None] | None = None) -> list[Group]:
         """n completions of each problem, all graded together; a component that nobody graded is not in `rewards`."""
         if not problems:
             self.metrics = {}
             return []
-        made = self.ungraded(problems, n, temperature, seed, self.limits, numbers)
+        made = self.ungraded(problems, n, temperature, seed, self.limits, numbers, each)
         scores = self.rewards.score(batch_of(made), self.state)
         events.emit(Graded(len(made) * n, {k: v for k, x in scores.components.items() if (v := float(x.nanmean())) == v}, scores.weights,
                            scores.failed, scores.seconds, scores.metrics))
@@ -169,9 +191,9 @@ class Rollouts:
         return made
 
     def ungraded(self, problems: Sequence[Problem], n: int, temperature: float, seed: int, limits: dict[str, Any] | None = None,
-                 numbers: Sequence[int] | None = None) -> list[Group]:
+                 numbers: Sequence[int] | None = None, each: Callable[[], None] | None = None) -> list[Group]:
         """Without their grades."""
-        groups, replies = self._sampled(problems, n, temperature, seed, limits, numbers)
+        groups, replies = self._sampled(problems, n, temperature, seed, limits, numbers, each)
         return [Group(problem, samples, [self.text(s) for s in samples], [],
                       [replies.messages(s) for s in samples] if dialogue_of(self.task, problem) else [])
                 for problem, samples in zip(problems, groups)]
@@ -180,6 +202,17 @@ class Rollouts:
         """The `generate` that `tasks.evaluate` asks for."""
 
         return lambda problems, draws, temperature: completions(self.ungraded(problems, draws, temperature, seed))
+
+
+@contextlib.contextmanager
+def _evaluating(model: Decoder) -> Iterator[Decoder]:
+    """A model that is being trained samples as it will be used: experts with a capacity drop no token then."""
+    training = model.training
+    model.eval()
+    try:
+        yield model
+    finally:
+        model.train(training)
 
 
 def completions(groups: Sequence[Group]) -> list[list[Completion]]:

@@ -83,8 +83,8 @@ class Online(OpensModel):
     """Weight of the entropy bonus.
     熵奖励的权重。"""
     set: tuple[str, ...] = ()
-    """Any other choice of the objective or the loop as NAME=VALUE: whiten=token, ratio=sequence, truncated=mask, dead_groups=drop, lag=1,
-    top_k=50, rounds=4, correction=truncate ...
+    """Any other choice of the objective or the loop as NAME=VALUE: whiten=token, ratio=sequence, truncated=mask, dead_groups=drop, lag=1
+    (the next rollout is sampled beside the update), top_k=50, rounds=4, correction=truncate ...
     目标函数或训练循环的其他选择，写作 名称=值。"""
     prompts: int = 32
     """Prompts in a rollout.
@@ -147,7 +147,7 @@ class Online(OpensModel):
 
 FLAGS = {"advantage": "advantage", "scale": "scale", "aggregation": "aggregation", "clip_low": "clip_low", "clip_high": "clip_high",
          "beta": "beta", "kl": "kl", "reward_beta": "reward_beta", "entropy": "entropy_coef"}  # of the verb -> of the objective
-LOOP = ("rounds", "lag", "top_k", "evaluations", "samples_shown", "clip")  # of the loop, by --set
+LOOP = ("rounds", "lag", "overlap", "top_k", "evaluations", "samples_shown", "clip")  # of the loop, by --set
 
 
 def settings_of(config: Online, method: str) -> OnlineConfig:

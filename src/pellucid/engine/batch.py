@@ -181,14 +181,19 @@ def check_length(prompt: int, max_tokens: int, context: int) -> None:
 def run_all(
     model: Decoder, sequences: Sequence[Sample], eos: Sequence[int], stop: Stop | None = None, max_batch: int = 512,
     progress: Callable[[int], None] | None = None, reply: Reply | None = None, support: bool = False,
+    each: Callable[[], None] | None = None,
 ) -> None:
-    """Finishes all sequences in batches of neighbours in prompt length (little padding). Equal prompts stay together."""
+    """Finishes all sequences in batches of neighbours in prompt length (little padding). Equal prompts stay together.
+
+    each: called after every step; what it raises ends the work.
+    """
     for s in sequences:
         check_length(len(s.prompt), s.params.max_tokens, model.spec.limit)
     order = sorted(sequences, key=lambda s: (len(s.prompt), s.prompt))
     for start in range(0, len(order), max_batch):
         part = order[start : start + max_batch]
         for _ in Batch(model, part, eos, stop, reply, support).run():
-            pass
+            if each:
+                each()
         if progress:
             progress(len(part))

@@ -33,9 +33,13 @@ BUCKET = 2**23  # numbers that are summed in one message
 class Ranks:
     """This process among those of a run. `ALONE`: the only one; nothing is sent then."""
 
-    def __init__(self, rank: int = 0, size: int = 1):
-        self.rank, self.size = rank, size
+    def __init__(self, rank: int = 0, size: int = 1, group: Any = None):
+        self.rank, self.size, self.group = rank, size, group
         self._time = time.monotonic()
+
+    def apart(self) -> Ranks:
+        """The same processes with a channel of their own, for what is told beside the step. All of them ask for it."""
+        return self if self.size == 1 else Ranks(self.rank, self.size, dist.new_group(backend="gloo"))
 
     @property
     def first(self) -> bool:
@@ -137,14 +141,13 @@ class Ranks:
         """Tensors of one shape from every process."""
         parts = [torch.empty_like(x) for _ in range(self.size)]
         with _clearly():
-            dist.all_gather(parts, x.contiguous())
+            dist.all_gather(parts, x.contiguous(), group=self.group)
         return parts
 
-    @staticmethod
-    def _sum(x: Tensor) -> None:
+    def _sum(self, x: Tensor) -> None:
         """In place."""
         with _clearly():
-            dist.all_reduce(x)
+            dist.all_reduce(x, group=self.group)
 
 
 ALONE = Ranks()

@@ -5,7 +5,7 @@ from __future__ import annotations
 ADVANTAGES, GDPO, OBJECTIVES, RETURNS, CORRECTIONS, PAIRS, DISTILL, REWARDS, BANDIT, GRADIENTS, METRICS, EXPERTS, RANKS = (
     f"tests/align/test_{name}.py" for name in (
         "objective_advantages", "gdpo", "objectives", "returns", "corrections", "preferences", "distill", "rewards", "bandit_gradients",
-        "objective_gradients", "objective_metrics", "experts", "loop_processes"))
+        "objective_gradients", "objective_metrics", "expert_alignment", "loop_processes"))
 SHARES = f"{RANKS} -k shares"
 A, T = "src/pellucid/align/", "src/pellucid/train/"
 
