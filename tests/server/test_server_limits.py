@@ -64,9 +64,12 @@ def pending(url: str) -> int:
     (b"null", 400, ""),
     (b'"text"', 400, ""),
     (b"\xff\xfe", 400, ""),
-    (b'{"model": "actor", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}', 400, "temperature"),
+    (b'{"model": "actor", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}', 400, "NaN is no number of JSON"),
+    (b'{"model": "actor", "messages": [{"role": "user", "content": "x"}], "tools": [1e400]}', 400, "1e400 is no number of JSON"),
+    (b'{"model": "actor", "messages": [{"role": "user", "content": "\xe9"}]}', 400, "'utf-8' codec can't decode"),
+    (b'{"seed": ' + b"9" * 5000 + b"}", 400, "Exceeds the limit"),
     (b'{"model": "actor", "messages": [{"role": "user", "content": "\\ud800"}], "max_tokens": 2}', 200, ""),
-    (b"[" * 15_000, 400, ""),
+    (b"[" * 15_000, 400, "recursion"),
     (b'{"pad": "' + b"x" * 30_000 + b'"}', 413, "20,000"),
 ])
 def test_broken_bodies(url: str, actor: Actor, content: bytes, status: int, says: str):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizer_samples import SAMPLES, TEXTS, WORDS
 
 from pellucid.errors import BadInput
-from pellucid.tokenizers import PELLUCID_PATTERN, bpe, patterns, train_bpe
+from pellucid.tokenizers import PELLUCID_PATTERN, bpe, engines, patterns, train_bpe
 from pellucid.tokenizers.train import DIGIT_PAIRS, cuts_digits_in_pairs
 
 # The twin's `regex` knows letters younger than the fast libraries do (see bpe.py): leave those out.
@@ -181,3 +181,12 @@ def test_the_engines_agree_on_every_character():
         assert fast == "".join(piece for part in slices for piece, _ in split.pre_tokenize_str(part))
         if kind != r"\p{Lu}":
             assert "".join(bpe.regex.findall(kind, known)) == "".join(c for c in fast if unicodedata.category(c) != "Cn")
+
+
+def test_white_space_at_which_tiktoken_panics(ours, monkeypatch):
+    """Texts with longer runs of white space are cut by the twin's expressions: the ids stay the same."""
+    huge = "a" + " " * 1_200_000 + "b"
+    assert ours.decode(ours.encode(huge)) == huge
+    expected = [ours.encode(text) for text in SAMPLES]
+    monkeypatch.setattr(engines, "LONGEST_SPACE", 0)
+    assert [ours.encode(text) for text in SAMPLES] == expected

@@ -48,6 +48,7 @@ class Job:
     arrived: float = field(default_factory=time.perf_counter)
     first: float | None = None  # when the first token came
     queue: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
+    expiry: asyncio.TimerHandle | None = None
 
     def put(self, item: tuple[int, Any] | Exception | None) -> None:
         """From the engine's thread; None is the end. A loop that has ended has no listener left."""
@@ -63,7 +64,9 @@ class Job:
             yield item
 
     def cancel(self) -> None:
-        """Ends it in whatever state it is; its cache is free after the step under way. Nothing where it has ended."""
+        """Ends it in whatever state it is; its cache is free after the step under way. Nothing where it has ended. In the event loop."""
+        if self.expiry is not None:
+            self.expiry.cancel()  # which would hold the job until then
         self.drop(self)
 
     def expire_after(self, seconds: float) -> None:
@@ -72,7 +75,7 @@ class Job:
             self.cancel()
             self.queue.put_nowait(TimeoutError(f"the request took longer than {seconds:g} s"))
 
-        self.loop.call_later(seconds, expire)
+        self.expiry = self.loop.call_later(seconds, expire)
 
     @property
     def prompts(self) -> list[Request]:

@@ -98,11 +98,11 @@ class SamplingParams:
         rules = [
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
             ("temperature", 0 <= self.temperature <= 100, "from 0 (greedy) to 100"),
-            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or None"),
+            ("top_k", self.top_k is None or 1 <= self.top_k < 2**31, "at least 1 (and below 2^31), or None"),
             ("top_p", self.top_p is None or 0 < self.top_p <= 1, "in (0, 1], or None"),
             ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "in [0, 1], or None"),
             ("typical_p", self.typical_p is None or 0 < self.typical_p <= 1, "in (0, 1], or None"),
-            ("repetition_penalty", 0 < self.repetition_penalty <= 100, "above 0, at most 100"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100"),
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "from -2 to 2"),
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "from -2 to 2"),
             ("logit_bias", len(bias) <= 1024 and all(isinstance(t, int) and t >= 0 and math.isfinite(b) for t, b in bias.items()),

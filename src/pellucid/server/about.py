@@ -9,10 +9,11 @@ from fastapi import FastAPI, Request, Response
 from pydantic import Field
 
 from pellucid.errors import BadInput
-from pellucid.server.errors import Refused, told
+from pellucid.server.errors import Json, Refused, told
 from pellucid.server.jobs import Desk
 from pellucid.server.metrics import exposition
 from pellucid.server.protocol import Body, Message, TemplateOptions, Tool
+from pellucid.server.registry import Served, VectorModel
 
 
 class TokenizeRequest(Body):
@@ -63,29 +64,31 @@ def add_about(app: FastAPI, desk: Desk) -> None:
     async def one_model(model_id: str) -> dict[str, Any]:
         return registry.find_any(model_id).as_dict()
 
-    @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> Tokens:
+    @app.post("/tokenize", response_model=Tokens)
+    async def tokenize(body: TokenizeRequest) -> Response:
         model = registry.find_any(body.model or next(iter(registry.models)))
         if (body.prompt is None) == (body.messages is None):
             raise Refused(400, "give either prompt or messages", "prompt", "invalid_value")
-        if body.messages is not None:
-            tools = [t.model_dump(exclude_none=True) for t in body.tools] if body.tools else None
-            thinking = body.chat_template_kwargs.enable_thinking if body.chat_template_kwargs else None
-            messages = [m.plain() for m in body.messages]
-            try:
-                encode = model.tokenizer.encode_chat
-                ids = (await asyncio.to_thread(lambda: encode(messages, tools, thinking, body.add_generation_prompt)))[0]
-            except BadInput as error:
-                raise told(error, "messages") from error
-        else:
-            prefix = model.tokenizer.prefix_ids if body.add_special_tokens else []
-            ids = [*prefix, *await asyncio.to_thread(model.tokenizer.encode, body.prompt or "")]
-        words = [model.tokenizer.token_bytes(i).decode("utf-8", "replace") for i in ids] if body.return_token_strs else None
-        return Tokens(count=len(ids), max_model_len=model.context, tokens=ids, token_strs=words)
+        return await asyncio.to_thread(lambda: Json(tokens_of(model, body)))  # a text of megabytes must not hold others up
 
-    @app.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> Text:
+    @app.post("/detokenize", response_model=Text)
+    async def detokenize(body: DetokenizeRequest) -> Response:
         model = registry.find_any(body.model or next(iter(registry.models)))
         if wrong := [i for i in body.tokens if not 0 <= i < model.vocab]:
             raise Refused(400, f"{wrong[0]} is no token of this model", "tokens", "invalid_value")
-        return Text(prompt=model.tokenizer.decode(body.tokens))
+        return await asyncio.to_thread(lambda: Json({"prompt": model.tokenizer.decode(body.tokens)}))
+
+
+def tokens_of(model: Served | VectorModel, body: TokenizeRequest) -> dict[str, Any]:
+    if body.messages is not None:
+        tools = [t.model_dump(exclude_none=True) for t in body.tools] if body.tools else None
+        thinking = body.chat_template_kwargs.enable_thinking if body.chat_template_kwargs else None
+        try:
+            ids = model.tokenizer.encode_chat([m.plain() for m in body.messages], tools, thinking, body.add_generation_prompt)[0]
+        except BadInput as error:
+            raise told(error, "messages") from error
+    else:
+        prefix = model.tokenizer.prefix_ids if body.add_special_tokens else []
+        ids = [*prefix, *model.tokenizer.encode(body.prompt or "")]
+    words = [model.tokenizer.token_bytes(i).decode("utf-8", "replace") for i in ids] if body.return_token_strs else None
+    return {"count": len(ids), "max_model_len": model.context, "tokens": ids, "token_strs": words}

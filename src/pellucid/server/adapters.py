@@ -38,9 +38,10 @@ def add_adapters(app: FastAPI, desk: Desk, root: Path | None) -> None:
             raise Refused(403, "adapters are loaded only where the server was started with --adapters FOLDER", "lora_path", "not_allowed")
         try:
             found = (root / path).resolve()
+            inside = found.is_relative_to(root.resolve()) and found.is_dir()
         except (OSError, ValueError) as error:
             raise Refused(400, f"{path!r} is no path", "lora_path", "invalid_value") from error
-        if not found.is_relative_to(root.resolve()) or not found.is_dir():
+        if not inside:
             raise Refused(400, f"there is no folder {path!r} among the adapters", "lora_path", "invalid_value")
         return found
 

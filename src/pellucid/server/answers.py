@@ -13,7 +13,7 @@ from pellucid.engine.job import Job, per_token
 from pellucid.engine.request import Request
 from pellucid.server.calls import Piece
 from pellucid.server.errors import Refused, as_json
-from pellucid.server.protocol import CompletionRequest
+from pellucid.server.protocol import CompletionRequest, StreamOptions
 from pellucid.server.reader import AnswerReader, Update
 from pellucid.tokenizers import Tokenizer
 
@@ -221,11 +221,11 @@ def echoed_logprobs(job: Job, number: int, envelope: Envelope, echo: bool, no_te
 # --- streams ------------------------------------------------------------------------------------------------------------
 
 
-async def chat_events(job: Job, envelope: Envelope, with_usage: bool) -> AsyncIterator[bytes]:
+async def chat_events(job: Job, envelope: Envelope, options: StreamOptions) -> AsyncIterator[bytes]:
     """Every choice, piece by piece."""
     def event(number: int, delta: dict[str, Any], reason: str | None = None, logprobs: dict[str, Any] | None = None) -> bytes:
         choice = {"index": number, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        return sse(envelope.body([choice], part=".chunk"))
+        return sse(envelope.body([choice], usage_of(job) if options.continuous_usage_stats else None, ".chunk"))
 
     for number in range(len(job.choices)):
         yield event(number, {"role": "assistant", "content": ""})
@@ -243,14 +243,15 @@ async def chat_events(job: Job, envelope: Envelope, with_usage: bool) -> AsyncIt
             logprobs = None  # told once
         if update.finish_reason:
             yield event(number, {}, finish_reason(update.finish_reason, calls[number].ended), logprobs)
-    if with_usage:
+    if options.include_usage:
         yield sse(envelope.body([], usage_of(job), part=".chunk"))
     yield DONE
 
 
-async def text_events(job: Job, envelope: Envelope, with_usage: bool, echo: list[str] | None, no_text: bool) -> AsyncIterator[bytes]:
+async def text_events(job: Job, envelope: Envelope, options: StreamOptions, echo: list[str] | None, no_text: bool) -> AsyncIterator[bytes]:
     def event(number: int, text: str, reason: str | None = None, logprobs: dict[str, Any] | None = None) -> bytes:
-        return sse(envelope.body([{"index": number, "text": text, "logprobs": logprobs, "finish_reason": reason}]))
+        choice = {"index": number, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        return sse(envelope.body([choice], usage_of(job) if options.continuous_usage_stats else None))
 
     drawn = len(job.choices) // len(job.prompts)
     offsets = [0] * len(job.choices)
@@ -268,7 +269,7 @@ async def text_events(job: Job, envelope: Envelope, with_usage: bool, echo: list
             logprobs = text_logprobs(envelope.tokenizer, places, offsets[number])
             offsets[number] += sum(map(len, logprobs["tokens"]))
         yield event(number, text, update.finish_reason, logprobs)
-    if with_usage:
+    if options.include_usage:
         yield sse(envelope.body([], usage_of(job)))
     yield DONE
 

@@ -25,10 +25,10 @@ from pellucid.server.about import add_about
 from pellucid.server.access import Access
 from pellucid.server.adapters import add_adapters, add_all
 from pellucid.server.answers import Envelope, chat_answer, chat_events, text_answer, text_events
-from pellucid.server.errors import Json, Refused
+from pellucid.server.errors import Json, JsonRoute, Refused
 from pellucid.server.guard import Guard
 from pellucid.server.jobs import Desk, EventStream, Limits, unless_gone
-from pellucid.server.protocol import ChatRequest, CompletionRequest, Sampling
+from pellucid.server.protocol import ChatRequest, CompletionRequest, StreamOptions
 from pellucid.server.registry import Registry, Served, VectorModel
 from pellucid.server.responses import add_responses
 from pellucid.server.vectors import add_vectors
@@ -62,6 +62,7 @@ def create_app(
     app = FastAPI(title="pellucid", version=pellucid.__version__, lifespan=lifespan, **QUIET, docs_url=None, redoc_url=None,
                   default_response_class=Json, responses={"default": {"description": "An error", "model": errors.ErrorBody}})
     app.state.desk = desk
+    app.router.route_class = JsonRoute
     app.add_middleware(Guard, api_keys=[api_key] if isinstance(api_key, str) else list(api_key or ()), max_body=max_body)
     app.add_middleware(Access, tracing=tracing)
     errors.install(app)
@@ -81,7 +82,7 @@ def add_completions(app: FastAPI, desk: Desk) -> None:
         model, job = await desk.chat(body, request)
         envelope = Envelope(body.model, "chat.completion", "chatcmpl", model.tokenizer)
         if body.stream:
-            return EventStream(chat_events(job, envelope, wants_usage(body)), job)
+            return EventStream(chat_events(job, envelope, body.stream_options or StreamOptions()), job)
         return Json(await unless_gone(chat_answer(job, envelope), job, request))
 
     @app.post("/v1/completions")
@@ -92,12 +93,8 @@ def add_completions(app: FastAPI, desk: Desk) -> None:
         envelope = Envelope(body.model, "text_completion", "cmpl", model.tokenizer)
         echo = [model.tokenizer.decode(ids) for ids in prompts] if body.echo else None
         if body.stream:
-            return EventStream(text_events(job, envelope, wants_usage(body), echo, body.max_tokens == 0), job)
+            return EventStream(text_events(job, envelope, body.stream_options or StreamOptions(), echo, body.max_tokens == 0), job)
         return Json(await unless_gone(text_answer(job, envelope, body, echo), job, request))
-
-
-def wants_usage(body: Sampling) -> bool:
-    return bool(body.stream_options and body.stream_options.include_usage)
 
 
 def prompt_ids(model: Served, prompt: str | list[int]) -> list[int]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Callable, Coroutine
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
@@ -27,6 +30,29 @@ class Json(JSONResponse):
 
     def render(self, content: Any) -> bytes:
         return as_json(content)
+
+
+class StrictRequest(Request):
+    """Its body is JSON as RFC 8259 has it: Python's `json` takes NaN and infinite numbers too, which nothing could be answered with."""
+
+    async def json(self) -> Any:
+        return json.loads(await self.body(), parse_constant=finite, parse_float=finite)
+
+
+class JsonRoute(APIRoute):
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def strict(request: Request) -> Response:
+            return await handle(StrictRequest(request.scope, request.receive))
+
+        return strict
+
+
+def finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:20]} is no number of JSON, or too large")
+    return number
 
 
 def as_json(content: Any) -> bytes:
@@ -97,6 +123,8 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code == 400 and error.__cause__ is not None:  # FastAPI could not read the body
+            return Refused(400, f"the body cannot be read as JSON: {error.__cause__}", code="invalid_json").response()
         where = f"{request.method} {request.url.path}"
         return Refused(error.status_code, f"{error.detail}: {where}", headers=dict(error.headers or {})).response()
 
@@ -124,8 +152,8 @@ def refusal_of(error: Exception) -> Refused:
 
 
 def unreadable(errors: Any) -> Refused:
-    """The first of pydantic's complaints, with the path of the field."""
-    first = errors[0]
+    """The most exact of pydantic's complaints about the first field, with the path of what is wrong."""
+    first = most_exact(errors)
     where = ".".join(str(part) for part in first["loc"] if not NO_FIELD.match(str(part)))
     match first["type"]:
         case "json_invalid":
@@ -136,3 +164,14 @@ def unreadable(errors: Any) -> Refused:
             return Refused(400, f"the field {where} is not supported", where, "unsupported_field")
     reason = first["msg"].removeprefix("Value error, ")
     return Refused(400, f"{where}: {reason}" if where else reason, where or None, "invalid_value")
+
+
+def most_exact(errors: Any) -> Any:
+    """Of a field that may be a text or a list, pydantic complains for each: what lies deepest is meant, where only one kind reaches so deep."""
+    def kinds(error: Any) -> tuple[str, ...]:
+        return tuple(str(part) for part in error["loc"] if NO_FIELD.match(str(part)))
+
+    same = [error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]]
+    depth = max(len(error["loc"]) for error in same)
+    deepest = [error for error in same if len(error["loc"]) == depth]
+    return deepest[0] if len({kinds(error) for error in deepest}) == 1 else errors[0]

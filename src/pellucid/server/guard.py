@@ -1,4 +1,4 @@
-"""What every request passes first: its key, where one is asked for, and the size of its body."""
+"""What every request passes first: its key, where one is asked for, and the kind and size of its body."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ READING = 60  # seconds that a body may take to arrive
 
 class Guard:
     """ASGI middleware. Refuses with 401 what is none of `api_keys` (compared in constant time, shown nowhere), with 413 a
-    body of more than `max_body` bytes, before it is read to the end, and with 408 one that does not arrive in time."""
+    body of more than `max_body` bytes, before it is read to the end, with 408 one that does not arrive in time, and with 415 one
+    that is compressed or, in a browser, declared as something else than JSON."""
 
     def __init__(self, app: ASGIApp, api_keys: Sequence[str], max_body: int):
         self.app, self.max_body = app, max_body
@@ -29,6 +30,7 @@ class Guard:
             return
         try:
             self._check_key(scope)
+            declare(scope)
             async with asyncio.timeout(READING):
                 receive = await self._read(scope, receive)
         except TimeoutError:
@@ -55,7 +57,7 @@ class Guard:
         """The whole body, at most `max_body` bytes; what comes later (the disconnect) is passed on."""
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         size = int(declared) if declared.isdigit() else 0
-        body, more = b"", size <= self.max_body
+        body, more = bytearray(), size <= self.max_body
         while more:
             message = await receive()
             if message["type"] != "http.request":
@@ -66,7 +68,21 @@ class Guard:
         if size > self.max_body:
             raise Refused(413, f"the body is larger than {self.max_body:,} bytes", code="body_too_large",
                           headers={"Connection": "close"})
-        return replay([{"type": "http.request", "body": body, "more_body": False}], receive)
+        return replay([{"type": "http.request", "body": bytes(body), "more_body": False}], receive)
+
+
+def declare(scope: Scope) -> None:
+    """Bodies are JSON, also where a client says nothing of that, or what `curl -d` says. Not where a page in a browser sends them: with
+    those other types a page of any origin may ask a server on its visitor's machine, with JSON's only one that the server lets."""
+    headers = dict(scope["headers"])
+    if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+        raise Refused(415, "the body is compressed; send it as it is, without Content-Encoding", code="unsupported_encoding")
+    kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    if scope["method"] != "POST" or kind == b"application/json" or kind.endswith(b"+json"):
+        return
+    if b"origin" in headers:
+        raise Refused(415, "the body must be JSON, and be declared as `Content-Type: application/json`", code="unsupported_type")
+    scope["headers"] = [*((name, value) for name, value in scope["headers"] if name != b"content-type"), (b"content-type", b"application/json")]
 
 
 def replay(messages: list[Any], receive: Receive) -> Receive:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -11,6 +11,7 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from pellucid.engine.async_llm import QueueFull
 from pellucid.engine.batch import check_length
 from pellucid.engine.job import Job
 from pellucid.engine.params import SamplingParams
@@ -41,6 +42,21 @@ class Desk:
 
     registry: Registry
     limits: Limits
+    others: int = 0  # requests under way that are no jobs of an engine: vectors and scores
+
+    async def limited(self, answer: Coroutine[Any, Any, T], request: Request) -> T:
+        """The answer, within the limits that jobs have too: how many may be here, and for how long."""
+        if self.others >= self.registry.config.running + self.limits.waiting:
+            answer.close()
+            raise QueueFull(f"{self.others} requests for vectors or scores are here")
+        self.others += 1
+        try:
+            async with asyncio.timeout(self.limits.seconds):
+                return await unless_gone(answer, None, request)
+        except TimeoutError as error:
+            raise TimeoutError(f"the request took longer than {self.limits.seconds:g} s") from error
+        finally:
+            self.others -= 1
 
     async def chat(self, body: ChatRequest, request: Request) -> tuple[Served, Job]:
         model = self.registry.find(body.model)
@@ -97,12 +113,13 @@ class Desk:
 
 
 def namespace_of(model: Served, body: Sampling, tenant: str) -> str:
-    """Cached prefixes are shared within it alone: an adapter's entries differ, keys and salts ask for privacy."""
-    return "\0".join((model.namespace, tenant, body.cache_salt or "")).strip("\0")
+    """Cached prefixes are shared within it alone: an adapter's entries differ, keys and salts ask for privacy. No salt gives another's."""
+    parts = (model.namespace, tenant, body.cache_salt or "")
+    return ascii(parts) if any(parts) else ""
 
 
-async def unless_gone(answer: Awaitable[T], job: Job, request: Request) -> T:
-    """The answer; a client that leaves meanwhile ends the generation."""
+async def unless_gone(answer: Awaitable[T], job: Job | None, request: Request) -> T:
+    """The answer; a client that leaves meanwhile ends the work, a job's generation too."""
     task = asyncio.ensure_future(answer)
     try:
         while not (await asyncio.wait({task}, timeout=0.2))[0]:
@@ -110,7 +127,8 @@ async def unless_gone(answer: Awaitable[T], job: Job, request: Request) -> T:
                 raise Refused(499, "the client has gone")
         return task.result()
     finally:
-        job.cancel()
+        if job is not None:
+            job.cancel()
         task.cancel()
 
 

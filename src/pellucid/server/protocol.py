@@ -7,7 +7,7 @@ Beyond OpenAI's own fields, as vLLM has them: `top_k`, `min_p`, `typical_p`, `re
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -24,8 +24,10 @@ class Body(BaseModel):
 
 
 class StreamOptions(Body):
+    """continuous_usage_stats: every part tells the usage so far, as vLLM's do."""
+
     include_usage: bool = False
-    include_obfuscation: bool = False
+    include_obfuscation: Literal[False] = False
     continuous_usage_stats: bool = False
 
 
@@ -52,7 +54,7 @@ class Sampling(Body):
     model: str
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1)
+    top_k: int | None = Field(None, ge=-1, lt=2**31)
     min_p: float | None = Field(None, ge=0, le=1)
     typical_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
@@ -66,7 +68,7 @@ class Sampling(Body):
     stream_options: StreamOptions | None = None
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10)
     logit_bias: dict[str, float] | None = Field(None, max_length=1024)
     structured_outputs: Structured | None = None
     prompt_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
@@ -98,7 +100,7 @@ class Sampling(Body):
     @classmethod
     def biases(cls, value: dict[str, float] | None) -> dict[str, float] | None:
         for token, bias in (value or {}).items():
-            if not (token.isascii() and token.isdecimal()) or not -100 <= bias <= 100:
+            if not (token.isascii() and token.isdecimal() and len(token) < 20) or not -100 <= bias <= 100:
                 raise ValueError("keys are token ids, values lie from -100 to 100")
         return value
 
@@ -183,7 +185,7 @@ class ToolCall(Body):
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part | Refusal] | None = None
+    content: str | list[Annotated[Part | Refusal, Field(discriminator="type")]] | None = None
     reasoning_content: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None

@@ -158,13 +158,14 @@ class Registry:
         if form is not None and form not in FORMATS:
             raise BadInput(f"no format of tool calls is called {form!r}", next=f"use one of {', '.join(FORMATS)}")
         self.models: dict[str, Served | VectorModel] = {}
+        self.config = config or EngineConfig()
         self._versions = itertools.count(1)
         for name, llm in models.items():
             if isinstance(llm, VectorModel):
                 llm.name = name
                 self.models[name] = llm
                 continue
-            engine = AsyncLLM(llm, config=config, waiting=waiting, name=name)
+            engine = AsyncLLM(llm, config=self.config, waiting=waiting, name=name)
             templates = " ".join(llm.tokenizer.source.templates.values())
             self.models[name] = Served(name, engine, FORMATS[form] if form else format_of(templates), root=str(llm.folder or ""))
 
@@ -201,7 +202,7 @@ class Registry:
                            "serve it in one process")
         adapter = read_adapter(path, parent.llm.model, name)
         served = Served(name, parent.engine, parent.form, adapter, parent.name, str(path), f"{name}#{next(self._versions)}")
-        self.models[name] = served
+        self.models = {**self.models, name: served}  # others may be looking through the old ones
         return served
 
     def remove_adapter(self, name: str) -> None:
@@ -209,7 +210,7 @@ class Registry:
         model = self.find_any(name)
         if not isinstance(model, Served) or model.adapter is None:
             raise Refused(400, f"{name!r} is a model, not an adapter", "lora_name", "invalid_value")
-        del self.models[name]
+        self.models = {known: other for known, other in self.models.items() if known != name}
 
     def close(self) -> None:
         for engine in self.engines:

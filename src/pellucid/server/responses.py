@@ -18,7 +18,7 @@ from fastapi import FastAPI, Request, Response
 from pellucid.engine.job import Job
 from pellucid.server.answers import joined, reader_of, sse, updates, whole
 from pellucid.server.calls import Piece
-from pellucid.server.errors import Json, Refused, refusal_of
+from pellucid.server.errors import Json, Refused, as_json, refusal_of
 from pellucid.server.jobs import Desk, EventStream, unless_gone
 from pellucid.server.protocol import FunctionCall, Message, ToolCall
 from pellucid.server.responses_body import NamedChoice, ResponsesRequest
@@ -48,7 +48,7 @@ class Conversations:
     characters: int = 0
 
     def keep(self, body: dict[str, Any], messages: list[Message], tenant: str) -> None:
-        size = sum(len(m.model_dump_json()) for m in messages)
+        size = len(as_json(body)) + sum(len(m.model_dump_json()) for m in messages)
         self.kept[body["id"]] = Kept(body, messages, tenant, size)
         self.characters += size
         while self.kept and (len(self.kept) > KEPT or self.characters > KEPT_CHARACTERS):

@@ -56,10 +56,15 @@ class InputResult(Body):
     status: str | None = None
 
 
+class ThoughtPart(Body):
+    type: Literal["reasoning_text", "text"] = "reasoning_text"
+    text: str
+
+
 class InputThought(Body):
     type: Literal["reasoning"]
     summary: list[Any] = []
-    content: list[dict[str, Any]] | None = None
+    content: list[ThoughtPart] | None = None
     encrypted_content: None = None
     id: str | None = None
     status: str | None = None
@@ -107,7 +112,7 @@ class Reasoning(Body):
 
 
 class StreamObfuscation(Body):
-    include_obfuscation: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 class ResponsesRequest(Body):
@@ -172,7 +177,7 @@ class ResponsesRequest(Body):
         thought: str | None = None
         for item in self.input:
             if isinstance(item, InputThought):
-                thought = "".join(part.get("text", "") for part in item.content or [])
+                thought = "".join(part.text for part in item.content or [])
                 continue
             message = message_of(item)
             previous = found[-1] if found else None

@@ -84,36 +84,48 @@ class ScoreRequest(Body):
 def add_vectors(app: FastAPI, desk: Desk) -> None:
     @app.post("/v1/embeddings")
     async def embeddings(body: EmbeddingRequest, request: Request) -> dict[str, Any]:
-        model = desk.registry.find_any(body.model)
-        texts, tokens = await asyncio.to_thread(texts_of, model, body.input)
-        request.scope["state"]["model"] = body.model
-        vectors = await embed(model, texts)
-        if body.dimensions is not None:
-            if body.dimensions > vectors.shape[1]:
-                raise Refused(400, f"vectors of this model have {vectors.shape[1]} dimensions", "dimensions", "invalid_value")
-            vectors = F.normalize(vectors[:, : body.dimensions], dim=-1)
-        rows = vectors.numpy().astype("<f4")
-        data = [{"object": "embedding", "index": i, "embedding": encoded(row, body.encoding_format)} for i, row in enumerate(rows)]
-        return {"object": "list", "data": data, "model": body.model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+        return await desk.limited(embedded(found(desk, body.model, request), body), request)
 
     @app.post("/v1/rerank")
     async def rerank(body: RerankRequest, request: Request) -> dict[str, Any]:
-        model = desk.registry.find_any(body.model)
-        request.scope["state"]["model"] = body.model
-        scores, tokens = await score(model, [body.query] * len(body.texts), body.texts, body.how)
-        order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[: body.top_n]
-        shown = [{"document": {"text": body.texts[i]}} if body.return_documents else {} for i in order]
-        results = [{"index": i, "relevance_score": scores[i], **more} for i, more in zip(order, shown)]
-        return {"id": f"rerank-{secrets.token_hex(12)}", "model": body.model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}, "results": results}
+        return await desk.limited(ranked(found(desk, body.model, request), body), request)
 
     @app.post("/v1/score")
     async def scores(body: ScoreRequest, request: Request) -> dict[str, Any]:
-        model = desk.registry.find_any(body.model)
-        request.scope["state"]["model"] = body.model
-        found, tokens = await score(model, *body.pairs_of(), body.how)
-        data = [{"index": i, "object": "score", "score": value} for i, value in enumerate(found)]
-        return {"id": f"score-{secrets.token_hex(12)}", "object": "list", "created": int(time.time()), "model": body.model, "data": data,
-                "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+        return await desk.limited(scored(found(desk, body.model, request), body), request)
+
+
+def found(desk: Desk, name: str, request: Request) -> Model:
+    model = desk.registry.find_any(name)
+    request.scope["state"]["model"] = name
+    return model
+
+
+async def embedded(model: Model, body: EmbeddingRequest) -> dict[str, Any]:
+    texts, tokens = await asyncio.to_thread(texts_of, model, body.input)
+    vectors = await embed(model, texts)
+    if body.dimensions is not None:
+        if body.dimensions > vectors.shape[1]:
+            raise Refused(400, f"vectors of this model have {vectors.shape[1]} dimensions", "dimensions", "invalid_value")
+        vectors = F.normalize(vectors[:, : body.dimensions], dim=-1)
+    rows = vectors.numpy().astype("<f4")
+    data = [{"object": "embedding", "index": i, "embedding": encoded(row, body.encoding_format)} for i, row in enumerate(rows)]
+    return {"object": "list", "data": data, "model": body.model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+
+
+async def ranked(model: Model, body: RerankRequest) -> dict[str, Any]:
+    scores, tokens = await score(model, [body.query] * len(body.texts), body.texts, body.how)
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[: body.top_n]
+    shown = [{"document": {"text": body.texts[i]}} if body.return_documents else {} for i in order]
+    results = [{"index": i, "relevance_score": scores[i], **more} for i, more in zip(order, shown)]
+    return {"id": f"rerank-{secrets.token_hex(12)}", "model": body.model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}, "results": results}
+
+
+async def scored(model: Model, body: ScoreRequest) -> dict[str, Any]:
+    values, tokens = await score(model, *body.pairs_of(), body.how)
+    data = [{"index": i, "object": "score", "score": value} for i, value in enumerate(values)]
+    return {"id": f"score-{secrets.token_hex(12)}", "object": "list", "created": int(time.time()), "model": body.model, "data": data,
+            "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
 
 
 def encoded(row: np.ndarray[Any, Any], form: str | None) -> list[float] | str:

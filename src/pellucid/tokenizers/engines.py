@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from pellucid.errors import BadInput
+from pellucid.tokenizers.bpe import cut
 from pellucid.tokenizers.check import AGAIN
 from pellucid.tokenizers.layout import AddedToken, ByteLevelBPE, NotByteLevel, read, unspell
 from pellucid.tokenizers.proof import merged_by_rank
 from pellucid.tokenizers.spans import either
+
+LONGEST_SPACE = 200_000
+"""Characters of white space that tiktoken may see in a row: at some more its regular expressions run out of stack, and it panics."""
 
 
 class TiktokenEngine:
@@ -21,7 +26,7 @@ class TiktokenEngine:
     def __init__(self, bpe: ByteLevelBPE, ranks: dict[bytes, int]):
         import tiktoken
 
-        self.nfc = bpe.nfc
+        self.nfc, self.pattern = bpe.nfc, bpe.pattern
         self._encoding = tiktoken.Encoding("pellucid", pat_str=bpe.pattern, mergeable_ranks=ranks, special_tokens={})
         self.encode_ordinary = self._encoding.encode_ordinary
         if bpe.nfc:
@@ -31,7 +36,10 @@ class TiktokenEngine:
 
     def plain(self, text: str, first: bool = True) -> list[int]:
         """The ids of a text without added tokens."""
-        return self.encode_ordinary(self.normal(text) if self.nfc else text)
+        text = self.normal(text) if self.nfc else text
+        if len(text) > LONGEST_SPACE and any(m.end() - m.start() > LONGEST_SPACE for m in re.finditer(r"\s+", text)):
+            return [i for piece in cut(text, self.pattern) for i in self._encoding._encode_single_piece(piece)]
+        return self.encode_ordinary(text)
 
     def normal(self, text: str) -> str:
         """NFC by the library's tables, which is slow: so only where there is something to do.
