@@ -21,6 +21,7 @@ from pellucid.engine.adjust import Adjuster, Place
 from pellucid.engine.config import ORDERS, EngineConfig, choose_room, codes_for, drafts_of, groups_for, make_cache
 from pellucid.engine.drafting import DraftModel, PredictionHead, check_proposer
 from pellucid.engine.layer_groups import windows_of
+from pellucid.engine.native_step import NativeStep
 from pellucid.engine.pace import Pace
 from pellucid.engine.params import SamplingParams
 from pellucid.engine.prefix_cache import held
@@ -185,7 +186,7 @@ class Engine:
         places = [(r, j) for r in logits for j in range(1 + r.drafts)]
         self.totals["proposals"] += sum(r.drafts > 0 for r in logits)
         self.totals["proposed_tokens"] += len(places) - len(logits)
-        whole = torch.cat(list(logits.values()))  # a copy
+        whole = joined(list(logits.values()))
         if self.known is not None:  # rows of the embedding that only fill it up
             whole[:, self.known :] = -torch.inf
         drawn, logprobs, tops = self._draw(places, whole)
@@ -250,6 +251,7 @@ class Engine:
         """The last one, where the batch is the same."""
         if requests != self.sampled:  # by identity: requests do not compare
             self.sampler = Sampler([r.params for r in requests], [r.seed for r in requests], device)
+            self.sampler.alone = isinstance(self.runner.compiled, NativeStep)
             self.sampled = requests
         assert self.sampler is not None
         return self.sampler
@@ -302,6 +304,16 @@ class Engine:
                 "available": self.cache.available(), "blocks": self.cache.blocks, "block": self.cache.size, "totals": dict(self.totals),
                 "groups": [list(group.layers) for group in self.groups.value], "groups_reason": self.groups.reason,
                 "cache_dtype": self.runner.pages.codes.name, "path": self.runner.path.value, "path_reason": self.runner.path.reason}
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """(n_i, V), ... -> (sum n_i, V): where they lie behind each other in memory, as a view, else as a copy."""
+    first, V = parts[0], parts[0].shape[1]
+    ends = [p.data_ptr() + p.numel() * p.element_size() for p in parts]
+    home = first.untyped_storage().data_ptr()
+    if all(p.is_contiguous() and p.untyped_storage().data_ptr() == home for p in parts) and ends[:-1] == [p.data_ptr() for p in parts[1:]]:
+        return first.as_strided((sum(map(len, parts)), V), (V, 1))
+    return torch.cat(list(parts))
 
 
 def accepted_at(place: int) -> str:

@@ -68,6 +68,7 @@ class NativeStep:
         self.homes = [(m._parameters, name) for m in model.modules() for name, p in m._parameters.items() if p is not None]
         self.addresses: list[int] = []
         self.tail: Matrix = Matrix()
+        self.followed = False  # by the pass that this step's logits come from
 
     @staticmethod
     def suits(parts: Sequence[Part]) -> bool:
@@ -75,6 +76,7 @@ class NativeStep:
 
     def hidden(self, tokens: Tensor, batch: PagedBatch) -> Tensor:
         self._follow(batch.slots.shape[1])
+        self.followed = True
         step, out = self.step, torch.empty(len(tokens), self.model.spec.dim, dtype=torch.float32, device="cpu")
         indices = (tokens, batch.positions, batch.request, *batch.every_into, *batch.every_slots)
         assert all(t.dtype == torch.int64 and t.is_contiguous() for t in indices)
@@ -87,7 +89,9 @@ class NativeStep:
 
     def logits(self, h: Tensor) -> Tensor:
         """(n, D) -> (n, V) float32"""
-        self._follow(1)  # the first pass of all may have been the flat one
+        if not self.followed:  # the pass before was the flat one
+            self._follow(1)
+        self.followed = False
         return self.library.product(self.tail, h.float())  # type: ignore[no-any-return]
 
     def _follow(self, longest: int) -> None:

@@ -8,7 +8,9 @@ Legend: B sequences, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,6 +69,7 @@ class Sampler:
         cuts = (self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0) | (self.typical_p < 1)
         self._truncating = (cuts & (self.temperature > 0)).nonzero().squeeze(-1)
         self._typical = bool((self.typical_p < 1).any())
+        self._settings: tuple[Any, Any] | None = None  # the kernel's: temperatures and seeds as arrays
 
     def keep(self, rows: Tensor) -> None:
         for name in ("temperature", "top_k", "top_p", "min_p", "typical_p", "seeds"):
@@ -86,7 +89,7 @@ class Sampler:
         compiled = compiled and not fused
         way = self._draw_fused if fused else self._draw_compiled if compiled else self._draw
         tokens, logprobs = way(logits, steps)
-        if bool((tokens < 0).any()):
+        if tokens.cpu().numpy().min(initial=0) < 0:
             raise PellucidError("the model's logits are not numbers", "its weights diverged in training, or are damaged",
                                 "check them with `pellucid eval`, or go back to an earlier checkpoint")
         if compiled and len(self._truncating):
@@ -112,9 +115,11 @@ class Sampler:
 
         # OpenMP's threads wait busily for a while, on the core that the next step's threads want: not for a few microseconds of work.
         same_threads(1 if self.alone or logits.numel() < ONE_THREAD else 2**31)
-        tokens, logprobs = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits) if self.logprobs else 0)
-        draw(array(logits.contiguous()), array(self.temperature), array(self.seeds), array(steps), array(tokens), array(logprobs))
-        return tokens, logprobs if self.logprobs else None
+        if self._settings is None:
+            self._settings = array(self.temperature), array(self.seeds)
+        tokens, logprobs = np.empty(len(logits), np.int64), np.empty(len(logits) if self.logprobs else 0, np.float32)
+        draw(array(logits.contiguous()), *self._settings, array(steps), tokens, logprobs)
+        return torch.from_numpy(tokens), torch.from_numpy(logprobs) if self.logprobs else None
 
     def _draw(self, logits: Tensor, steps: Tensor, rows: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor | None]:
         """The readable twin, and the only path that truncates. `rows`: whose settings these logits follow. A row that holds
