@@ -19,7 +19,7 @@ from pellucid.ops.jit.lanes import FAST, exp, largest, narrow, sigmoid, wide
 Array = np.ndarray[Any, Any]
 
 
-@njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
+@njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True, nogil=True)
 def add_and_norm(x: Array, delta: Array, weight: Array, eps: float, out: Array) -> None:
     """x (B, D) float32 += delta (B, D);  out (B, D) = weight * x / sqrt(mean(x^2) + eps). The residual stays in float32."""
     D = x.shape[1]
@@ -33,7 +33,7 @@ def add_and_norm(x: Array, delta: Array, weight: Array, eps: float, out: Array) 
             out[b, i] = narrow(x[b, i] * r * wide(weight[i]), out[b, i])
 
 
-@njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
+@njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True, nogil=True)
 def gate(gate_up: Array, out: Array) -> None:
     """SwiGLU: gate_up (B, 2I) -> out (B, I) = silu(gate) * up."""
     width = out.shape[1]
@@ -126,7 +126,7 @@ def attend_kernel(d: int, G: int) -> Callable[..., None]:
 
 def _attend_kernel(d: int, G: int) -> Callable[..., None]:
 
-    @njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
+    @njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True, nogil=True)
     def attend(
         qkv: Array, q_weight: Array, k_weight: Array, eps: float, cos: Array, sin: Array, first: Array, t: int, window: int,
         scale: float, keys: Array, values: Array, out: Array,

@@ -31,7 +31,7 @@ def uniform(seed: int, step: int) -> float:
     return np.float64(_mix(_mix(np.uint64(seed)) + np.uint64(step)) >> np.uint64(11)) * 2.0**-53
 
 
-@njit(fastmath=FAST, cache=True)
+@njit(fastmath=FAST, cache=True, nogil=True)
 def greedy(row: Array, top: float) -> int:
     """The first place of `top`, the largest of row (V,); -1 where it is infinite or any entry is not a number."""
     strange = np.int32(0)
@@ -44,7 +44,7 @@ def greedy(row: Array, top: float) -> int:
     return -1
 
 
-@njit(fastmath=FAST, cache=True)
+@njit(fastmath=FAST, cache=True, nogil=True)
 def chosen(weights: Array, sums: Array, point: float) -> int:
     """The token at which the running sum of weights (V,) passes `point`; sums: of each BLOCK of weights."""
     left, k = point, 0
@@ -60,7 +60,7 @@ def chosen(weights: Array, sums: Array, point: float) -> int:
     return token
 
 
-@njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
+@njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True, nogil=True)
 def draw(logits: Array, temperature: Array, seeds: Array, steps: Array, tokens: Array, logprobs: Array) -> None:
     """tokens (B,) int64 of logits (B, V), each its row's `steps[b]`-th draw with `seeds[b]`; temperature 0: the largest logit, the first of equal ones.
 

@@ -26,7 +26,7 @@ def _act(gate: float, up: float, alpha: float, limit: float) -> float:
     return (u + np.float32(1)) * g * sigmoid(alpha * g)
 
 
-@njit(parallel=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(parallel=True, cache=True, nogil=True, fastmath=FAST, error_model="numpy")
 def gate(gate_up: Array, weights: Array, alpha: float, limit: float, out: Array) -> None:
     """out (P, I) = weight * act(gate, up), gate_up (P, 2I)."""
     P, width = out.shape
@@ -37,7 +37,7 @@ def gate(gate_up: Array, weights: Array, alpha: float, limit: float, out: Array)
             out[p, i] = narrow(w * _act(wide(gate_up[p, i]), wide(up[i]), slope, top), out[p, i])
 
 
-@njit(parallel=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(parallel=True, cache=True, nogil=True, fastmath=FAST, error_model="numpy")
 def gate_backward(g: Array, gate_up: Array, weights: Array, alpha: float, limit: float, out: Array, d_gate_up: Array,
                   d_weights: Array) -> None:
     """g (P, I): the gradient at weight * act(gate, up).  out as in `gate`, d_gate_up (P, 2I), d_weights (P,) += g . act."""
@@ -69,7 +69,7 @@ def gate_backward(g: Array, gate_up: Array, weights: Array, alpha: float, limit:
         d_weights[p] += total
 
 
-@njit(parallel=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(parallel=True, cache=True, nogil=True, fastmath=FAST, error_model="numpy")
 def add_rows(y: Array, tokens: Array, out: Array) -> None:
     """out[tokens[p]] += y[p]: y (P, D), out (N, D) float32. Threads share the columns, so a token may come twice."""
     D = y.shape[1]
@@ -82,7 +82,7 @@ def add_rows(y: Array, tokens: Array, out: Array) -> None:
                 row[i] += wide(new[i])
 
 
-@njit(fastmath=FAST, cache=True, error_model="numpy")
+@njit(fastmath=FAST, cache=True, nogil=True, error_model="numpy")
 def _dots(w: tuple[Array, Array, Array, Array], x: Array, n: int) -> tuple[float, float, float, float]:
     """The products of four rows of weights with one row x (float32)."""
     w0, w1, w2, w3 = w
@@ -96,7 +96,7 @@ def _dots(w: tuple[Array, Array, Array, Array], x: Array, n: int) -> tuple[float
     return a, b, c, d
 
 
-@njit(fastmath=FAST, cache=True, error_model="numpy")
+@njit(fastmath=FAST, cache=True, nogil=True, error_model="numpy")
 def _tile(w: tuple[Array, Array, Array, Array], x0: Array, x1: Array, x2: Array, x3: Array, n: int) -> Any:
     """The products of four rows of weights with four rows of x: sixteen sums in registers, each number read once for four."""
     w0, w1, w2, w3 = w
@@ -114,7 +114,7 @@ def _tile(w: tuple[Array, Array, Array, Array], x0: Array, x1: Array, x2: Array,
     return (a0, a1, a2, a3), (b0, b1, b2, b3), (c0, c1, c2, c3), (d0, d1, d2, d3)
 
 
-@njit(fastmath=FAST, cache=True, error_model="numpy")
+@njit(fastmath=FAST, cache=True, nogil=True, error_model="numpy")
 def _keep(sums: tuple[float, float, float, float], p: int, i: int, k: int, weight: float, bias: Array, alpha: float, limit: float,
           out: Array) -> None:
     """sums: gate and up of columns i and k of pair p, still without their biases."""
@@ -126,7 +126,7 @@ def _keep(sums: tuple[float, float, float, float], p: int, i: int, k: int, weigh
     out[p, k] = weight * _act(g1, u1, alpha, limit)
 
 
-@njit(parallel=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(parallel=True, cache=True, nogil=True, fastmath=FAST, error_model="numpy")
 def hidden(x: Array, tokens: Array, weights: Array, experts: Array, starts: Array, gate_up: Array, bias: Array, alpha: float,
            limit: float, out: Array) -> None:
     """out (P, I) = weight * act(gate_up[e] x + bias): x (N, D) float32, gate_up (E, 2I, D), bias (E, 2I) or (E, 0).
@@ -154,7 +154,7 @@ def hidden(x: Array, tokens: Array, weights: Array, experts: Array, starts: Arra
                 _keep(_dots(w, x[tokens[p]], D), p, i, k, weights[p], shift, slope, top, out)
 
 
-@njit(parallel=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(parallel=True, cache=True, nogil=True, fastmath=FAST, error_model="numpy")
 def results(hidden: Array, weights: Array, experts: Array, starts: Array, down: Array, bias: Array, out: Array) -> None:
     """out (P, D) = down[e] hidden + weight * bias: hidden (P, I) float32, down (E, D, I), bias (E, D) or (E, 0)."""
     D, width = out.shape[1], hidden.shape[1]

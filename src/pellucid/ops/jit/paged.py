@@ -64,14 +64,14 @@ def mix(shares: Array, values: Array, kh: int, slots: Array, mixed: Array, d: in
         s += 1
 
 
-@njit(fastmath=FAST, cache=True)
+@njit(fastmath=FAST, cache=True, nogil=True)
 def rescale(scores: Array, scales: Array, kh: int, slots: Array) -> None:
     """scores[s] *= scales[slots[s], kh]"""
     for s in range(scores.size):
         scores[s] *= wide(scales[slots[s], kh])
 
 
-@njit(fastmath=FAST, error_model="numpy", cache=True)
+@njit(fastmath=FAST, error_model="numpy", cache=True, nogil=True)
 def keep(head: Array, into: Array, scales: Array, slot: int, kh: int, top: float, d: int) -> None:
     """into[slot, kh] = head (d,), in codes up to `top` where there are scales."""
     row, over = into[slot, kh], np.float32(1)
@@ -95,7 +95,7 @@ def attend_kernels(d: int, G: int) -> tuple[Callable[..., None], Callable[..., N
 
 def _write_kernel(d: int, G: int) -> Callable[..., None]:
 
-    @njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
+    @njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True, nogil=True)
     def write(
         qkv: Array, k_weight: Array, eps: float, cos: Array, sin: Array, positions: Array, into: Array, keys: Array, values: Array,
         k_scales: Array, v_scales: Array, top: float,
@@ -116,7 +116,7 @@ def _write_kernel(d: int, G: int) -> Callable[..., None]:
 
 def _attend_kernel(d: int, G: int) -> Callable[..., None]:
 
-    @njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
+    @njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True, nogil=True)
     def attend(
         qkv: Array, q_weight: Array, eps: float, cos: Array, sin: Array, positions: Array, request: Array, slots: Array, window: int,
         scale: float, keys: Array, values: Array, k_scales: Array, v_scales: Array, out: Array,

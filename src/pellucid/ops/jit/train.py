@@ -3,7 +3,7 @@
 Legend: N rows, D their length, R rows of a norm's weight (row n uses n % R), B batch, T tokens, H query heads, K key/value
 heads, d head dim, V vocabulary. Arrays are C-contiguous, float32 or bfloat16 as bits; statistics and sums are float32.
 Sums over rows (the gradient of a weight) are made chunk by chunk, at the same borders for any number of threads: the
-same numbers give the same bits.
+same numbers give the same bits. Kernels run without the interpreter's lock (nogil): another thread may sample meanwhile.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Array = np.ndarray[Any, Any]
 CHUNKS = 32  # partial sums of a weight's gradient
 
 
-@njit(parallel=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(parallel=True, cache=True, nogil=True, fastmath=FAST, error_model="numpy")
 def norm(x: Array, weight: Array, eps: float, y: Array, rstd: Array) -> None:
     """y = w * (x r), r = rstd = 1 / sqrt(mean(x^2) + eps): x, y (N, D), weight (R, D), rstd (N,). x r is rounded to x's
     precision before it meets the weight, as Llama does."""
@@ -34,7 +34,7 @@ def norm(x: Array, weight: Array, eps: float, y: Array, rstd: Array) -> None:
         rstd[n] = r
 
 
-@njit(parallel=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(parallel=True, cache=True, nogil=True, fastmath=FAST, error_model="numpy")
 def norm_backward(g: Array, x: Array, weight: Array, rstd: Array, dx: Array, dw: Array) -> None:
     """dx = r (g w - n mean(g w n)) with n = x r;  dw (CHUNKS, R, D) float32: sums of g n over the rows of each chunk."""
     N, D = x.shape
@@ -52,7 +52,7 @@ def norm_backward(g: Array, x: Array, weight: Array, rstd: Array, dx: Array, dw:
                 dx[n, i] = narrow(r * (wide(g[n, i]) * wide(weight[w, i]) - wide(x[n, i]) * dot), x[n, i])
 
 
-@njit(parallel=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(parallel=True, cache=True, nogil=True, fastmath=FAST, error_model="numpy")
 def gate(gate_up: Array, out: Array) -> None:
     """out (N, D) = silu(gate) * up, gate_up (N, 2D)."""
     N, D = out.shape
@@ -63,7 +63,7 @@ def gate(gate_up: Array, out: Array) -> None:
             out[n, i] = narrow(x * sigmoid(x) * wide(up[i]), out[n, i])
 
 
-@njit(parallel=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(parallel=True, cache=True, nogil=True, fastmath=FAST, error_model="numpy")
 def gate_backward(g: Array, gate_up: Array, d_gate_up: Array) -> None:
     """d gate = g up s (1 + gate (1 - s)) with s = sigmoid(gate);  d up = g gate s."""
     N, D = g.shape
@@ -88,7 +88,7 @@ def _turn(row: Array, cos: Array, sin: Array, sign: float) -> None:
         row[j + half] = b * wide(cos[j + half]) + sign * a * wide(sin[j + half])
 
 
-@njit(parallel=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(parallel=True, cache=True, nogil=True, fastmath=FAST, error_model="numpy")
 def heads(qkv: Array, cos: Array, sin: Array, weight: Array, eps: float, qk: Array, rstd: Array) -> None:
     """qk (B T, H + K, d) = rope(norm(q and k)), out of qkv (B T, H + 2K, d). cos, sin (B T or T, r), weight (H + K, d)
     float32, or (0, d) for no norm; rstd (B T, H + K)."""
@@ -109,7 +109,7 @@ def heads(qkv: Array, cos: Array, sin: Array, weight: Array, eps: float, qk: Arr
                 qk[n, h, i] = narrow(head[i], qk[n, h, i])
 
 
-@njit(parallel=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(parallel=True, cache=True, nogil=True, fastmath=FAST, error_model="numpy")
 def heads_backward(
     gq: Array, gk: Array, gv: Array, qkv: Array, cos: Array, sin: Array, weight: Array, rstd: Array, d_qkv: Array, dw: Array,
 ) -> None:
@@ -141,7 +141,7 @@ def heads_backward(
                 d_qkv[n, H + K + h] = gv[n, h]
 
 
-@njit(parallel=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(parallel=True, cache=True, nogil=True, fastmath=FAST, error_model="numpy")
 def cross_entropy(logits: Array, labels: Array, losses: Array) -> None:
     """losses (N,) = log sum exp(logits - max) - (logits[label] - max);  logits (N, V) become their gradient, softmax - onehot."""
     N, V = logits.shape
@@ -157,7 +157,7 @@ def cross_entropy(logits: Array, labels: Array, losses: Array) -> None:
         logits[n, label] = narrow(np.float32(np.expm1(-losses[n])), logits[n, label])  # p - 1, exact where p is near 1
 
 
-@njit(parallel=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(parallel=True, cache=True, nogil=True, fastmath=FAST, error_model="numpy")
 def log_probability(logits: Array, labels: Array, scale: float, logps: Array, entropies: Array) -> None:
     """logps (N,) of the labels under softmax(scale * logits), logits (N, V) as they are, and the entropies of that, both from one pass:
     with y = scale (logits - max) and Z = sum exp(y), log p = y[label] - log Z and H = log Z - sum exp(y) y / Z."""
