@@ -4,13 +4,15 @@
 
 Sums and differences of numbers of three digits, worked out digit by digit in a thought (`pellucid.tasks.arithmetic`). The teacher, a
 policy of 3 layers of width 96, has learned from careful demonstrations only. The student, 2 layers of width 64, has learned the form and both
-habits: seven in ten of the answers it was shown are "at a glance", three work out the steps. From there, four ways:
+habits: seven in ten of the answers it was shown are "at a glance", three work out the steps. From there, five ways:
 
-    traces          the teacher answers 400 problems 4 times, what the grader calls right is learned (400 steps)
-    RL              GRPO on the grader's verdict alone (60 steps)
-    traces, RL      300 steps on the traces, then 40 steps of GRPO
-    on-policy       the student's own samples, reverse KL to the teacher at every token (60 steps)
+    traces               the teacher answers 400 problems 4 times, what the grader calls right is learned (600 steps)
+    RL                   GRPO on the grader's verdict alone (100 steps)
+    traces, RL           300 steps on the traces, then 80 steps of GRPO
+    on-policy            the student's own samples, reverse KL to the teacher at every token (60 steps)
+    traces, on-policy    300 steps on the traces, then 30 steps of that
 
+each with several constant learning rates of its last stage (`WAYS`; the 300 steps on traces take 7e-4).
 Measured: greedy accuracy on 200 held-out problems, tokens an answer, tokens sampled (by teacher and student) and CPU seconds
 (one thread; measuring not counted; the teacher's sampling counted, its training not).
 """
@@ -23,11 +25,12 @@ import json
 import random
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import figure
-from tiny_policies import spec, tokenizer, warmed
+from tiny_policies import Kept, spec, tokenizer, warmed
 
 from pellucid.align.distill import DistillConfig, DistillLoop
 from pellucid.align.online import OnlineConfig, OnlineLoop
@@ -43,8 +46,12 @@ from pellucid.tasks import Problem, evaluate, make, parse_completion
 from pellucid.train import Loop, LoopConfig
 
 TASK = make("arithmetic", min_digits=3, max_digits=3, operations="+-")
-MAX_TOKENS, LR = 72, 7e-4
+MAX_TOKENS = 72
 CONSTANT = Schedule("constant", warmup=0.0)
+TRACES = ("traces", 300, 7e-4)
+WAYS: dict[str, tuple[tuple[str, int], tuple[float, ...]]] = {  # last stage, steps, and the rates of it
+    "traces": (("traces", 600), (7e-4, 2.1e-3)), "RL": (("RL", 100), (7e-4, 2.3e-4, 7e-5)), "traces, RL": (("RL", 80), (7e-4, 2.3e-4, 7e-5)),
+    "on-policy": (("on-policy", 60), (7e-4, 2.1e-3)), "traces, on-policy": (("on-policy", 30), (7e-4,))}
 
 
 def both_habits(problem: Problem, rng: random.Random) -> str:
@@ -62,96 +69,126 @@ class Clock:
     def __init__(self, model: Decoder):
         self.rollouts = Rollouts(model, tokenizer(), TASK, max_tokens=MAX_TOKENS)
         self.points: list[tuple[float, float]] = []
-        self.spent, self.since, self.length = 0.0, time.process_time(), 0.0
+        self.spent, self.since, self.lengths = 0.0, time.process_time(), list[float]()
 
     def measure(self) -> tuple[str, float, dict[str, Any]]:
         self.spent += time.process_time() - self.since
         scores = evaluate(TASK, self.rollouts.for_evaluation(0), 200, 1, 1)
         self.points.append((round(self.spent, 2), scores.pass_at_1))
-        self.length, self.since = scores.mean_length, time.process_time()
+        self.lengths.append(round(scores.mean_length, 1))
+        self.since = time.process_time()
         return "pass@1", scores.pass_at_1, {}
 
 
-def on_traces(model: Decoder, teacher: Decoder, clock: Clock, steps: int, seed: int) -> int:
+def on_traces(model: Decoder, clock: Clock, steps: int, lr: float, seed: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "traces.jsonl"
-        made = collect(LocalTeacher(teacher, tokenizer(), TASK, max_tokens=MAX_TOKENS), TASK, file,
+        made = collect(LocalTeacher(teacher_of(seed)[0], tokenizer(), TASK, max_tokens=MAX_TOKENS), TASK, file,
                        TraceConfig(problems=400, samples=4, keep=4, temperature=0.8, batch=100, seed=seed))
         rows = packing.pack_samples([tokenizer().encode_chat(c.messages) for c in chats.read_chats(file)], 192, pad_id=tokenizer().pad_id)
-    Loop(model, rows, LoopConfig("traces", steps=steps, rows=16, optim=OptimConfig("adamw", lr=LR), schedule=CONSTANT,
-                                 evaluations=6, seed=seed), evaluate=clock.measure).run()
+    Loop(model, rows, LoopConfig("traces", steps=steps, rows=16, optim=OptimConfig("adamw", lr=lr), schedule=CONSTANT,
+                                 evaluations=10, seed=seed), evaluate=clock.measure).run()
     return made.tokens
 
 
-def by_rewards(model: Decoder, clock: Clock, steps: int, seed: int) -> int:
+def by_rewards(model: Decoder, clock: Clock, steps: int, lr: float, seed: int) -> int:
     loop = OnlineLoop(model, tokenizer(), TASK, OnlineConfig(
         stage="RL", steps=steps, prompts=32, group=4, rounds=1, updates=2, max_tokens=MAX_TOKENS, objective=recipe("pellucid-grow"),
-        weights={"correct": 1.0, "format": 0.2}, optim=OptimConfig("adamw", lr=LR), schedule=CONSTANT, samples_shown=0, evaluations=6,
+        weights={"correct": 1.0, "format": 0.2}, optim=OptimConfig("adamw", lr=lr), schedule=CONSTANT, samples_shown=0, evaluations=10,
         seed=seed), evaluate=clock.measure)
     return loop.run().sampled
 
 
-def on_policy(model: Decoder, teacher: Decoder, clock: Clock, steps: int, seed: int) -> int:
-    loop = DistillLoop(model, tokenizer(), teacher, tokenizer(), DistillConfig(
-        steps=steps, prompts=128, max_tokens=MAX_TOKENS, optim=OptimConfig("adamw", lr=LR), schedule=CONSTANT, evaluations=6, seed=seed),
+def on_policy(model: Decoder, clock: Clock, steps: int, lr: float, seed: int) -> int:
+    loop = DistillLoop(model, tokenizer(), teacher_of(seed)[0], tokenizer(), DistillConfig(
+        steps=steps, prompts=128, max_tokens=MAX_TOKENS, optim=OptimConfig("adamw", lr=lr), schedule=CONSTANT, evaluations=10, seed=seed),
         task=TASK, evaluate=clock.measure)
     return loop.run().sampled
 
 
-def run(way: str, start: Decoder, teacher: Decoder, seed: int) -> dict[str, Any]:
+STAGES = {"traces": on_traces, "RL": by_rewards, "on-policy": on_policy}
+
+
+@cache
+def teacher_of(seed: int) -> tuple[Decoder, float]:
+    """The teacher, and its accuracy."""
+    seed_everything(seed)
+    teacher = warmed(TASK, TASK.demonstrate, 700, seed, spec(96, 3, 192))
+    return teacher, evaluate(TASK, Rollouts(teacher, tokenizer(), TASK, max_tokens=MAX_TOKENS).for_evaluation(0), 200, 1, 1).pass_at_1
+
+
+@cache
+def student_of(seed: int) -> Decoder:
+    seed_everything(seed)
+    return warmed(TASK, both_habits, 300, seed, spec(64, 2, 192))
+
+
+@cache
+def traced(seed: int) -> tuple[Decoder, Clock, int]:
+    """The student after the traces that RL or the teacher's corrections follow, what was measured on the way, and the tokens sampled."""
+    return through([TRACES], student_of(seed), None, seed)
+
+
+def through(stages: list[tuple[str, int, float]], start: Decoder, before: Clock | None, seed: int) -> tuple[Decoder, Clock, int]:
     model = copy.deepcopy(start)
-    clock = Clock(model)
-    clock.measure()
-    before = clock.length
-    sampled = 0
-    if way == "traces":
-        sampled = on_traces(model, teacher, clock, 400, seed)
-    elif way == "RL":
-        sampled = by_rewards(model, clock, 60, seed)
-    elif way == "traces, RL":
-        sampled = on_traces(model, teacher, clock, 300, seed) + by_rewards(model, clock, 40, seed)
+    clock, tokens = Clock(model), 0
+    if before is None:
+        clock.measure()
     else:
-        sampled = on_policy(model, teacher, clock, 60, seed)
-    return {"way": way, "seed": seed, "before": clock.points[0][1], "after": clock.points[-1][1], "cpu_seconds": clock.points[-1][0],
-            "tokens_sampled": sampled, "length_before": round(before, 1), "length_after": round(clock.length, 1), "points": clock.points}
+        clock.points, clock.lengths, clock.spent = list(before.points), list(before.lengths), before.spent
+    for name, steps, lr in stages:
+        seed_everything(seed)
+        tokens += STAGES[name](model, clock, steps, lr, seed)
+    return model, clock, tokens
 
 
-WAYS = ("traces", "RL", "traces, RL", "on-policy")
+def run(way: str, seed: int, lr: float) -> dict[str, Any]:
+    teacher_of(seed)  # its training is not counted
+    (name, steps), _ = WAYS[way]
+    start, before, first = traced(seed) if way.startswith("traces, ") else (student_of(seed), None, 0)
+    _, clock, tokens = through([(name, steps, lr)], start, before, seed)
+    accuracy = [value for _, value in clock.points]
+    return {"way": way, "seed": seed, "lr": lr, "teacher": teacher_of(seed)[1], "before": accuracy[0],
+            "after traces": before.points[-1][1] if before else None, "best": max(accuracy), "after": accuracy[-1],
+            "cpu_seconds": clock.points[-1][0], "tokens_sampled": first + tokens, "length_before": clock.lengths[0], "length_after": clock.lengths[-1],
+            "points": clock.points}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--kept", type=Path, help="file of the runs that are done, to go on after a stop")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--figure", type=Path)
     chosen = parser.parse_args()
-    runs: list[dict[str, Any]] = []
-    teachers = []
-    for seed in range(chosen.seeds):
-        seed_everything(seed)
-        teacher = warmed(TASK, TASK.demonstrate, 700, seed, spec(96, 3, 192))
-        teachers.append(evaluate(TASK, Rollouts(teacher, tokenizer(), TASK, max_tokens=MAX_TOKENS).for_evaluation(0), 200, 1, 1).pass_at_1)
-        print(f"seed {seed}: teacher {teachers[-1]:.1%}", flush=True)
-        start = warmed(TASK, both_habits, 300, seed, spec(64, 2, 192))
-        for way in WAYS:
-            runs.append(run(way, start, teacher, seed))
-            print({k: v for k, v in runs[-1].items() if k != "points"}, flush=True)
-        keep(runs, teachers, chosen)  # what is measured stays, should the next seed be stopped
+    kept, runs = Kept(chosen.kept), []
+    for seed in chosen.seeds:
+        for way, (_, rates) in WAYS.items():
+            for lr in rates:
+                runs.append(kept(run, way, seed, lr))
+                print({k: v for k, v in runs[-1].items() if k != "points"}, flush=True)
+        keep(runs, chosen)  # what is measured stays, should the next seed be stopped
 
 
-def keep(runs: list[dict[str, Any]], teachers: list[float], chosen: argparse.Namespace) -> None:
-    result = {"experiment": "distillation", "created": time.strftime("%Y-%m-%d"), "machine": machine_card(), "seeds": len(teachers),
-              "teachers": teachers, "runs": runs}
+def keep(runs: list[dict[str, Any]], chosen: argparse.Namespace) -> None:
+    seeds = sorted({r["seed"] for r in runs})
+    by = {f"{way}, {lr:g}": [r for r in runs if (r["way"], r["lr"]) == (way, lr)] for way, (_, rates) in WAYS.items() for lr in rates}
     if chosen.json:
         chosen.json.parent.mkdir(parents=True, exist_ok=True)
+        result = {"experiment": "distillation", "created": time.strftime("%Y-%m-%d"), "machine": machine_card(), "seeds": seeds,
+                  "summary": {name: {what: [r[what] for r in mine] for what in ("after traces", "best", "after", "cpu_seconds", "length_after")}
+                              for name, mine in by.items()}, "runs": runs}
         chosen.json.write_text(json.dumps(result, separators=(",", ":")).replace('{"way"', '\n{"way"') + "\n", encoding="utf-8")
     if chosen.figure:
         end = max(r["cpu_seconds"] for r in runs)
-        grid = [end * i / 30 for i in range(31)]
-        curves = {way: [[([v for t, v in r["points"] if t <= at] or [r["before"]])[-1] for at in grid] for r in runs if r["way"] == way]
-                  for way in WAYS}
-        figure.write(chosen.figure, f"Greedy accuracy on held-out problems by CPU seconds, {len(teachers)} seeds", {"accuracy": curves}, "s",
-                     x_end=round(end, 1))
+        grid = [end * i / 40 for i in range(41)]
+
+        def at(points: list[list[float]], second: float) -> float:
+            return ([v for t, v in points if t <= second] or [points[0][1]])[-1]
+
+        panels = {way: {f"{lr:g}": [[at(r["points"], second) for second in grid] for r in by[f"{way}, {lr:g}"]] for lr in rates}
+                  for way, (_, rates) in WAYS.items()}
+        figure.write(chosen.figure, f"Greedy accuracy on held-out problems by CPU seconds, for each learning rate of the last stage, {len(seeds)} seeds", panels, "s", x_end=round(end, 1))
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ SFT on demonstrations is shown beside them: it is told the right answers, as man
 Measured: accuracy of one sample at temperature 1 on each of 400 held-out problems (greedily the start is all or nothing), after so many
 samples and so many CPU seconds of this process (one thread; measurements not counted).
 
-Every method has a learning rate of its own. --tune finds it: each of three rates on two seeds that the report does not use, six
-runs for every method, chosen by the mean accuracy over a run's twelve measurements, of the worse seed (a rate that gets there and
-falls again, or only with luck, is not the best). Without --tune the rates of `TUNED` are taken, which that search gave.
+Every method has a learning rate of its own. --tune finds it: each of three rates on two seeds that the report does not use,
+and further rates by factors of two while the best one is at an end of the grid; chosen by the mean accuracy over a run's twelve
+measurements, of the worse seed (a rate that gets there and falls again, or only with luck, is not the best). Without --tune the rates of
+`TUNED` are taken, which that search gave.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ import json
 import random
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import figure
-from tiny_policies import spec, tokenizer, warmed
+from tiny_policies import Kept, spec, tokenizer, warmed
 
 from pellucid.align.answers import Answer
 from pellucid.align.offline import OfflineConfig, Pair, PreferenceLoop
@@ -148,48 +150,65 @@ METHODS: dict[str, Callable[[Decoder, int, int, float], Clock]] = {
     "SFT on demonstrations": demonstrations}
 
 
-def at(points: list[tuple[int, float, float]], column: int, limit: float) -> float:
+def at(points: list[list[float]], column: int, limit: float) -> float:
     """The last measurement within the limit of samples (0) or seconds (1)."""
     return ([p[2] for p in points if p[column] <= limit] or [points[0][2]])[-1]
 
 
+@cache
 def start_of(seed: int) -> Decoder:
     """The policy that every method of this seed starts from."""
     seed_everything(seed)
     return warmed(TASK, lambda p, rng: TASK.warm_start(p, rng, 0.3, 0.6), 400, seed, spec())
 
 
-def tuned(steps: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
+def run(name: str, seed: int, lr: float, steps: int) -> dict[str, Any]:
+    start = start_of(seed)
+    seed_everything(seed)  # whatever ran before
+    points = METHODS[name](start, steps, seed, lr).points
+    return {"method": name, "seed": seed, "lr": lr, "mean": round(sum(p[2] for p in points[1:]) / len(points[1:]), 4), "last": points[-1][2],
+            "points": points}
+
+
+def tuned(steps: int, kept: Kept) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Every method's best rate, and what was tried."""
+    best: dict[str, float] = {}
     tried: list[dict[str, Any]] = []
-    for seed in TUNING_SEEDS:
-        start = start_of(seed)
-        for name, rates in RATES.items():
-            for lr in rates:
-                points = METHODS[name](start, steps, seed, lr).points
-                tried.append({"method": name, "seed": seed, "lr": lr, "mean": sum(p[2] for p in points[1:]) / len(points[1:]), "last": points[-1][2]})
-                print(tried[-1], flush=True)
-    score = {(name, lr): min(t["mean"] for t in tried if (t["method"], t["lr"]) == (name, lr)) for name, rates in RATES.items() for lr in rates}
-    return {name: max(rates, key=lambda lr: score[name, lr]) for name, rates in RATES.items()}, tried
+    for name, rates in RATES.items():
+        grid, score = list(rates), dict[float, float]()
+        while name not in best:
+            for lr in (rate for rate in grid if rate not in score):
+                runs = [kept(run, name, seed, lr, steps) for seed in TUNING_SEEDS]
+                score[lr] = min(r["mean"] for r in runs)
+                tried += [{k: v for k, v in r.items() if k != "points"} for r in runs]
+                print(*tried[-len(runs):], flush=True)
+            top = max(score, key=score.__getitem__)
+            if top == min(grid):
+                grid.append(top / 2)
+            elif top == max(grid):
+                grid.append(top * 2)
+            else:
+                best[name] = top
+    return best, tried
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--kept", type=Path, help="file of the runs that are done, to go on after a stop")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--figure", type=Path)
     chosen = parser.parse_args()
-    rates, tried = tuned(chosen.steps) if chosen.tune else (TUNED, [])
+    kept = Kept(chosen.kept)
+    rates, tried = tuned(chosen.steps, kept) if chosen.tune else (TUNED, [])
     print(rates, flush=True)
     runs: list[dict[str, Any]] = []
     for seed in range(chosen.seeds):
-        start = start_of(seed)
-        for name, method in METHODS.items():
-            clock = method(start, chosen.steps, seed, rates[name])
-            runs.append({"method": name, "seed": seed, "points": clock.points})
-            print(name, seed, clock.points[0], clock.points[-1], flush=True)
+        for name in METHODS:
+            runs.append(kept(run, name, seed, rates[name], chosen.steps))
+            print(name, seed, runs[-1]["points"][0], runs[-1]["points"][-1], flush=True)
     samples = chosen.steps * PROMPTS * GROUP
     seconds = min(r["points"][-1][1] for r in runs if r["method"] in ONLINE)  # what every online method had at least
     table = {name: {"at the start": [r["points"][0][2] for r in mine], f"at {samples} samples": [at(r["points"], 0, samples) for r in mine],

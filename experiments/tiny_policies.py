@@ -4,10 +4,13 @@ degree, and the numbers that are fixed before an experiment is run.
 
 from __future__ import annotations
 
+import json
 import random
 import statistics
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 from pellucid.data.packing import pack_samples
 from pellucid.nn import MLP, Attn, Decoder, DecoderSpec, Layer, Rope, init_weights
@@ -65,3 +68,25 @@ def steps_to(values: Sequence[float], threshold: float, window: int = 5) -> int 
 def spread(values: Sequence[float]) -> str:
     """Mean and standard deviation over seeds."""
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values) if len(values) > 1 else 0:.3f}"
+
+
+class Kept:
+    """The runs of an experiment in a file of JSON lines, [arguments, result] each: what is in it is not run again, so that an
+    experiment that was stopped goes on where it was. The arguments are all that a run depends on. Without a file nothing is kept.
+    """
+
+    def __init__(self, file: Path | None):
+        self.file = file
+        lines = file.read_text(encoding="utf-8").splitlines() if file and file.exists() else []
+        self.results: dict[str, str] = {json.dumps(key): json.dumps(result) for key, result in map(json.loads, lines)}
+
+    def __call__(self, run: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+        key = json.dumps([run.__name__, *arguments])
+        if key not in self.results:
+            self.results[key] = json.dumps(run(*arguments))
+            if self.file:
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                with self.file.open("a", encoding="utf-8") as out:
+                    out.write(f"[{key}, {self.results[key]}]\n")
+        result: dict[str, Any] = json.loads(self.results[key])
+        return result
