@@ -21,7 +21,7 @@ from test_server_limits import LONG, ask, pending, until
 from pellucid.engine import LLM
 from pellucid.engine.config import EngineConfig
 from pellucid.engine.job import Job
-from pellucid.server import responses, running_server
+from pellucid.server import create_app, responses, run, running_server
 from pellucid.server.jobs import namespace_of
 from pellucid.server.protocol import Sampling
 from pellucid.server.run import bind
@@ -57,7 +57,7 @@ def test_types_of_body(url: str, actor: Actor, headers: dict[str, str], status: 
     """JSON is understood however it is declared, but not from a page of another origin that never asked whether it may."""
     actor.say("fine")
     content = gzip.compress(GOOD) if headers.get("Content-Encoding") == "gzip" else GOOD
-    answer = httpx.post(f"{url}/v1/chat/completions", content=content, headers=headers)
+    answer = httpx.post(f"{url}/v1/chat/completions", content=content, headers=headers, timeout=60)
     assert answer.status_code == status, answer.text
     if status == 200:
         assert answer.json()["choices"][0]["message"]["content"] == "fine"
@@ -92,6 +92,46 @@ def test_answers_are_not_held_back(url: str):
             return time.perf_counter() - began
 
         assert min(seconds() for _ in range(10)) < 0.03
+
+
+# --- connections and the end ------------------------------------------------------------------------------------------------------------
+
+
+def test_connections_that_ask_nothing_are_closed(actor: Actor, monkeypatch: pytest.MonkeyPatch):
+    """Silent ones, half a header, half a second one; not a stream that takes longer than the silence that is borne."""
+    monkeypatch.setattr(run, "SILENCE", 0.4)
+    with running_server(actor.llm, "actor") as url:
+        host, port = url.removeprefix("http://").split(":")
+        actor.say(LONG, pause=0.02)
+        with ThreadPoolExecutor(1) as pool:
+            stream = pool.submit(ask, url, stream=True, max_tokens=100)
+            for sent in (b"", b"POST /v1/chat", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /he"):
+                with socket.create_connection((host, int(port)), timeout=20) as connection:
+                    connection.sendall(sent)
+                    received = b""
+                    while part := connection.recv(1000):
+                        received += part
+                    assert received.count(b"HTTP/1.1 200") == sent.count(b"\r\n\r\n")
+            assert stream.result().text.endswith("data: [DONE]\n\n")
+
+
+def test_answers_longer_than_the_grace_hear_that_the_server_ends(actor: Actor):
+    server = run.Server(create_app(actor.llm, "actor"), grace=0.4)
+    listener = bind("127.0.0.1", 0)
+    url = run.url_of(listener)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    with ThreadPoolExecutor(2) as pool:
+        actor.say(LONG * 3, pause=0.02)
+        whole, stream = (pool.submit(ask, url, max_tokens=400, stream=stream) for stream in (False, True))
+        until(lambda: pending(url) == 2)
+        server.should_exit = True
+        began = time.monotonic()
+        answer = whole.result()
+        assert answer.status_code == 503 and answer.headers["retry-after"] == "5" and answer.json()["error"]["code"] == "shutting_down"
+        assert '"shutting_down"' in stream.result().text.splitlines()[-2] and "[DONE]" not in stream.result().text
+    thread.join(20)
+    assert not thread.is_alive() and 0.3 < time.monotonic() - began < 5
 
 
 # --- extreme parameters -------------------------------------------------------------------------------------------------------
@@ -207,8 +247,8 @@ def test_crowds_for_vectors_are_refused_too(gated: tuple[LLM, threading.Event]):
 
 def test_vectors_have_the_time_that_answers_have(gated: tuple[LLM, threading.Event]):
     llm, gate = gated
-    with running_server(llm, "tiny", timeout=0.3) as url:
+    with running_server(llm, "tiny", timeout=1) as url:
         late = vectors(url)
         gate.set()
-        assert late.status_code == 504 and "0.3 s" in late.json()["error"]["message"]
+        assert late.status_code == 504 and "1 s" in late.json()["error"]["message"]
         assert vectors(url).status_code == 200

@@ -16,7 +16,7 @@ from served_models import random_llm
 from pellucid import events
 from pellucid.engine.config import EngineConfig
 from pellucid.server import create_app
-from pellucid.server.run import bind, server_of, url_of
+from pellucid.server.run import GRACE, Server, bind, url_of
 
 
 def resident() -> int:
@@ -54,7 +54,7 @@ def soak(count: int) -> None:
     """A small cache, so that requests wait, are preempted and evict each other's prefixes."""
     app = create_app(random_llm(), "tiny", engine=EngineConfig(running=8, cache_tokens=250, prefix="radix", swap=True), waiting=64)
     listener = bind("127.0.0.1", 0)
-    server = server_of(app)
+    server = Server(app, GRACE)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     url, engine = url_of(listener), app.state.desk.registry.engines[0]

@@ -159,6 +159,7 @@ class Registry:
             raise BadInput(f"no format of tool calls is called {form!r}", next=f"use one of {', '.join(FORMATS)}")
         self.models: dict[str, Served | VectorModel] = {}
         self.config = config or EngineConfig()
+        self._ending = threading.Lock()
         self._versions = itertools.count(1)
         for name, llm in models.items():
             if isinstance(llm, VectorModel):
@@ -213,7 +214,9 @@ class Registry:
         self.models = {known: other for known, other in self.models.items() if known != name}
 
     def close(self) -> None:
-        for engine in self.engines:
-            engine.close()
+        """From any thread, also several times."""
+        with self._ending:
+            for engine in self.engines:
+                engine.close()
 
 
