@@ -1,12 +1,11 @@
 """Several processes as one engine: outputs are those of one process, token by token, however the work is shared out.
 
-One pair of processes (module-scoped) opens one model after the other.
+One pair of processes opens one model after the other (see conftest.py).
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import os
 import signal
 import sys
@@ -17,7 +16,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
-from tiny_splits import checkpoint, tokenizer
+from several import LAYOUTS, ROOMY, TIGHT, requests, run, same
+from tiny_splits import tokenizer
 
 from pellucid import events
 from pellucid.engine import LLM, AsyncLLM, SamplingParams, StructuredOutput
@@ -30,74 +30,8 @@ from pellucid.engine.opening import open_model
 from pellucid.engine.request import Request, State
 from pellucid.errors import BadInput
 from pellucid.models.hub import read_config, spec_of
-from pellucid.parallel import Processes, RankDied
+from pellucid.parallel import RankDied
 from pellucid.quant import bits_named
-
-LAYOUTS = {"tensor": Layout(tp=2), "attention": Layout(dp_attention=2), "replicas": Layout(dp=2), "disaggregated": Layout(disaggregate=True)}
-ROOMY, TIGHT = EngineConfig(cache_tokens=800, block=4), EngineConfig(cache_tokens=80, block=4, budget=7, running=4)
-
-
-@pytest.fixture(scope="module")
-def pairs():
-    """Processes by their links, made when first asked for."""
-    made = {}
-
-    def of(layout: Layout) -> Processes:
-        key = tuple(layout.links)
-        if key not in made:
-            made[key] = Processes("pellucid.engine.worker", layout.processes, layout.links, threads=1)
-        return made[key]
-
-    yield of
-    for processes in made.values():
-        processes.close()
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return functools.cache(lambda family: checkpoint(family, tmp_path_factory.mktemp(family) / "model"))
-
-
-@pytest.fixture
-def fleet_of(pairs, folders):
-    open_now = []
-
-    def of(family: str, kind: str, config: EngineConfig = ROOMY, **options) -> Fleet:
-        layout, folder = LAYOUTS[kind], folders(family)
-        open_now.append(Fleet(folder, layout, spec_of(read_config(folder)), tokenizer(), config, processes=pairs(layout), **options))
-        return open_now[-1]
-
-    yield of
-    for fleet in open_now:
-        fleet.close()
-
-
-def requests(**fields) -> list[Request]:
-    """Prompts of several lengths, half of them with a prefix in common."""
-    generator = torch.Generator().manual_seed(1)
-    common, made = torch.randint(0, 280, (24,), generator=generator).tolist(), []
-    for i, length in enumerate((3, 30, 17, 1, 40, 9)):
-        prompt = (common if i % 2 else []) + torch.randint(0, 280, (length,), generator=generator).tolist()
-        params = {"max_tokens": 10 + i, "ignore_eos": True, "logprobs": 2, "prompt_logprobs": 1 if i == 1 else None, **fields}
-        made.append(Request(prompt, SamplingParams(**params), seed=i))
-    return made
-
-
-def run(engine: Engine, asked: list[Request]) -> list[Request]:
-    for r in asked:
-        engine.add(r)
-    while engine.busy:
-        engine.step()
-    return asked
-
-
-def same(ours: list[Request], theirs: list[Request]) -> None:
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.output == b.output and a.finish_reason == b.finish_reason and a.state is State.FINISHED
-        assert torch.allclose(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=5e-5)
-        assert [[t for t, _ in top] for top in a.tops] == [[t for t, _ in top] for top in b.tops]
-        assert torch.allclose(torch.tensor(a.prompt_logprobs), torch.tensor(b.prompt_logprobs), atol=5e-5)
-        assert [[t for t, _ in top] for top in a.prompt_tops] == [[t for t, _ in top] for top in b.prompt_tops]
 
 
 @pytest.fixture(scope="module")
@@ -335,14 +269,14 @@ def test_a_process_that_dies_is_told_to_everybody_at_once(folders):
 def test_what_cannot_be_spread_is_refused_before_a_process_starts(folders):
     folder = folders("qwen3")
     for options, told in (({"tp": 3}, "4 attention heads"), ({"tp": 2, "dp_attention": 2}, "do not go together"), ({"tp": 0}, "--tp 0"),
-                          ({"tp": 2, "draft": folder}, "draft model")):
+                          ({"tp": 2, "draft": open_model(folder)}, "model object")):
         with pytest.raises(BadInput, match=told):
             LLM(folder, **options)
     llm = LLM(folder, tp=2, quantize="int4")
     with pytest.raises(BadInput, match="INT4 weights cannot be cut over 2 processes"):
         llm.engine()
     with pytest.raises(BadInput, match="prediction layer"):
-        Fleet(folder, Layout(tp=2), spec_of(read_config(folder)), tokenizer(), EngineConfig(proposer="mtp"))
+        Fleet(folder, Layout(dp_attention=2), spec_of(read_config(folder)), tokenizer(), EngineConfig(proposer="mtp"))
 
 
 def test_what_a_process_refuses_is_told_here(folders, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import pellucid
 from pellucid.engine.dp_attention import Exchange
 from pellucid.errors import BadInput
 from pellucid.models.hub import blank, read_config, spec_of
-from pellucid.nn import MLA, MLP, Attn, DecoderSpec, Layer, MoE, Rope
+from pellucid.nn import MLA, MLP, Attn, Decoder, DecoderSpec, Layer, MoE, Rope, init_weights
 from pellucid.parallel import ALONE, DecoderPart, Group, Slice, check_groups, check_split, load_part, part_spec
 from pellucid.parallel.rounded import SharedInt8Linear
 from pellucid.parallel.split import cuts
@@ -99,6 +100,24 @@ def test_the_parts_compute_what_the_whole_computes(family, size, folders):
     assert parameters == whole_bytes
     for _, _, read, held in results:
         assert read <= held <= whole_bytes * (0.62 if size == 2 else 0.42)  # GPT-2 has learned positions, which all hold
+
+
+def test_layers_of_multi_token_prediction_are_cut_as_the_others(folders, tmp_path):
+    spec = pellucid.load(folders("deepseek-v3")).spec
+    model = init_weights(Decoder(replace(spec, mtp=(spec.layers[-1],))), 0).eval()
+    pellucid.save(model, tmp_path / "model")
+    tokens, hidden = torch.randint(0, 280, (2, 9), generator=torch.Generator().manual_seed(0)), torch.randn(2, 9, 32)
+    with torch.no_grad():
+        want = model.predict(1, tokens, hidden)
+
+    def work(group):
+        part, _ = load_part(tmp_path / "model", Slice(group.rank, 2), group, mtp=True)
+        bare, _ = load_part(tmp_path / "model", Slice(group.rank, 2), group)
+        return part.predict(1, tokens, hidden), sum(p.numel() for p in part.mtp.parameters()), len(bare.mtp)
+
+    for found, held, left in together(2, work):
+        assert (found - want).abs().max() <= 1e-5 * want.abs().max()
+        assert held < 0.75 * sum(p.numel() for p in model.mtp.parameters()) and left == 0
 
 
 def test_the_parts_of_all_processes_are_the_whole(folders):

@@ -110,7 +110,9 @@ class Engine:
         tokens = self.room.value + self.cache.size + c.running * (self.drafts + 16)  # twins, with their drafts and half-filled blocks
         if draft is not None:
             return DraftModel(draft.eval(), self.model.spec, tokens, c.running, same)
-        return PredictionHead(self.model, tokens, c.running) if c.proposer == "mtp" else PromptLookup()
+        if c.proposer == "mtp":  # whose passes are shared where the runner's are
+            return PredictionHead(self.model, tokens, c.running, getattr(self.runner, "predictor", None))
+        return PromptLookup()
 
     @property
     def busy(self) -> bool:

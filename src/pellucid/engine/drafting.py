@@ -9,22 +9,22 @@ Legend: D width of the model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from pellucid.engine.paged_cache import Pages, Rows
+from pellucid.engine.predictor import Predictor
 from pellucid.engine.prefix_cache import NoReuse
 from pellucid.engine.request import Request
 from pellucid.engine.runner import Runner
 from pellucid.engine.sampler import Sampler
 from pellucid.engine.scheduler import Part, Plan
 from pellucid.errors import BadInput
-from pellucid.nn import Decoder, DecoderSpec, prediction_spec
+from pellucid.nn import Decoder, DecoderSpec
 from pellucid.nn.count import count
-from pellucid.ops.cache_codes import cache_codes
 
 BLOCK = 16
 CATCH_UP = 512
@@ -144,15 +144,13 @@ class PredictionHead:
     """The model's first layer of multi-token prediction proposes (nn/mtp.py); for tokens further ahead it reads its own states.
 
     It needs the model's last hidden states (`observe`). Where a prefix came from the cache there are none: then the head
-    reads what follows. `tokens`: of its cache.
+    reads what follows. `tokens`: of its cache.  make: what runs it, of blocks, their size, and places.
     """
 
-    def __init__(self, model: Decoder, tokens: int, places: int):
+    def __init__(self, model: Decoder, tokens: int, places: int, make: Callable[[int, int, int], Predictor] | None = None):
         check_proposer(model.spec, "mtp")
-        self.model, self.device = model, model.embed.weight.device
         self.pool = NoReuse(-(-tokens // BLOCK), BLOCK)
-        dtype = model.compute_dtype or model.embed.weight.dtype
-        self.pages = Pages(prediction_spec(model.spec, 1), self.pool.blocks, BLOCK, places, cache_codes("auto", dtype), self.device)
+        self.predictor = (make or partial(Predictor, model))(self.pool.blocks, BLOCK, places)
         self.trails: dict[Request, Trail] = {}
 
     def observe(self, parts: Sequence[Part], hidden: Tensor) -> None:
@@ -185,7 +183,7 @@ class PredictionHead:
                 break
             for group in [[r for r in going if len(tokens[r]) == 1], *([r] for r in going if len(tokens[r]) > 1)]:
                 self._run(group, tokens, states)
-            logits = self.model.logits(torch.cat([states[r] for r in going]))
+            logits = self.predictor.logits(torch.cat([states[r] for r in going]))
             for r, token in zip(going, drawn(going, logits, ahead), strict=True):
                 drafts[r].append(token)
                 tokens[r] = [token]
@@ -198,9 +196,7 @@ class PredictionHead:
         if not group:
             return
         twins, n = [self.trails[r].twin for r in group], len(tokens[group[0]])
-        rows = Rows(self.pages, twins, n)
-        made = self.model.predict(1, torch.tensor([tokens[r] for r in group], device=self.device), torch.stack([states[r] for r in group]),
-                                  rows.positions(n).expand(len(group), n) + 1, cache=rows)  # type: ignore[arg-type]
+        made = self.predictor.run(twins, [tokens[r] for r in group], torch.stack([states[r] for r in group]))
         for r, twin, state in zip(group, twins, made, strict=True):
             states[r] = state[-1:]
             twin.computed += n
@@ -231,4 +227,4 @@ class PredictionHead:
         if request in self.trails:
             twin = self.trails.pop(request).twin
             self.pool.release(twin.blocks)
-            self.pages.table.forget(twin)
+            self.predictor.forget(twin)

@@ -87,16 +87,17 @@ class Figures:
 
 
 class Fleet(Engine):
-    """model: folder or Hub id.  spec: of the whole model.  processes: that run already, and go on afterwards."""
+    """model: folder or Hub id.  spec: of the whole model.  draft: folder or Hub id of a model that proposes, and `same` as in `DraftModel`.
+    processes: that run already, and go on afterwards."""
 
     def __init__(self, model: str | os.PathLike[str], layout: Layout, spec: DecoderSpec, tokenizer: Tokenizer, config: EngineConfig | None = None, *,
                  dtype: str = "float32", device: str = "cpu", allow_missing: bool = False, quantize: str | None = None,
-                 processes: Processes | None = None, threads: int | None = None):
+                 draft: str | os.PathLike[str] | None = None, same: int | None = None, processes: Processes | None = None, threads: int | None = None):
         layout.check(spec)
         self.layout, self.config, self.tokenizer = layout, config or EngineConfig(), tokenizer
         self.model: Any = blank(spec)  # without memory: for those who ask what it is
         refuse_what_is_not_shared(self.model, local_folder(model), self.config, layout, device, quantize)
-        self.drafts = drafts_of(self.config)
+        self.drafts = drafts_of(self.config, draft is not None)
         self.eos, self.stop, self.grammars = set(tokenizer.eos_ids), StopTexts(tokenizer), None
         self.own = processes is None
         self.processes = processes or Processes("pellucid.engine.worker", layout.processes, layout.links, threads)
@@ -112,7 +113,8 @@ class Fleet(Engine):
         self.early: list[dict[str, Any]] = []  # tokens that came before those in front of them
         self.steps = 0
         job = {"do": "open", "model": os.fspath(model), "layout": asdict(layout), "config": asdict(self.config), "dtype": dtype,
-               "device": device, "allow_missing": allow_missing, "quantize": quantize}
+               "device": device, "allow_missing": allow_missing, "quantize": quantize,
+               "draft": None if draft is None else os.fspath(draft), "same": same}
         for rank in range(layout.processes):
             self._send(rank, job)
             threading.Thread(target=self._listen, args=(rank,), daemon=True, name=f"rank {rank}").start()
@@ -178,7 +180,7 @@ class Fleet(Engine):
             events.note(str(told))
         leads = [ready[rank] for rank in self.layout.leads]
         self.cache: Any = Figures(sum(r["blocks"] for r in leads), leads[0]["size"])
-        self.totals = dict.fromkeys(leads[0]["totals"], 0)
+        self.totals = dict.fromkeys((name for r in leads for name in r["totals"]), 0)
         most = min(r["blocks"] for r in leads)
         c = self.config
         self.scheduler = Scheduler(NoReuse(most, leads[0]["size"], tuple(leads[0]["windows"])), budget=c.budget, places=c.running, chunk=c.chunk, context=self.model.spec.limit)
@@ -317,7 +319,7 @@ class Fleet(Engine):
         if "totals" not in message:
             return
         self.latest[rank] = message
-        self.totals = {name: sum(m["totals"][name] for m in self.latest.values()) for name in self.totals}
+        self.totals = {name: sum(m["totals"].get(name, 0) for m in self.latest.values()) for name in self.totals}
         used = sum(r["blocks"] - self.latest[r["rank"]]["available"] for r in self.ready if r["rank"] in self.latest)
         self.cache.free = self.cache.blocks - used
         if record := message.get("record"):
@@ -344,7 +346,8 @@ def refuse_what_is_not_shared(model: Any, folder: Path, config: EngineConfig, la
     if bits is None and choose_device(device).value.type == "cuda" and torch.cuda.device_count() < layout.processes:
         raise BadInput(f"{layout.processes} processes and {torch.cuda.device_count()} GPU(s)", "each of them needs one of its own",
                        f"use at most {torch.cuda.device_count()}, or --device cpu")
-    if config.proposer == "mtp":
-        raise BadInput("drafts by the model's own prediction layer need the whole model in one process", next="use proposer lookup, or one process")
+    if config.proposer == "mtp" and layout.together:
+        raise BadInput("drafts by the model's own prediction layer do not go with --dp-attention", "all processes would have to meet in each of its passes",
+                       "use the proposer lookup, a draft model, or --tp")
     if bits == 4:
         check_groups(model, Slice(0, layout.dp_attention if layout.together else layout.tp, not layout.together))

@@ -51,6 +51,11 @@ class Layout:
         return [0] if self.disaggregate else self.leads
 
     @property
+    def proposing(self) -> list[int]:
+        """Those of them whose requests get drafts: they have gone beyond their first token."""
+        return [1] if self.disaggregate else self.leads
+
+    @property
     def links(self) -> list[tuple[int, int]]:
         """Processes that speak with each other."""
         if self.disaggregate:

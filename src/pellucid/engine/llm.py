@@ -24,7 +24,7 @@ from pellucid.engine.core import Engine
 from pellucid.engine.drafting import check_proposer
 from pellucid.engine.fleet import Fleet
 from pellucid.engine.layout import Layout
-from pellucid.engine.opening import common_ids, open_model, spec_at
+from pellucid.engine.opening import common_ids, open_draft, open_model, spec_at
 from pellucid.engine.outputs import Chunk, Completion, RequestOutput
 from pellucid.engine.params import SamplingParams
 from pellucid.engine.request import Request, State
@@ -32,9 +32,9 @@ from pellucid.engine.stopping import cut
 from pellucid.errors import BadInput
 from pellucid.models import embed_texts
 from pellucid.models.embedding import read_recipe
-from pellucid.models.hub import blank, local_folder, read_config
+from pellucid.models.hub import blank, local_folder
 from pellucid.nn import Decoder
-from pellucid.quant import bits_named, bits_of
+from pellucid.quant import bits_named
 from pellucid.tokenizers import Tokenizer
 
 Prompt = str | list[int]
@@ -76,17 +76,15 @@ class LLM:
             self._spread(model, draft, dict(dtype=dtype, device=device, allow_missing=allow_missing, quantize=quantize))
             return
         self.model = model if isinstance(model, Decoder) else open_model(model, dtype, device, allow_missing, bits)
-        self.draft = draft if draft is None or isinstance(draft, Decoder) else open_model(
-            draft, dtype, device, allow_missing, None if bits_of(read_config(local_folder(draft))) else bits)
+        self.draft = draft if draft is None or isinstance(draft, Decoder) else open_draft(draft, dtype, device, allow_missing, bits)
 
     def _spread(self, model: str | os.PathLike[str] | Decoder, draft: Any, options: dict[str, Any]) -> None:
         """The weights will be in other processes, which are started when an engine is asked for."""
-        if self.folder is None or draft is not None:
-            raise BadInput(f"{'a model object' if self.folder is None else 'a draft model'} cannot be spread over processes",
-                           "each of them reads its part from a folder", "give a folder or Hub id, and no draft model")
+        if self.folder is None or isinstance(draft, Decoder):
+            raise BadInput("a model object cannot be spread over processes", "each of them reads its part from a folder", "give a folder or Hub id")
         spec = spec_at(model)
         self.layout.check(spec)
-        self.model, self.draft, self._options = blank(spec), None, options  # type: ignore[assignment]
+        self.model, self.draft, self._options = blank(spec), None, options | {"draft": draft, "same": self.same}  # type: ignore[assignment]
 
     def close(self) -> None:
         """Ends the processes that work for this object, if there are any."""

@@ -38,6 +38,12 @@ def common_ids(tokenizer: Tokenizer, draft: Tokenizer) -> int:
     return min(tokenizer.vocab_size, draft.vocab_size)
 
 
+def open_draft(path_or_id: str | os.PathLike[str], dtype: str, device: str, allow_missing: bool, bits: int | None) -> Decoder:
+    """A draft model beside one that is opened with the same options: its folder may hold other bits than are asked for."""
+    stored = bits_of(read_config(local_folder(path_or_id)))
+    return open_model(path_or_id, dtype, device, allow_missing, None if stored else bits)
+
+
 def bits_to_run(folder: Path, asked: int | None, device: str) -> int | None:
     """Of the weights in products: 8 or 4 where the folder holds such, or they are asked for; else None. BadInput where that cannot be."""
     stored = bits_of(read_config(folder))

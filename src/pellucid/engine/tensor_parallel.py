@@ -5,15 +5,17 @@ needs it: which tokens of which requests, and the blocks that are new to them. T
 requests (SGLang does); but then a difference of one bit or of one clock tick leaves processes waiting for each other in different
 steps, and each of them needs tokenizer, grammars and sampler. A plan is some hundred bytes: it is sent (as vLLM does).
 
-Legend of a message:
+Legend of a message of a step:
     parts      [number, start, count, drafts, tokens beyond the prompt, whether logits are asked for]
     new        number -> the prompt, and how many log-probabilities of it are asked for
-    tables     number -> for each group of layers [how many of the blocks that are known stand, those behind them]
+    tables     number -> what has changed in its tables of blocks (engine/mirror.py)
+
+Drafts are the lead's alone: a draft model, or what stood in the text before, is not shared. The model's own layer of multi-token
+prediction is cut as its other layers are: its passes are told too, with the states that go into them.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +24,10 @@ import torch
 from torch import Tensor
 
 from pellucid.engine.layer_groups import Group as LayerGroup
+from pellucid.engine.mirror import Mirror, Mirrored
 from pellucid.engine.params import SamplingParams
-from pellucid.engine.request import GONE, Request
+from pellucid.engine.predictor import Predictor
+from pellucid.engine.request import Request
 from pellucid.engine.runner import Runner
 from pellucid.engine.scheduler import Part, Plan
 from pellucid.nn import Decoder
@@ -37,31 +41,24 @@ class LeadRunner(Runner):
     def __init__(self, model: Decoder, blocks: int, size: int, places: int, codes: CacheCodes | None = None,
                  groups: Sequence[LayerGroup] | None = None, *, others: Sequence[Channel]):
         super().__init__(model, blocks, size, places, codes, groups)
-        self.others = others
-        self.numbers: dict[Request, int] = {}
-        self.count = itertools.count()
-        self.known: dict[Request, list[list[int]]] = {}  # tables of each that the others know
-        self.left: list[int] = []  # since the last message
-        for other in others:
-            other.send({"do": "begin", "blocks": blocks, "size": size, "places": places, "apart": groups is not None})
+        self.others, self.mirror = others, Mirror()
+        tell(others, {"do": "begin", "blocks": blocks, "size": size, "places": places, "apart": groups is not None})
 
     @torch.inference_mode()
     def step(self, plan: Plan) -> dict[Request, Tensor]:
         if plan.parts or plan.preempted or plan.swapped_out or plan.swapped_in:
-            message = self._message(plan)
-            for other in self.others:
-                other.send(message)
+            tell(self.others, self._message(plan))
         return super().step(plan)
+
+    def predictor(self, blocks: int, size: int, places: int) -> Predictor:
+        return LeadPredictor(self.model, blocks, size, places, others=self.others)
 
     def forget(self, request: Request) -> None:
         super().forget(request)
-        if request in self.numbers:
-            self.left.append(self.numbers.pop(request))
-            self.known.pop(request, None)
+        self.mirror.forget(request)
 
     def finish(self) -> None:
-        for other in self.others:
-            other.send({"do": "end"})
+        tell(self.others, {"do": "end"})
 
     def _message(self, plan: Plan) -> dict[str, Any]:
         new: dict[int, Any] = {}
@@ -72,33 +69,45 @@ class LeadRunner(Runner):
             number = self._number(r, new)
             beyond = r.tokens[max(part.start, len(r.prompt)) : part.start + part.count]
             parts.append([number, part.start, part.count, r.drafts, beyond, part.samples])
-            tables[number] = self._changes(r)
-        message = {"do": "step", "left": self.left, "new": new, "parts": parts, "tables": tables,
-                   "preempted": [self.numbers[r] for r in plan.preempted if r in self.numbers],
-                   "out": [[self._number(r, new), old, r.computed] for r, old in plan.swapped_out],
-                   "in": [[self._number(r, new), now] for r, now in plan.swapped_in]}
-        self.left = []
-        return message
+            tables[number] = self.mirror.changes(r)
+        known = self.mirror.numbers
+        return {"do": "step", "left": self.mirror.take_left(), "new": new, "parts": parts, "tables": tables,
+                "preempted": [known[r] for r in plan.preempted if r in known],
+                "out": [[self._number(r, new), old, r.computed] for r, old in plan.swapped_out],
+                "in": [[self._number(r, new), now] for r, now in plan.swapped_in]}
 
     def _number(self, r: Request, new: dict[int, Any]) -> int:
-        if r not in self.numbers:
-            self.numbers[r] = next(self.count)
-            new[self.numbers[r]] = [r.prompt, r.params.prompt_logprobs]
-        return self.numbers[r]
+        number, is_new = self.mirror.number(r)
+        if is_new:
+            new[number] = [r.prompt, r.params.prompt_logprobs]
+        return number
 
-    def _changes(self, r: Request) -> list[list[Any]]:
-        """Mostly nothing, or one block more; a prefix cache may also put equal blocks in the place of a request's own. What a window has
-        left behind is read no more: whether it is still there makes no difference to the others."""
-        known = self.known.setdefault(r, [[] for _ in r.tables])
-        changes = []
-        for old, table in zip(known, r.tables, strict=True):
-            same = min(len(old), len(table))
-            if old[:same] != table[:same]:
-                same = next((i for i in range(same) if old[i] != table[i] and table[i] != GONE), same)
-            changes.append([same, table[same:]])
-            if same != len(old) or old != table:
-                old[:] = table
-        return changes
+
+class LeadPredictor(Predictor):
+    """A prediction layer whose passes the others compute too."""
+
+    def __init__(self, model: Decoder, blocks: int, size: int, places: int, *, others: Sequence[Channel]):
+        super().__init__(model, blocks, size, places)
+        self.others, self.mirror = others, Mirror()
+        tell(others, {"do": "begin_prediction", "blocks": blocks, "size": size, "places": places})
+
+    def run(self, requests: Sequence[Request], tokens: Sequence[Sequence[int]], states: Tensor) -> Tensor:
+        rows = [[self.mirror.number(r)[0], len(r.prompt), r.computed, self.mirror.changes(r)] for r in requests]
+        tell(self.others, {"do": "predict", "left": self.mirror.take_left(), "rows": rows, "tokens": tokens}, [states])
+        return super().run(requests, tokens, states)
+
+    def logits(self, states: Tensor) -> Tensor:
+        tell(self.others, {"do": "predict_logits"}, [states])
+        return super().logits(states)
+
+    def forget(self, request: Request) -> None:
+        super().forget(request)
+        self.mirror.forget(request)
+
+
+def tell(others: Sequence[Channel], message: dict[str, Any], tensors: Sequence[Tensor] = ()) -> None:
+    for other in others:
+        other.send(message, tensors)
 
 
 @dataclass(frozen=True)
@@ -116,33 +125,54 @@ class Follower:
     """Computes the lead's steps, until it ends."""
 
     def __init__(self, runner: Runner):
-        self.runner = runner
-        self.requests: dict[int, Request] = {}
+        self.runner, self.mirrored = runner, Mirrored()
+        self.handlers = {"step": self.step, "begin_prediction": self.begin_prediction, "predict": self.predict, "predict_logits": self.predict_logits}
 
     def run(self, lead: Channel) -> None:
-        while (message := lead.receive()[0])["do"] != "end":
-            self.runner.step(self.plan(message))
+        while True:
+            message, tensors = lead.receive()
+            if message["do"] == "end":
+                return
+            self.handlers[message["do"]](message, [t.to(self.runner.device) for t in tensors])
+
+    def step(self, message: dict[str, Any], _: list[Tensor]) -> None:
+        self.runner.step(self.plan(message))
 
     def plan(self, message: dict[str, Any]) -> Plan:
-        for number in message["left"]:
-            self.runner.forget(self.requests.pop(number))
+        known = self.mirrored
+        for r in known.leave(message["left"]):
+            self.runner.forget(r)
         for number, (prompt, logprobs) in message["new"].items():
-            self.requests[int(number)] = Request(prompt, SamplingParams(prompt_logprobs=logprobs))
+            known.requests[int(number)] = Request(prompt, SamplingParams(prompt_logprobs=logprobs))
         for number, changes in message["tables"].items():
-            r = self.requests[int(number)]
-            r.tables += [[] for _ in changes[len(r.tables) :]]
-            for table, (same, more) in zip(r.tables, changes, strict=True):
-                table[same:], r.moved = more, min(r.moved, same)
-        plan = Plan(preempted=[self.requests[n] for n in message["preempted"]],
-                    swapped_in=[(self.requests[n], tables) for n, tables in message["in"]])
+            known.change(int(number), changes)
+        plan = Plan(preempted=[known[n] for n in message["preempted"]], swapped_in=[(known[n], tables) for n, tables in message["in"]])
         for number, tables, computed in message["out"]:
-            self.requests[number].computed = computed
-            plan.swapped_out.append((self.requests[number], tables))
+            known[number].computed = computed
+            plan.swapped_out.append((known[number], tables))
         for number, start, count, drafts, beyond, asked in message["parts"]:
-            r = self.requests[number]
+            r = known[number]
             at = max(start, len(r.prompt))
             r.tokens += [0] * (at - len(r.tokens))  # what a prefix hit skipped is not read
             r.tokens[at:] = beyond
             r.computed, r.drafts = start, drafts
             plan.parts.append(Told(r, start, count, asked))
         return plan
+
+    def begin_prediction(self, message: dict[str, Any], _: list[Tensor]) -> None:
+        self.predictor = Predictor(self.runner.model, message["blocks"], message["size"], message["places"])
+        self.twins = Mirrored()
+
+    def predict(self, message: dict[str, Any], tensors: list[Tensor]) -> None:
+        for twin in self.twins.leave(message["left"]):
+            self.predictor.forget(twin)
+        twins = []
+        for number, length, computed, changes in message["rows"]:
+            if number not in self.twins.requests:
+                self.twins.requests[number] = Request([0] * length, SamplingParams())
+            twins.append(self.twins.change(number, changes))
+            twins[-1].computed = computed
+        self.predictor.run(twins, message["tokens"], tensors[0])
+
+    def predict_logits(self, message: dict[str, Any], tensors: list[Tensor]) -> None:
+        self.predictor.logits(tensors[0])

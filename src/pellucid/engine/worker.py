@@ -34,7 +34,7 @@ from pellucid.engine.config import EngineConfig, choose_room, codes_for, groups_
 from pellucid.engine.core import Engine
 from pellucid.engine.dp_attention import SharingRunner
 from pellucid.engine.layout import Layout
-from pellucid.engine.opening import bits_to_run, open_model
+from pellucid.engine.opening import bits_to_run, open_draft, open_model
 from pellucid.engine.params import SamplingParams
 from pellucid.engine.request import Request
 from pellucid.engine.runner import Runner
@@ -92,7 +92,7 @@ class Worker:
             group = self.neighbours(size, device)
             share = Slice(group.rank, size, mixers=not whole_group)
             model: Decoder
-            model, read = load_part(folder, share, group, dtype_of(job["dtype"]), device, bits)
+            model, read = load_part(folder, share, group, dtype_of(job["dtype"]), device, bits, mtp=config.proposer == "mtp")
         else:
             model = open_model(folder, job["dtype"], str(device), job["allow_missing"], bits)
             group, read = ALONE, held_bytes(model)
@@ -104,8 +104,12 @@ class Worker:
             runner = partial(LeadRunner, others=list(self.links.values()))
         elif layout.kind == "attention":
             runner = partial(SharingRunner, group=group)
-        tokenizer = Tokenizer.load(folder)
-        engine = Engine(model, tokenizer.eos_ids, self.roomy(model, config, layout), tokenizer, runner=runner)
+        tokenizer, draft = Tokenizer.load(folder), None
+        if self.rank not in layout.proposing:
+            config = replace(config, drafts=0, proposer=None)
+        elif job["draft"] is not None:
+            draft = open_draft(job["draft"], job["dtype"], str(device), job["allow_missing"], bits_named(job["quantize"]))
+        engine = Engine(model, tokenizer.eos_ids, self.roomy(model, config, layout, draft), tokenizer, draft=draft, same=job["same"], runner=runner)
         role = disaggregation.ROLES[self.rank] if layout.disaggregate else Served
         return partial(self.lead, role(engine, self.driver, layout.together, self.links), about)
 
@@ -121,9 +125,9 @@ class Worker:
             self.groups[size] = self.world.blocks_of(size)
         return self.groups[size]
 
-    def roomy(self, model: Decoder, config: EngineConfig, layout: Layout) -> EngineConfig:
+    def roomy(self, model: Decoder, config: EngineConfig, layout: Layout, draft: Decoder | None) -> EngineConfig:
         """Where memory decides about the cache, processes on one machine share it."""
-        room = choose_room(model, config).value
+        room = choose_room(model, config, draft).value
         limited = config.cache_tokens is None and room < config.running * model.spec.context
         if limited and not model.embed.weight.is_cuda:
             room = max(config.block, room // layout.processes)

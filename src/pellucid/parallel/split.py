@@ -15,6 +15,7 @@ are needed whole). With fewer key/value heads than processes, several hold the s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -55,7 +56,7 @@ class Slice:
         module = name.removesuffix(".weight").removesuffix(".bias")
         if module in ("embed", "head"):
             return VOCABULARY if self.mixers else None
-        parts = module.split(".", 3)
+        parts = re.sub(r"^mtp\.(\d+)\.block\.", r"layers.\1.", module).split(".", 3)
         if parts[0] != "layers" or len(parts) < 4:
             return None
         table = {"mixer": MIXERS if self.mixers else {}, "ffn": FEED_FORWARDS}.get(parts[2], {})
@@ -67,8 +68,8 @@ class Slice:
 
 def part_spec(spec: DecoderSpec, share: Slice) -> DecoderSpec:
     """The spec of the part: the ordinary one, of a smaller model; `vocab` is still that of the whole. BadInput where it cannot be cut
-    so, with the numbers that work. Layers of multi-token prediction are left out."""
-    return replace(spec, layers=tuple(_layer(layer, share) for layer in spec.layers), mtp=())
+    so, with the numbers that work."""
+    return replace(spec, layers=tuple(_layer(layer, share) for layer in spec.layers), mtp=tuple(_layer(layer, share) for layer in spec.mtp))
 
 
 def check_split(spec: DecoderSpec, size: int, mixers: bool = True) -> None:

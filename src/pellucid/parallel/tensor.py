@@ -47,7 +47,7 @@ class DecoderPart(Decoder):
         self.rows = rows
         if share.mixers:
             layer: Any
-            for layer in self.layers:
+            for layer in (*self.layers, *(ahead.block for ahead in self.mtp)):
                 layer.mixer.register_forward_hook(self._summed)
                 layer.ffn.register_forward_hook(self._summed)
 
@@ -70,9 +70,11 @@ class DecoderPart(Decoder):
 
 def load_part(
     folder: Path, share: Slice, group: Group, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", bits: int | None = None,
+    mtp: bool = False,
 ) -> tuple[DecoderPart, int]:
     """The part of a checkpoint's model, in eval mode, and the bytes that were read for it: of unquantized tensors its own slices.
     bits: of its matrices, 8 or 4 (then `dtype` is not asked; see parallel/rounded.py); None: as the dtype says.
+    mtp: with the layers of multi-token prediction.
     Raises BadInput where the model cannot be cut so, and for what `pellucid.load` refuses."""
     fields = read_config(folder)
     spec = spec_of(fields)
@@ -87,7 +89,7 @@ def load_part(
             whole = blank(spec)
         weights.check(whole, main_layers(whole))
         with torch.device("meta"):
-            part = DecoderPart(spec, share, group)
+            part = DecoderPart(spec if mtp else replace(spec, mtp=()), share, group)
         if bits == 4:
             check_groups(whole, share)
         if bits is not None:  # rounded from the file's own numbers
