@@ -56,6 +56,14 @@ def test_it_draws_queue_batch_blocks_and_tree(prefix: str):
     assert panel(seen, 80)
 
 
+def test_an_engine_that_has_ended_is_no_failure():
+    """The last picture is drawn behind the end of the server: Ctrl-C ends it with exit code 0."""
+    engine = AsyncLLM(random_llm(), name="tiny")
+    with Watch(SimpleNamespace(engines=[engine]), Console(file=io.StringIO(), width=100), rate=20.0) as watch:
+        engine.close()
+        watch.render()
+
+
 def test_the_strip_shows_the_busiest_of_each_share():
     assert strip([0, 1, 2, 3], 4) == "·░▓█"
     assert strip([0, 1, 2, 0, 0, 0], 3) == "░▓·"

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
 import threading
@@ -23,6 +24,7 @@ from rich.text import Text
 
 from pellucid.cli.display import printable
 from pellucid.cli.live import sparkline
+from pellucid.errors import PellucidError
 from pellucid.events import Event, subscribed
 from pellucid.messages import add, say
 
@@ -129,7 +131,8 @@ class Watch:
             if asked is not None and asked.done() and asked.exception() is None:
                 self._seen[engine.name] = asked.result()
             if asked is None or asked.done():
-                self._asked[engine.name] = engine.call_soon(look_at(engine))
+                with contextlib.suppress(PellucidError):  # one that has ended stays as it was seen last
+                    self._asked[engine.name] = engine.call_soon(look_at(engine))
             if engine.name in self._seen:
                 zones += panel(self._seen[engine.name], self.console.width)
         return Group(*zones)
