@@ -12,7 +12,7 @@ habits: seven in ten of the answers it was shown are "at a glance", three work o
     on-policy            the student's own samples, reverse KL to the teacher at every token (60 steps)
     traces, on-policy    300 steps on the traces, then 30 steps of that
 
-each with several constant learning rates of its last stage (`WAYS`; the 300 steps on traces take 7e-4).
+all at a constant learning rate of 7e-4, and GRPO at a third and a tenth of it, too (`WAYS`).
 Measured: greedy accuracy on 200 held-out problems, tokens an answer, tokens sampled (by teacher and student) and CPU seconds
 (one thread; measuring not counted; the teacher's sampling counted, its training not).
 """
@@ -50,8 +50,8 @@ MAX_TOKENS = 72
 CONSTANT = Schedule("constant", warmup=0.0)
 TRACES = ("traces", 300, 7e-4)
 WAYS: dict[str, tuple[tuple[str, int], tuple[float, ...]]] = {  # last stage, steps, and the rates of it
-    "traces": (("traces", 600), (7e-4, 2.1e-3)), "RL": (("RL", 100), (7e-4, 2.3e-4, 7e-5)), "traces, RL": (("RL", 80), (7e-4, 2.3e-4, 7e-5)),
-    "on-policy": (("on-policy", 60), (7e-4, 2.1e-3)), "traces, on-policy": (("on-policy", 30), (7e-4,))}
+    "traces": (("traces", 600), (7e-4,)), "RL": (("RL", 100), (7e-4, 2.3e-4, 7e-5)), "traces, RL": (("RL", 80), (7e-4, 2.3e-4, 7e-5)),
+    "on-policy": (("on-policy", 60), (7e-4,)), "traces, on-policy": (("on-policy", 30), (7e-4,))}
 
 
 def both_habits(problem: Problem, rng: random.Random) -> str:
