@@ -63,8 +63,8 @@ NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.
          "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 
 
-def tensors_of(folder: Path) -> Iterator[tuple[str, Any]]:
-    """(name, float32 array) from a bfloat16 safetensors file."""
+def bits_of(folder: Path) -> Iterator[tuple[str, Any]]:
+    """(name, array of bfloat16 as uint16) of a safetensors file, where it lies."""
     import numpy as np
 
     for path in sorted(folder.glob("*.safetensors")):
@@ -74,8 +74,15 @@ def tensors_of(folder: Path) -> Iterator[tuple[str, Any]]:
             if name != "__metadata__":
                 start, stop = about["data_offsets"]
                 assert about["dtype"] == "BF16", about
-                half = data[8 + size + start : 8 + size + stop].view(np.uint16)
-                yield name, (half.astype(np.uint32) << 16).view(np.float32).reshape(about["shape"])
+                yield name, data[8 + size + start : 8 + size + stop].view(np.uint16).reshape(about["shape"])
+
+
+def tensors_of(folder: Path) -> Iterator[tuple[str, Any]]:
+    """(name, float32 array)"""
+    import numpy as np
+
+    for name, bits in bits_of(folder):
+        yield name, (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def gguf_name(name: str) -> str:
@@ -85,8 +92,8 @@ def gguf_name(name: str) -> str:
     return f"blk.{number}.{NAMES[rest.removesuffix('.weight')]}.weight"
 
 
-def write_gguf(folder: Path, weights: str, out: Path) -> int:
-    """The checkpoint as a GGUF file; returns the bytes of its tensors."""
+def write_gguf(folder: Path, weights: str, out: Path) -> None:
+    """The checkpoint as a GGUF file."""
     import gguf
     import numpy as np
 
@@ -114,27 +121,31 @@ def write_gguf(folder: Path, weights: str, out: Path) -> int:
     w.add_eos_token_id(vocab - 1)
     w.add_bos_token_id(vocab - 1)
     w.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
-    total = 0
     for name, array in tensors_of(folder):
         if array.ndim == 2:
-            data = gguf.quants.quantize(array, kind)
-            w.add_tensor(gguf_name(name), data, raw_dtype=kind)
+            w.add_tensor(gguf_name(name), gguf.quants.quantize(array, kind), raw_dtype=kind)
         else:
-            data = array.astype(np.float32)
-            w.add_tensor(gguf_name(name), data)
-        total += data.nbytes
+            w.add_tensor(gguf_name(name), array.astype(np.float32))
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
     w.close()
-    return total
+
+
+STORED = {"F16": 2, "Q8_0": 34 / 32, "Q4_0": 18 / 32}
+"""Bytes of a number of a matrix, with its share of the scales."""
 
 
 def with_gguf(what: dict[str, Any]) -> tuple[Path, int, int]:
-    """(file, bytes of its tensors, vocabulary)"""
+    """(file, bytes of its tensors, vocabulary). A file that another peer, or a run before (`--keep`), has written is taken."""
     folder = Path(what["folder"])
-    out = folder.parent / f"{what['peer']}-{what['weights']}.gguf"
-    return out, write_gguf(folder, what["weights"], out), json.loads((folder / "config.json").read_text())["vocab_size"]
+    out = folder.parent / f"{what['weights']}.gguf"
+    if not out.exists():
+        half = out.with_suffix(".part")
+        write_gguf(folder, what["weights"], half)
+        half.rename(out)
+    size = sum(int(a.size * (STORED[what["weights"]] if a.ndim == 2 else 4)) for _, a in bits_of(folder))
+    return out, size, json.loads((folder / "config.json").read_text())["vocab_size"]
 
 
 # --- the engines -----------------------------------------------------------------------------------------------------------
@@ -172,7 +183,7 @@ def llama_cpp(what: dict[str, Any]) -> tuple[dict[str, Any], Works]:
     start = time.perf_counter()
     params = xlc.CommonParams()
     params.model.path = str(file)
-    params.n_ctx, params.n_parallel, params.n_batch, params.n_ubatch = REQUESTS * 768, REQUESTS, 512, 512
+    params.n_ctx, params.n_parallel, params.n_batch, params.n_ubatch = REQUESTS * 576, REQUESTS, 512, 512
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = what["threads"]
     server = xlc.Server(params)
     loaded = time.perf_counter() - start

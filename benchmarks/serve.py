@@ -9,7 +9,10 @@
     schedule  64 requests that run: the scheduler's share of a step, and where the time of a step goes
 
 Greedy, the end token ignored, prompts of random tokens that are new in every round, random weights (seed 0): right for speed, and
-for nothing else. Read bandwidth is measured in the same run; its share is decode's tokens/s x bytes of weights / bandwidth.
+for nothing else. Read bandwidth is measured before and after every turn of decode, since on rented machines it changes from minute
+to minute; a contestant's share is tokens/s x bytes of weights / bandwidth.
+
+    pellucid bench serve --size 0.6b --rounds 2 --keep FOLDER      16 GB of memory; files of the model are made in FOLDER once
 
 Nothing is installed here. A peer runs in an environment of its own, and one that is not there is named in the result:
 
@@ -20,7 +23,9 @@ Nothing is installed here. A peer runs in an environment of its own, and one tha
 
 from __future__ import annotations
 
+import argparse
 import atexit
+import contextlib
 import json
 import os
 import signal
@@ -59,9 +64,16 @@ PEERS = {"llama.cpp": ("F16", "Q8_0", "Q4_0"), "openvino": ("F16", "Q8_0", "Q4_0
 """What the benchmark knows how to run elsewhere, with which weights. OpenVINO reads llama.cpp's files too."""
 COMPARED = ("decode", "prefill", "batch")
 OURS = {"bf16": ("bfloat16", 0), "float32": ("float32", 0), "INT8": ("float32", 8), "INT4": ("float32", 4)}
+USUAL = {"30m": list(OURS), "0.6b": ["bf16", "INT8", "INT4"]}
+"""Weights of ours that are compared where nobody says which."""
+PREFIX = {"30m": list(OURS), "0.6b": ["INT8"]}
+"""Whose 16,000 tokens of prompts with a shared beginning are timed: a minute, where a model is large."""
+WIDTHS = {"bf16": ("F16", "bf16"), "INT8": ("Q8_0",), "INT4": ("Q4_0",)}
+"""Weights of theirs that are as wide."""
 CACHE = {"INT8": "bf16", "INT4": "bf16"}
 """What the cache of ours keeps; else what the model computes in. llama.cpp keeps float16, OpenVINO 8 bits."""
 SHARED, TAIL = 1000, 16  # tokens of the prefix, and of what follows it
+RUNNING = 64
 
 
 def spec_of(size: str) -> DecoderSpec:
@@ -102,7 +114,8 @@ class Server(Contestant):
 def answers(engine: Engine, prompts: list[list[int]], new: int) -> tuple[float, float]:
     """(mean seconds to the first token, seconds until all are done)"""
     requests = [Request(p, SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)) for p in prompts]
-    start, first = time.perf_counter(), {}
+    start = time.perf_counter()
+    first: dict[Request, float] = {}
     for r in requests:
         engine.add(r)
     while engine.busy:
@@ -119,9 +132,11 @@ def ours(what: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[[], A
         model = quant.quantize(model, bits=bits)
     loaded = time.perf_counter() - start
     vocab, bytes_read = model.spec.vocab, quant.stored_bytes(model)
-    room = EngineConfig(cache_tokens=REQUESTS * (SHARED + TAIL + 32), cache_dtype=CACHE.get(what["kind"], "auto"))
-    engine = Engine(model, config=EngineConfig(**vars(room) | {"prefix": "none"}))
-    caching = Engine(model, config=room)
+
+    def engine_of(tokens: int, prefix: str) -> Engine:
+        return Engine(model, config=EngineConfig(cache_tokens=tokens, cache_dtype=CACHE.get(what["kind"], "auto"), prefix=prefix))
+
+    engine = engine_of(RUNNING * 96, "none")
     start = time.perf_counter()
     answers(engine, prompts_of(vocab, 16, 8), 2)
     warm = time.perf_counter() - start
@@ -138,14 +153,14 @@ def ours(what: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[[], A
     def prefix() -> dict[str, float]:
         (shared,) = prompts_of(vocab, 1, SHARED)
         asked = [shared + tail for tail in prompts_of(vocab, REQUESTS, TAIL)]
-        without, with_cache = answers(engine, asked, 1)[0], answers(caching, asked, 1)[0]
+        without, with_cache = (answers(engine_of(REQUESTS * (SHARED + TAIL + 32), kind), asked, 1)[0] for kind in ("none", "chain"))
         return {"without": without, "with": with_cache, "ratio": without / with_cache}
 
     def schedule() -> dict[str, Any]:
         told: list[Any] = []
         with events.subscribed(told.append), split(native) as watch:
-            answers(engine, prompts_of(vocab, 64, 16), 48)
-        full = [e for e in told if e.kind == "engine_step" and e.running == 64 and e.tokens == 64]
+            answers(engine, prompts_of(vocab, RUNNING, 16), 48)
+        full = [e for e in told if e.kind == "engine_step" and e.running == e.tokens == RUNNING]
         return {"share": sum(e.planning for e in full) / sum(e.seconds for e in full), "steps": len(full),
                 "step_ms": 1e3 * statistics.median(e.seconds for e in full), "split": parts(watch)}
 
@@ -237,21 +252,28 @@ def start_peers(pythons: dict[str, str], common: dict[str, Any], folder: Path) -
     return running, missing
 
 
-def measured(servers: dict[str, Server], rounds: int, works: list[str]) -> dict[str, dict[str, dict[str, float]]]:
-    """work -> contestant -> tokens/s, in turns."""
+def measured(servers: dict[str, Server], rounds: dict[str, int]) -> tuple[dict[str, dict[str, dict[str, float]]], list[float], dict[str, float]]:
+    """In turns.  work -> contestant -> tokens/s; read bandwidths of the machine beside decode (GB/s); the share that each used."""
     found: dict[str, dict[str, dict[str, float]]] = {}
-    for work in works:
+    reads: list[float] = []
+    shares: dict[str, list[float]] = {name: [] for name, server in servers.items() if server.ready.get("bytes")}
+    for work, count in rounds.items():
         rates: dict[str, list[float]] = {name: [] for name in servers}
-        for turn in range(rounds + (work != "batch")):  # the long one needs no round to warm up
+        for turn in range(count + (work != "batch")):  # the long one needs no round to warm up
+            reads += [read_bandwidth_gbs()] if work == "decode" else []
             for name, server in servers.items():
                 rate = float(server.work(work))
+                if work == "decode":
+                    reads.append(read_bandwidth_gbs())
                 if turn or work == "batch":
                     rates[name].append(rate)
+                    if work == "decode" and name in shares:
+                        shares[name].append(rate * server.ready["bytes"] / 1e9 / statistics.mean(reads[-2:]))
         found[work] = {name: {"median": round(statistics.median(r), 1), "best": round(max(r), 1)} for name, r in rates.items()}
         print(work, flush=True)
         for name, row in found[work].items():
             print(f"  {name:24s} {row['median']:10.1f} tokens/s (best round {row['best']:.1f})", flush=True)
-    return found
+    return found, reads, {name: round(statistics.median(s), 3) for name, s in shares.items() if s}
 
 
 BARS = (  # work, ours, theirs, at least so many times as fast: the first bar of the project
@@ -274,42 +296,61 @@ def against_bars(found: dict[str, dict[str, dict[str, float]]]) -> list[dict[str
     return rows
 
 
-def compare(size: str, rounds: int, threads: int, pythons: dict[str, str], kinds: list[str], works: list[str]) -> dict[str, Any]:
-    spec = spec_of(size)
-    bandwidth = read_bandwidth_gbs()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "model"
-        torch.manual_seed(0)
-        save(init_weights(Decoder(spec)).bfloat16(), folder)
+def against_best(found: dict[str, dict[str, dict[str, float]]]) -> list[dict[str, Any]]:
+    """Every column of ours beside the fastest peer with weights as wide (the goal: 1.1 times as fast)."""
+    rows = []
+    for work, row in found.items():
+        for mine, widths in WIDTHS.items():
+            peers = {name: r for name, r in row.items() if name.split()[0] in PEERS and name.split()[1] in widths}
+            if peers and f"pellucid {mine}" in row:
+                best = max(peers, key=lambda name: peers[name]["median"])
+                ratio = round(row[f"pellucid {mine}"]["median"] / row[best]["median"], 3)
+                rows.append({"work": work, "ours": mine, "best_peer": best, "ratio": ratio})
+                print(f"  {work}: {mine} / the best peer, {best}: {ratio:.2f}", flush=True)
+    return rows
+
+
+def compare(chosen: argparse.Namespace, threads: int) -> dict[str, Any]:
+    spec, kinds = spec_of(chosen.size), chosen.kinds or USUAL[chosen.size]
+    with contextlib.ExitStack() as stack:
+        folder = (chosen.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))) / chosen.size / "model"
+        if not folder.exists():
+            torch.manual_seed(0)
+            save(init_weights(Decoder(spec)).bfloat16(), folder)
         common = {"threads": threads, "folder": str(folder)}
-        peers, missing = start_peers(pythons, common, folder)
-        servers = {f"pellucid {kind}": Server(sys.executable, Path(__file__), common | {"engine": "pellucid", "kind": kind}) for kind in kinds}
-        servers |= {f"transformers {kind}": Server(sys.executable, Path(__file__), common | {"engine": "transformers", "kind": kind})
-                    for kind in kinds if kind in ("bf16", "float32")}
-        greedy = {name: s.ready["greedy"] for name, s in servers.items() if name.endswith("float32")}
+        peers, missing = start_peers(pythons_of(chosen.peer), common, folder)
+        ours = {f"pellucid {kind}": Server(sys.executable, Path(__file__), common | {"engine": "pellucid", "kind": kind}) for kind in kinds}
+        others = peers | {f"transformers {kind}": Server(sys.executable, Path(__file__), common | {"engine": "transformers", "kind": kind})
+                          for kind in kinds if kind in ("bf16", "float32")}
+        greedy = {name: s.ready["greedy"] for name, s in (ours | others).items() if name.endswith("float32")}
         if len({tuple(g) for g in greedy.values()}) > 1:
             raise SystemExit(f"greedy answers differ: nothing to compare\n{greedy}")
-        found = measured(servers | peers, rounds, works)
-        bars = against_bars(found)
-        inside = {kind: {work: servers[f"pellucid {kind}"].work(work) for work in ("prefix", "schedule", "step")} for kind in kinds if "batch" in works}
-        bandwidth = max(bandwidth, read_bandwidth_gbs())
-        ready = {name: {k: v for k, v in s.ready.items() if k != "greedy"} for name, s in (servers | peers).items()}
-        for server in (servers | peers).values():
+        rounds = {work: min(chosen.rounds, chosen.batch_rounds) if work == "batch" else chosen.rounds for work in chosen.works}
+        found, reads, shares = measured(ours | others, rounds)
+        bars, best = against_bars(found), against_best(found)
+        for server in others.values():
             server.stop()
-    read = {name: round(found["decode"][name]["best"] * ready[name]["bytes"] / bandwidth / 1e9, 3) for name in found.get("decode", ()) if ready[name].get("bytes")}
-    tell(bandwidth, read, inside, missing)
-    return {"parameters": count_parameters(spec), "tokens_per_second": found, "against_bars": bars, "read_gb_per_s": round(bandwidth, 1),
-            "share_of_read_bandwidth": read, "pellucid": inside, "contestants": ready, "peers_missing": missing}
+        inside = {kind: {work: ours[f"pellucid {kind}"].work(work) for work in ("prefix", "schedule", "step") if work != "prefix" or kind in PREFIX[chosen.size]}
+                  for kind in kinds if "batch" in chosen.works}
+        for server in ours.values():
+            server.stop()
+        ready = {name: {k: v for k, v in s.ready.items() if k != "greedy"} for name, s in (ours | others).items()}
+    tell(reads, shares, inside, missing)
+    return {"parameters": count_parameters(spec), "rounds": rounds, "tokens_per_second": found, "against_bars": bars, "against_best": best,
+            "read_gb_per_s": {"median": round(statistics.median(reads), 1), "least": round(min(reads), 1), "most": round(max(reads), 1)} if reads else {},
+            "share_of_read_bandwidth": shares, "pellucid": inside, "contestants": ready, "peers_missing": missing}
 
 
-def tell(bandwidth: float, read: dict[str, float], inside: dict[str, Any], missing: dict[str, str]) -> None:
-    print(f"read bandwidth {bandwidth:.1f} GB/s; share of it in decode: " + ", ".join(f"{name} {share:.0%}" for name, share in read.items()))
+def tell(reads: list[float], shares: dict[str, float], inside: dict[str, Any], missing: dict[str, str]) -> None:
+    if reads:
+        print(f"read bandwidth {statistics.median(reads):.1f} GB/s ({min(reads):.1f} to {max(reads):.1f}); share of it in decode: " + ", ".join(
+            f"{name} {share:.0%}" for name, share in shares.items()))
     for kind, works in inside.items():
-        p, s = works["prefix"], works["schedule"]
-        print(f"  {kind}: first token behind a shared prefix {p['ratio']:.1f}x as fast with the cache; scheduling {s['share']:.1%} of a step of 64 "
-              f"requests ({s['step_ms']:.1f} ms)")
-        for what, shares in (("64 requests", s["split"]), ("one request", works["step"])):
-            print(f"    a step of {what}: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
+        s = works["schedule"]
+        print(f"  {kind}: scheduling {s['share']:.1%} of a step of {RUNNING} requests ({s['step_ms']:.1f} ms)" + (
+            f"; first token behind a shared prefix {works['prefix']['ratio']:.1f}x as fast with the cache" if "prefix" in works else ""))
+        for what, parts_of in (("64 requests", s["split"]), ("one request", works["step"])):
+            print(f"    a step of {what}: " + ", ".join(f"{name} {share:.0%}" for name, share in parts_of.items()))
     if missing:
         print("not compared: " + "; ".join(f"{name} ({why})" for name, why in missing.items()), flush=True)
 
@@ -317,7 +358,9 @@ def tell(bandwidth: float, read: dict[str, float], inside: dict[str, Any], missi
 def main(argv: list[str] | None = None) -> int:
     parser = options(__doc__, rounds=3)
     parser.add_argument("--size", choices=list(SIZES), default="30m")
-    parser.add_argument("--kinds", nargs="+", choices=list(OURS), default=list(OURS), help="weights of ours")
+    parser.add_argument("--kinds", nargs="+", choices=list(OURS), help="weights of ours")
+    parser.add_argument("--batch-rounds", type=int, default=3, help="of the 16 requests, at most")
+    parser.add_argument("--keep", type=Path, help="folder for the model's files, which a later run takes again (default: a temporary one)")
     parser.add_argument("--works", nargs="+", choices=COMPARED, default=list(COMPARED), help="what is compared; the parts of a step come with batch")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON", help="run this peer with that Python")
     chosen = parser.parse_args(argv)
@@ -325,7 +368,7 @@ def main(argv: list[str] | None = None) -> int:
         return answer_turns(partial(contestant, chosen.contestant))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     result = begin("serve", chosen)
-    result[chosen.size] = compare(chosen.size, chosen.rounds, result["threads"], pythons_of(chosen.peer), chosen.kinds, chosen.works)
+    result[chosen.size] = compare(chosen, result["threads"])
     return finish(result, chosen.json)
 
 

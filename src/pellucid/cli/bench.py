@@ -57,6 +57,9 @@ class BenchServe(Bench):
     peer: tuple[str, ...] = ()
     """NAME=PYTHON: run llama.cpp, openvino or vllm with that Python.
     NAME=PYTHON：用该 Python 运行 llama.cpp、openvino 或 vllm。"""
+    keep: Path | None = None
+    """Folder for the model's files, which a later run takes again; by default a temporary one.
+    模型文件的目录，供以后的运行复用；默认使用临时目录。"""
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,8 @@ def align(config: Bench) -> int:
 
 
 def serve(config: BenchServe) -> int:
-    return _run("serve", config, ["--size", config.size, "--rounds", str(config.rounds), *(a for peer in config.peer for a in ("--peer", peer))])
+    return _run("serve", config, ["--size", config.size, "--rounds", str(config.rounds), *(a for peer in config.peer for a in ("--peer", peer)),
+                                  *(["--keep", str(config.keep)] if config.keep else [])])
 
 
 def spread(config: Bench) -> int:

@@ -22,7 +22,7 @@ struct Matrix {  // the same fields in library.py
 struct Prepared {  // the rows of x as the kind of weights wants them
     char* rows;
     i64 stride;      // bytes of a row
-    float* factor;   // INT8: (M,), INT4: (M, K / 32): what they were multiplied by to become integers
+    float* factor;   // INT8: (M,), what they were multiplied by to become integers; INT4: (M, K / 32), one divided by it
     int32_t* sums;   // INT4: (M, K / 32) of the integers
 };
 
@@ -97,7 +97,7 @@ inline void prepare(const Matrix& m, const float* x, i64 row, bool as_it_is, con
     } else {
         for (i64 g = 0; g < groups(m); g++) {
             int8_t* part = (int8_t*)out + g * GROUP;
-            to.factor[row * groups(m) + g] = quantize(x + g * GROUP, GROUP, GROUP, 0, as_it_is, (uint8_t*)part);
+            to.factor[row * groups(m) + g] = 1.0f / quantize(x + g * GROUP, GROUP, GROUP, 0, as_it_is, (uint8_t*)part);
             int32_t total = 0;
             for (i64 i = 0; i < GROUP; i++) total += part[i];
             to.sums[row * groups(m) + g] = total;
@@ -215,7 +215,7 @@ inline void int4_tile(const Matrix& m, const Prepared& x, i64 n, i64 r, const Ou
         }
         EACH(j, NV) {
             vf scale = load((const bf16*)group + lane + j * W);
-            EACH(i, M) y[i][j] += __builtin_convertvector(sums[i][j], vf) * (scale * (1.0f / x.factor[(r + i) * G + g]));
+            EACH(i, M) y[i][j] += __builtin_convertvector(sums[i][j], vf) * (scale * x.factor[(r + i) * G + g]);
         }
     }
     EACH(j, NV) EACH(i, M) put(m, y[i][j], n + j * W, to.y + (r + i) * to.stride);
