@@ -19,6 +19,7 @@ from pellucid.align import (
     total_reward,
 )
 from pellucid.align.advantages import pass_at_k_advantages, whiten
+from pellucid.align.aggregation import Counts
 from pellucid.errors import BadInput
 
 SCALES, BASELINES = ("group", "batch", "none"), ("mean", "leave-one-out")
@@ -262,6 +263,16 @@ def test_token_level_credit_is_the_score():
     assert credit.advantages.flatten().tolist() == [2, 0] and not credit.skip
     with pytest.raises(BadInput, match="at least 2"):
         assign_credit(parts, ones, ObjectiveConfig())
+
+
+@pytest.mark.parametrize("advantage", ["gae", "returns"])
+def test_what_nobody_graded_is_no_score_of_zero(advantage):
+    """Without a group to compare with, it is left out of the step: 0 may be the best grade there is."""
+    lengths = torch.tensor([[3, 2], [4, 1]])
+    credit = assign_credit({"r": rewards([-5.0, math.nan], [-9.0, -7.0])}, lengths, ObjectiveConfig(advantage=advantage))
+    assert credit.lengths.tolist() == [[3, 0], [4, 1]] and credit.counts == Counts(8, 3) and not credit.skip
+    none = assign_credit({"r": rewards([math.nan, math.nan])}, lengths[:1], ObjectiveConfig(advantage=advantage))
+    assert none.counts.tokens == 0 and none.skip
 
 
 def test_soft_overlong_is_trls():

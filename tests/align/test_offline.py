@@ -19,7 +19,15 @@ from pellucid import events
 from pellucid.align.answers import Answer, Flat, Shuffled, logprobs_of
 from pellucid.align.examples import encode_answer, encode_labelled, encode_pairs, encode_steps, fitted
 from pellucid.align.metrics import OFFLINE_MEANING
-from pellucid.align.offline import Labelled, OfflineConfig, Pair, PreferenceLoop, UnpairedLoop, pair_accuracy
+from pellucid.align.offline import (
+    Labelled,
+    OfflineConfig,
+    Pair,
+    PreferenceLoop,
+    UnpairedLoop,
+    mismatched,
+    pair_accuracy,
+)
 from pellucid.align.preference_config import PreferenceConfig, preference_recipe
 from pellucid.align.reward_model import (
     ProcessLoop,
@@ -277,6 +285,14 @@ def test_mismatched_answers_belong_to_the_example_before():
     assert [m.prompt for m in loop.mismatched] == [a.prompt for a in answers]
     assert [m.tokens for m in loop.mismatched] == [answers[i - 1].tokens for i in range(len(answers))]
     assert not UnpairedLoop(policy(), [Labelled(a, True) for a in answers], UnpairedConfig("apo_zero"), config()).mismatched
+
+
+def test_the_other_answer_of_a_pair_is_not_mismatched():
+    """Pairs that were taken apart: both answers of a prompt stand side by side, and neither is a stranger to it."""
+    answers = [Answer([p], [t]) for p, t in [(1, 11), (1, 12), (2, 21), (2, 22), (3, 31), (1, 13)]]
+    assert [(m.prompt, m.tokens) for m in mismatched(answers)] == [([1], [31]), ([1], [31]), ([2], [12]), ([2], [12]), ([3], [22]), ([1], [31])]
+    with pytest.raises(BadInput, match="same prompt"):
+        mismatched(answers[:2])
 
 
 def test_the_reference_is_the_given_weights():

@@ -16,7 +16,9 @@ from tiny_policy import Echo, Noise, policy, token_logprobs, tokenizer, weights
 from pellucid import events
 from pellucid.align import ObjectiveConfig, objective_padded
 from pellucid.align.aggregation import Counts, count
+from pellucid.align.inspector import Recorder as Inspected
 from pellucid.align.online import OnlineConfig, OnlineLoop
+from pellucid.align.rewards import Reward, RewardSet, text_of
 from pellucid.align.update import Experience, Update
 from pellucid.errors import BadInput, Interrupted
 from pellucid.optim import OptimConfig, Optimizers, Schedule
@@ -219,6 +221,33 @@ def test_a_step_that_teaches_nothing_moves_nothing_and_says_so():
     assert not any(o.state for o in running.stepper.optimizer.optimizers)
     assert sum(r.kind == "note" and "teaches" in r.text for r in seen) == 2
     assert [m["groups/live"] for _, m in history.metrics] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("advantage", ["group", "gdpo", "gae", "returns"])
+@pytest.mark.parametrize("given", ["raises", "none"])
+def test_a_step_in_which_every_reward_fails_moves_nothing_and_goes_on(advantage, given):
+    """No grade is no grade of 0: with a critic or returns, too, such completions are not trained on."""
+
+    def failing(completions, trainer_state):
+        if trainer_state.global_step > 0:
+            return [float(sum(text_of(c).encode()) % 7) for c in completions]
+        if given == "raises":
+            raise ValueError("not now")
+        return [None] * len(completions)
+
+    cfg = config(steps=1, objective=ObjectiveConfig(advantage=advantage))
+    running = loop(cfg, rewards=RewardSet([Reward("sometimes", failing)]))
+    critic = None if running.critic is None else weights(running.critic.model)
+    before, seen = weights(running.model), []
+    with events.subscribed(Inspected(running)), events.subscribed(seen.append):
+        (_, numbers), = running.run().metrics
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(running.model), strict=True))
+    assert critic is None or all(torch.equal(a, b) for a, b in zip(critic, weights(running.critic.model), strict=True))
+    assert math.isnan(numbers["reward/total/mean"]) and sum(r.kind == "note" and "teaches" in r.text for r in seen) == 1
+    assert all(c["rewards"] == {} for r in seen if r.kind == "group" for c in r.completions)
+    running = loop(replace(cfg, steps=2), rewards=RewardSet([Reward("sometimes", failing)]))
+    running.run()
+    assert not all(torch.equal(a, b) for a, b in zip(before, weights(running.model), strict=True))
 
 
 def test_a_share_of_the_updates_that_is_all_masked_is_left_out():

@@ -70,6 +70,26 @@ def test_every_format_gives_prompts_and_columns(name: str, kind: str, tmp_path: 
         assert task.demonstrate(row, random.Random(0)) == "49"
 
 
+def test_a_column_that_some_rows_lack_is_none_there():
+    """Whatever rows stand in a batch, so that a function gets the same for a row; and before the run it is told of every column."""
+    records = [PromptRecord(f"{i}", extra={"answer": str(i)} | ({"hint": "h"} if i % 2 else {})) for i in range(20)]
+    records[3] = PromptRecord("3", extra={"solution": "49"})
+    found = Prompts(records)
+    assert found.columns == ["answer", "hint", "solution"]
+    got = {}
+
+    def look(prompts, hint, answer):
+        got.update({p: (h, a) for p, h, a in zip(prompts, hint, answer)})
+        return [1.0] * len(prompts)
+
+    rewards = RewardSet([Reward("look", look)])
+    rewards.check(found.columns)
+    rollouts = Rollouts(policy(), tokenizer(), found, max_tokens=2, rewards=rewards)
+    for row in found.train + found.heldout:
+        rollouts.groups([row], 1, 1.0, 0)
+    assert got == {str(i): ("h" if i % 2 and i != 3 else None, str(i) if i != 3 else "49") for i in range(20)}
+
+
 def task(n: int = 40, seed: int = 0) -> Prompts:
     return Prompts([PromptRecord([{"role": "user", "content": f"{i % 10} {i}"}], extra={"k": str(i)}) for i in range(n)], seed)
 

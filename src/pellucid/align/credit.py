@@ -59,6 +59,8 @@ def assign_credit(
     total = total_reward(components, weights, cfg.missing)
     live = live_in(components, valid, cfg, weights)
     trained = valid & live[:, None]
+    if cfg.by_token:  # nobody graded it, and no group stands in: a score of 0 would be a grade
+        trained = trained & ~total.isnan()
     if cfg.truncated == "mask":
         trained = trained & ~truncated
     used = torch.where(trained, lengths, 0)

@@ -77,7 +77,7 @@ class Recorder:
             return
         self._next = event.progress + 1 / self.records - 1e-9
         groups, credit = loop.latest[:2]
-        weights = {k: w for k, w in loop.rollouts.rewards.weights.items() if k in components(groups)}
+        weights = loop.sampling.weights(groups)
         live = credit.live & (credit.advantages != 0).any(1)
         i = int((live if bool(live.any()) else credit.live).int().argmax())  # a group that teaches, if there is one
         events.emit(record(loop.model, loop.reference, loop.rollouts.tokenizer, groups, credit, i, loop.config.objective, weights,
@@ -90,7 +90,7 @@ def record(
 ) -> GroupShown:
     """Group i of a rollout as a record. The advantages need the whole rollout: GDPO normalises over it."""
     g = groups[i]
-    ways = {"used": credit.advantages} | side_by_side(components(groups), weights, trained_lengths(groups) > 0)
+    ways = {"used": credit.advantages} | side_by_side(components(groups, list(weights)), weights, trained_lengths(groups) > 0)
     order = credit.total[i].nan_to_num(nan=-torch.inf).argsort(descending=True, stable=True).tolist()
     shown = order if len(order) <= COMPLETIONS else order[: COMPLETIONS // 2] + order[-(COMPLETIONS // 2) :]
     numbers = token_numbers(model, reference, g, credit.advantages[i], objective, temperature)

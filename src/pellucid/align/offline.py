@@ -184,8 +184,7 @@ class UnpairedLoop(OfflineLoop[Labelled]):
                            "use a batch of two examples or more")
         super().__init__(model, items, config, **how)
         self.objective = objective
-        before = [answers[-1], *answers[:-1]]
-        self.mismatched = [Answer(a.prompt, b.tokens, b.mask) for a, b in zip(answers, before)] if objective.loss == "kto" else []
+        self.mismatched = mismatched(answers) if objective.loss == "kto" else []
         self.reference = Reference(model, [*answers, *self.mismatched], config.reference)
 
     def prepare(self, ids: list[int]) -> tuple[Callable[[list[int]], Tensor], list[dict[str, Tensor]]]:
@@ -219,6 +218,15 @@ class UnpairedLoop(OfflineLoop[Labelled]):
             flat = Flat([self.mismatched[i] for i in micro], self.device)
             ratios.append(sequence_sums(flat.logprobs(self.model) - self.reference(flat), flat.sequence))
         return kl_reference_point(self.ranks.cat(torch.cat(ratios)).to(self.device))
+
+
+def mismatched(answers: Sequence[Answer]) -> list[Answer]:
+    """Every prompt with the nearest answer before it that another prompt got: the two answers of a pair that was taken apart stand side
+    by side, and one of them is no stranger to the other's prompt."""
+    if all(a.prompt == answers[0].prompt for a in answers):
+        raise BadInput("KTO compares with the answers of other prompts", "all examples have the same prompt", "give more prompts")
+    others = (next(answers[i - k] for k in range(1, len(answers)) if answers[i - k].prompt != a.prompt) for i, a in enumerate(answers))
+    return [Answer(a.prompt, b.tokens, b.mask) for a, b in zip(answers, others)]
 
 
 @torch.no_grad()

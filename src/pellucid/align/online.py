@@ -44,7 +44,6 @@ from pellucid.align.rollout import (
     Group,
     Rollouts,
     TrainerState,
-    components,
     dialogue_table,
     trained_lengths,
     truncated,
@@ -178,7 +177,7 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
         if in_total := cfg.reward_beta > 0 and not cfg.by_token:
             self._measure(x, list(range(len(x.samples))), cfg)  # of masked completions too: they stay in the baseline
             kl = self._kl_of_completions(x, cfg, groups)
-        credit = assign_credit(components(groups), trained_lengths(groups), cfg, weights=self.sampling.weights(groups),
+        credit = assign_credit(self.sampling.components(groups), trained_lengths(groups), cfg, weights=self.sampling.weights(groups),
                                truncated=truncated(groups), kl=kl)
         trained = [k for k, (i, j) in enumerate(x.places) if credit.lengths[i, j] > 0]
         if not credit.skip:
@@ -287,7 +286,7 @@ class OnlineLoop(Run[OnlineConfig, OnlineHistory]):
 
     def _rollout_numbers(self, rollout: Pending, credit: Credit, x: Experience) -> dict[str, float]:
         groups = rollout.groups
-        parts = components(groups)
+        parts = self.sampling.components(groups)
         known = {shown: float(parts[name].nanmean()) for shown, name in (("accuracy", "correct"), ("format", "format"))
                  if name in parts}
         right = parts["correct"] == 1 if "correct" in parts else credit.total > 0

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pellucid.align.answers import Shuffled
@@ -45,7 +45,9 @@ class Prompts:
 
     def __init__(self, records: Iterable[PromptRecord], seed: int = 0, source: str = "the data"):
         self.train, self.heldout = divide_by(map(row_of, records), lambda row: row.key, source, "rows")
-        self.columns = sorted(set.intersection(*(set(row.columns) for row in self.train + self.heldout)))
+        every = set().union(*(row.columns for row in self.train + self.heldout))
+        self.train, self.heldout = ([_filled(row, every) for row in side] for side in (self.train, self.heldout))
+        self.columns = sorted(every)
         self._stream = Shuffled(len(self.train), 1, seed)
 
     @classmethod
@@ -90,6 +92,13 @@ def row_of(record: PromptRecord) -> Row:
     text = content if isinstance(content, str) else str(content[-1].get("content") or "")
     answer = next((columns[name] for name in ("answer", "solution", "ground_truth") if name in columns), None)
     return Row(NAME, text, answer, str(content), (), content, columns, record.tools)
+
+
+def _filled(row: Row, columns: set[str]) -> Row:
+    """With None for the columns that other rows have, as reward functions get them whatever rows stand beside each other. (`answer` is
+    also found under other names.)"""
+    lacking = columns - set(row.columns) - {"answer"}
+    return replace(row, columns={**row.columns, **dict.fromkeys(sorted(lacking))}) if lacking else row
 
 
 def content_of(problem: Problem) -> Content:

@@ -239,8 +239,9 @@ def dialogue_table(groups: Sequence[Group]) -> dict[str, float]:
     return {"turns/mean": sum(len(g.turns(i)) for g, i in several) / len(several), "turns/given_tokens": given / max(tokens, 1)}
 
 
-def components(groups: Sequence[Group]) -> dict[str, Tensor]:
-    """name -> (N, G) float64; NaN where a task has no such component."""
-    names = sorted({name for g in groups for r in g.rewards for name in r})
+def components(groups: Sequence[Group], asked: Sequence[str] = ()) -> dict[str, Tensor]:
+    """name -> (N, G) float64; NaN where a task has no such component. asked: what they were to be graded with, which is there (as NaN)
+    where every reward failed."""
+    names = sorted({name for g in groups for r in g.rewards for name in r}) or sorted(asked)
     return {name: torch.tensor([[r.get(name, float("nan")) for r in g.rewards] for g in groups], dtype=torch.float64)
             for name in names}

@@ -152,14 +152,18 @@ class Sampling:
         """The problems of one rollout, and the seed of its samples."""
         return [self.task.sample(self.rng, "train") for _ in range(self.config.prompts)], self.rng.getrandbits(62)
 
+    def components(self, groups: list[Group]) -> dict[str, Tensor]:
+        """name -> (N, G), of the rewards that graded any of these groups; of all of them, NaN, where none did."""
+        return components(groups, self.rollouts.rewards.names)
+
     def weights(self, groups: list[Group]) -> dict[str, float]:
         """Of the reward components that these groups have."""
-        parts = components(groups)
+        parts = self.components(groups)
         return {k: w for k, w in self.rollouts.rewards.weights.items() if k in parts}
 
     def live(self, groups: list[Group]) -> Tensor:
         """Which of them teach something, (N,) bool."""
-        return live_in(components(groups), trained_lengths(groups) > 0, self.config.objective, self.weights(groups))
+        return live_in(self.components(groups), trained_lengths(groups) > 0, self.config.objective, self.weights(groups))
 
     # --- stop and go on -----------------------------------------------------------------------------------------------
 
