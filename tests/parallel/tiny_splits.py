@@ -64,3 +64,17 @@ def checkpoint(family: str, folder: Path, **more) -> Path:
     model.save_pretrained(folder)
     tokenizer().save(folder)
     return folder
+
+
+def write_adapter(base: Path, folder: Path, **options) -> None:
+    """A LoRA adapter of PEFT's for the checkpoint `base`, with random numbers: PEFT begins with B = 0, which changes nothing."""
+    import peft
+    import transformers
+
+    model = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(task_type="CAUSAL_LM", **options))
+    generator = torch.Generator().manual_seed(len(str(options)))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+    model.save_pretrained(folder)

@@ -12,11 +12,11 @@ and of experts.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,8 +27,11 @@ from pellucid.models.families import family_of
 from pellucid.models.hub import blank, local_folder, main_layers
 from pellucid.models.lora import read_peft, scale_of
 from pellucid.models.names import Piece, targets
+from pellucid.parallel import DecoderPart
+from pellucid.parallel.split import Cut
 
 LEFT, RIGHT = ".lora_A.weight", ".lora_B.weight"
+UNCALLED = ".kv_b.weight"  # latent attention multiplies parts of it by themselves
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,11 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """layers: by the name of the linear module that they change."""
+    """layers: by the name of the linear module that they change.  number: among those of several processes (engine/shared_adapters.py)."""
 
     name: str
     layers: Mapping[str, LowRank]
+    number: int = -1
 
 
 @contextlib.contextmanager
@@ -65,22 +69,34 @@ def applied(model: nn.Module, adapter: Adapter | None) -> Iterator[None]:
             handle.remove()
 
 
-def read_adapter(path: str | Path, model: nn.Module, name: str = "") -> Adapter:
-    """BadInput where it is no adapter, asks for what is not supported, or does not fit the model."""
+def read_adapter(path: str | os.PathLike[str], model: nn.Module, name: str = "") -> Adapter:
+    """BadInput where it is no adapter, asks for what is not supported, or does not fit the model. Of a part of a model it is cut as the
+    matrices are."""
     folder = local_folder(path, weights=False)
     config, tensors = read_peft(folder)
-    return Adapter(name or folder.name, placed(tensors, config, model, folder.name))
+    part, weight = model if isinstance(model, DecoderPart) else None, next(model.parameters())
+    layers = placed(tensors, config, model.spec if part is None else part.whole, folder.name)
+    if part is not None:
+        layers = {module: cut_like(change, part.cuts[f"{module}.weight"]) for module, change in layers.items()}
+    dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
+    return Adapter(name or folder.name, {module: LowRank(change.A.to(weight.device, dtype), change.B.to(weight.device, dtype))
+                                         for module, change in layers.items()})
 
 
-def placed(tensors: dict[str, Tensor], config: dict[str, Any], model: nn.Module, name: str) -> dict[str, LowRank]:
-    """Each pair A, B at the rows of our module that its matrix fills."""
-    family = family_of(model.spec)
+def cut_like(change: LowRank, cut: Cut) -> LowRank:
+    """What a process adds that holds `cut` of the matrix: the same rows of B; or the same columns of A, whose products are a partial sum."""
+    A = change.A if cut.columns is None else change.A[:, cut.columns[0] : cut.columns[1]].contiguous()
+    return LowRank(A, change.B if cut.rows is None else torch.cat([change.B[start:stop] for start, stop in cut.rows]))
+
+
+def placed(tensors: dict[str, Tensor], config: dict[str, Any], spec: Any, name: str) -> dict[str, LowRank]:
+    """Each pair A, B at the rows of our module that its matrix fills, in a model of `spec`."""
+    family, model = family_of(spec), blank(spec)
     spots: dict[str, list[tuple[str, tuple[int, ...], Piece]]] = defaultdict(list)
-    for ours, parameter, piece in targets(blank(model.spec), family.names, main_layers(model)):
+    for ours, parameter, piece in targets(model, family.names, main_layers(model)):
         spots[piece.name].append((ours, tuple(parameter.shape), piece))
     found: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     left = set(tensors)
-    weight = next(model.parameters())
     for key in sorted(k for k in tensors if k.endswith(LEFT)):
         stem = key.removesuffix(LEFT)
         module = stem.removeprefix("base_model.model.")
@@ -88,7 +104,8 @@ def placed(tensors: dict[str, Tensor], config: dict[str, Any], model: nn.Module,
         for pattern, replacement in family.renames:
             hub = re.sub(pattern, replacement, hub)
         pieces = spots.get(hub, [])
-        fits = pieces and all(len(shape) == 2 and piece.expert is None and ours.startswith("layers.") for ours, shape, piece in pieces)
+        fits = pieces and all(len(shape) == 2 and piece.expert is None and ours.startswith("layers.") and not ours.endswith(UNCALLED)
+                              for ours, shape, piece in pieces)
         if not fits or stem + RIGHT not in tensors:
             continue
         left -= {key, stem + RIGHT}
@@ -102,9 +119,7 @@ def placed(tensors: dict[str, Tensor], config: dict[str, Any], model: nn.Module,
     if left or not found:
         raise BadInput(f"the adapter {name} does not fit this model", f"no place for {', '.join(sorted(left)[:4]) or 'anything'}"
                        + (" ..." if len(left) > 4 else ""), "use it with the model that it was trained on")
-    dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
-    return {module: LowRank(torch.cat([A for A, _ in pairs]).to(weight.device, dtype), torch.cat([B for _, B in pairs], 1).to(weight.device, dtype))
-            for module, pairs in found.items()}
+    return {module: LowRank(torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs], 1)) for module, pairs in found.items()}
 
 
 def spread(B: Tensor, piece: Piece, shape: tuple[int, ...]) -> Tensor | None:

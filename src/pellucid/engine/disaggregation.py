@@ -23,9 +23,9 @@ from torch import Tensor
 from pellucid.engine.paged_cache import Saved
 from pellucid.engine.prefix_cache import first_needed
 from pellucid.engine.request import Request, State
-from pellucid.engine.served import Served, in_three, message_of, request_of
+from pellucid.engine.served import Served, message_of, request_of
 from pellucid.errors import BadInput
-from pellucid.parallel import Channel
+from pellucid.parallel import Channel, in_three
 
 WINDOW = 4
 """Transfers that may wait for blocks."""
@@ -111,7 +111,7 @@ class Decode(Served):
 
     def accept(self, message: dict[str, Any], tensors: list[Tensor]) -> None:
         """BadInput where the tensors are not those of a prompt of this model, or the request could never run here."""
-        r, runner = request_of(message), self.engine.runner
+        r, runner = request_of(message, self.adapters), self.engine.runner
         saved = self.unpacked(message, tensors)
         if saved.tokens != len(r.prompt) or len(message["output"]) != 1:
             raise BadInput(f"a transfer of {saved.tokens} tokens for a prompt of {len(r.prompt)}")

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from pellucid import events
+from pellucid.engine.adapters import Adapter
 from pellucid.engine.config import EngineConfig, drafts_of
 from pellucid.engine.core import Engine, EngineStep
 from pellucid.engine.layout import Layout
@@ -34,6 +35,7 @@ from pellucid.engine.request import Request, State
 from pellucid.engine.routing import Router
 from pellucid.engine.scheduler import Scheduler
 from pellucid.engine.served import message_of
+from pellucid.engine.shared_adapters import AdapterDesk
 from pellucid.engine.stopping import StopTexts
 from pellucid.errors import BadInput
 from pellucid.messages import add, say
@@ -102,6 +104,7 @@ class Fleet(Engine):
         self.own = processes is None
         self.processes = processes or Processes("pellucid.engine.worker", layout.processes, layout.links, threads)
         self.heard: queue.SimpleQueue[tuple[int, dict[str, Any] | None]] = queue.SimpleQueue()
+        self.adapters = AdapterDesk(self._send_leads, len(layout.leads), self._gone)
         self.dead: RankDied | None = None
         self.closing = False
         self.on_death: Callable[[RankDied], None] | None = None
@@ -128,15 +131,26 @@ class Fleet(Engine):
         except Gone:
             raise self._bury() from None
 
+    def _send_leads(self, message: dict[str, Any]) -> None:
+        for rank in self.layout.leads:
+            self._send(rank, message)
+
+    def _gone(self) -> RankDied:
+        return RankDied("the engine was closed") if self.closing else self._bury()
+
     def _listen(self, rank: int) -> None:
         """A thread: what one process says is taken from it at once, so that it never waits for us."""
         with contextlib.suppress(Gone, Garbled):
             while True:
                 message = self.processes[rank].receive()[0]
+                if "adapter" in message:  # who loads it is another thread
+                    self.adapters.heard(message)
+                    continue
                 self.heard.put((rank, message))
                 if "closed" in message:
                     return
         self.heard.put((rank, None))
+        self.adapters.died()
         if not self.closing and self.on_death is not None:
             self.on_death(self._bury())
 
@@ -190,9 +204,9 @@ class Fleet(Engine):
         if self.closing:
             return
         self.closing = True
+        self.adapters.died()
         if self.dead is None and not self.own:
-            for rank in self.layout.leads:
-                self._send(rank, {"do": "close"})
+            self._send_leads({"do": "close"})
             closed = 0
             while closed < self.layout.processes:
                 _, message = self.heard.get()
@@ -206,8 +220,6 @@ class Fleet(Engine):
 
     def add(self, request: Request, behind: Request | None = None) -> None:
         self._living()
-        if request.adapter is not None:
-            raise BadInput("adapters run in one process only", "their matrices are not cut yet", "serve the model without --tp and the like")
         self.check(request)
         known = None if behind is None else self.number_of.get(behind)
         place = self.router.choose(request)
@@ -219,8 +231,27 @@ class Fleet(Engine):
         number = next(self.numbers)
         request.number = number
         self.requests[number], self.number_of[request] = (request, place), number
+        self.adapters.begins(request)
         self.scheduler.waiting.append(request)
         self._send(self.layout.entries[place], {"do": "add", "number": number, "behind": known, **message_of(request)})
+
+    def check(self, request: Request) -> None:
+        super().check(request)
+        if request.adapter is not None and request.adapter.number < 0:
+            raise BadInput(f"the adapter {request.adapter.name} is in this process alone", "others compute the answers", "load it with load_adapter")
+
+    def load_adapter(self, path: str | os.PathLike[str], name: str = "") -> Adapter:
+        """From any thread; see `read_adapter`."""
+        self._living()
+        if self.layout.together:
+            raise BadInput("adapters do not go with --dp-attention", "requests of different adapters meet in the shared feed-forwards",
+                           "use --dp or --tp")
+        return self.adapters.load(path, name)
+
+    def drop_adapter(self, adapter: Adapter) -> None:
+        """Requests under way end with it; its memory is free then."""
+        if self.dead is None:
+            self.adapters.drop(adapter)
 
     def cancel(self, request: Request) -> None:
         number = self.number_of.get(request)
@@ -239,8 +270,7 @@ class Fleet(Engine):
         self._living()
         given: list[tuple[Request, list[int]]] = []
         if self.layout.together:
-            for rank in self.layout.leads:
-                self._send(rank, {"do": "step"})
+            self._send_leads({"do": "step"})
             waiting = set(self.layout.leads)
             while waiting:
                 rank, message = self._hear()
@@ -269,6 +299,7 @@ class Fleet(Engine):
     def _leave(self, request: Request, reason: str) -> None:
         number = self.number_of.pop(request)
         self.router.leave(request, self.requests.pop(number)[1])
+        self.adapters.ends(request)
         for some in (self.scheduler.waiting, self.scheduler.running):
             if request in some:
                 some.remove(request)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pellucid.engine.adapters import Adapter, read_adapter
 from pellucid.engine.batch import check_length
 from pellucid.engine.beam import Search, run_searches
 from pellucid.engine.config import EngineConfig, choose_room, drafts_of
@@ -119,6 +120,17 @@ class LLM:
             assert self.folder is not None
             self.fleet = Fleet(self.folder, self.layout, self.model.spec, self.tokenizer, config, **self._options)
         return self.fleet
+
+    def load_adapter(self, path: str | os.PathLike[str], name: str = "") -> Adapter:
+        """For requests of this object's engines (`Request.adapter`); see engine/adapters.py. From any thread."""
+        if self.layout.processes > 1:
+            return (self.fleet or self._fleet(self.config)).load_adapter(path, name)
+        return read_adapter(path, self.model, name)
+
+    def drop_adapter(self, adapter: Adapter) -> None:
+        """In the engine's thread. Requests under way end with it."""
+        if self.fleet is not None:
+            self.fleet.drop_adapter(adapter)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None,

@@ -11,22 +11,24 @@ from pellucid import events
 from pellucid.engine.core import Engine
 from pellucid.engine.params import SamplingParams, StructuredOutput
 from pellucid.engine.request import Request, State
-from pellucid.errors import BadInput, PellucidError
-from pellucid.parallel import Channel, Gone
+from pellucid.engine.shared_adapters import AdapterTable
+from pellucid.errors import BadInput
+from pellucid.parallel import Channel, Gone, in_three
 
 
 class Served:
     """An engine whose requests come over a socket.  links: to other processes."""
 
-    def __init__(self, engine: Engine, driver: Channel, together: bool, links: dict[int, Channel]):
-        self.engine, self.driver, self.together, self.links = engine, driver, together, links
+    def __init__(self, engine: Engine, driver: Channel, together: bool, links: dict[int, Channel], adapters: AdapterTable):
+        self.engine, self.driver, self.together, self.links, self.adapters = engine, driver, together, links, adapters
         self.requests: dict[int, Request] = {}
         self.number_of: dict[Request, int] = {}
         self.told: dict[Request, int] = {}  # how many of its prompt's log-probabilities
         self.record: dict[str, Any] = {}
         self.open = True
         self.handlers: dict[str, Callable[[dict[str, Any]], None]] = {
-            "add": self.add, "cancel": self.cancel, "step": lambda _: self.step(), "close": self.close, "stop": self.stop}
+            "add": self.add, "cancel": self.cancel, "step": lambda _: self.step(), "close": self.close, "stop": self.stop,
+            "load_adapter": lambda m: self.driver.send(adapters.load(m["number"], m["path"], m["name"])), "drop_adapter": lambda m: adapters.drop(m["number"])}
 
     def loop(self) -> None:
         with events.subscribed(self._take):
@@ -51,9 +53,9 @@ class Served:
         self.handlers[message["do"]](message)
 
     def add(self, message: dict[str, Any]) -> None:
-        request = request_of(message)
         number, leader = message["number"], message["behind"]
         try:
+            request = request_of(message, self.adapters)
             self.engine.add(request, self.requests.get(leader))
         except BadInput as error:
             self.driver.send({"refused": number, **in_three(error)})
@@ -120,21 +122,17 @@ def readable(channels: Sequence[Channel], seconds: float | None) -> list[Channel
 
 def message_of(request: Request) -> dict[str, Any]:
     params = asdict(request.params)
-    return {"prompt": request.prompt, "params": params, "seed": request.seed, "namespace": request.namespace, "priority": request.priority}
+    return {"prompt": request.prompt, "params": params, "seed": request.seed, "namespace": request.namespace, "priority": request.priority,
+            "adapter": None if request.adapter is None else request.adapter.number}
 
 
-def request_of(message: dict[str, Any]) -> Request:
-    """BadInput for settings that are not possible, as for any request."""
+def request_of(message: dict[str, Any], adapters: AdapterTable) -> Request:
+    """BadInput for settings that are not possible, as for any request, and where its adapter is no longer here."""
     fields = dict(message["params"])
     fields["stop"], fields["stop_token_ids"] = tuple(fields["stop"]), tuple(fields["stop_token_ids"])
     if fields["logit_bias"]:
         fields["logit_bias"] = {int(token): bias for token, bias in fields["logit_bias"].items()}
     if fields["structured"]:
         fields["structured"] = StructuredOutput(**fields["structured"])
-    return Request(list(message["prompt"]), SamplingParams(**fields), message["seed"], message["namespace"], message["priority"])
-
-
-def in_three(error: BaseException) -> dict[str, str]:
-    if isinstance(error, PellucidError):
-        return {"what": error.what, "why": error.why, "next": error.next}
-    return {"what": f"{type(error).__name__}: {error}", "why": "", "next": ""}
+    return Request(list(message["prompt"]), SamplingParams(**fields), message["seed"], message["namespace"], message["priority"],
+                   adapters.of(message["adapter"]))

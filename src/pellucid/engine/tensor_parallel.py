@@ -7,7 +7,7 @@ steps, and each of them needs tokenizer, grammars and sampler. A plan is some hu
 
 Legend of a message of a step:
     parts      [number, start, count, drafts, tokens beyond the prompt, whether logits are asked for]
-    new        number -> the prompt, and how many log-probabilities of it are asked for
+    new        number -> the prompt, how many log-probabilities of it are asked for, the number of its adapter
     tables     number -> what has changed in its tables of blocks (engine/mirror.py)
 
 Drafts are the lead's alone: a draft model, or what stood in the text before, is not shared. The model's own layer of multi-token
@@ -30,6 +30,7 @@ from pellucid.engine.predictor import Predictor
 from pellucid.engine.request import Request
 from pellucid.engine.runner import Runner
 from pellucid.engine.scheduler import Part, Plan
+from pellucid.engine.shared_adapters import AdapterTable
 from pellucid.nn import Decoder
 from pellucid.ops.cache_codes import CacheCodes
 from pellucid.parallel import Channel
@@ -79,7 +80,7 @@ class LeadRunner(Runner):
     def _number(self, r: Request, new: dict[int, Any]) -> int:
         number, is_new = self.mirror.number(r)
         if is_new:
-            new[number] = [r.prompt, r.params.prompt_logprobs]
+            new[number] = [r.prompt, r.params.prompt_logprobs, None if r.adapter is None else r.adapter.number]
         return number
 
 
@@ -124,13 +125,15 @@ class Told(Part):
 class Follower:
     """Computes the lead's steps, until it ends."""
 
-    def __init__(self, runner: Runner):
-        self.runner, self.mirrored = runner, Mirrored()
-        self.handlers = {"step": self.step, "begin_prediction": self.begin_prediction, "predict": self.predict, "predict_logits": self.predict_logits}
+    def __init__(self, runner: Runner, lead: Channel):
+        self.runner, self.lead, self.mirrored = runner, lead, Mirrored()
+        self.adapters = AdapterTable(runner.model)
+        self.handlers = {"step": self.step, "begin_prediction": self.begin_prediction, "predict": self.predict, "predict_logits": self.predict_logits,
+                         "load_adapter": self.load_adapter, "drop_adapter": lambda message, _: self.adapters.drop(message["number"])}
 
-    def run(self, lead: Channel) -> None:
+    def run(self) -> None:
         while True:
-            message, tensors = lead.receive()
+            message, tensors = self.lead.receive()
             if message["do"] == "end":
                 return
             self.handlers[message["do"]](message, [t.to(self.runner.device) for t in tensors])
@@ -142,8 +145,8 @@ class Follower:
         known = self.mirrored
         for r in known.leave(message["left"]):
             self.runner.forget(r)
-        for number, (prompt, logprobs) in message["new"].items():
-            known.requests[int(number)] = Request(prompt, SamplingParams(prompt_logprobs=logprobs))
+        for number, (prompt, logprobs, adapter) in message["new"].items():
+            known.requests[int(number)] = Request(prompt, SamplingParams(prompt_logprobs=logprobs), adapter=self.adapters.of(adapter))
         for number, changes in message["tables"].items():
             known.change(int(number), changes)
         plan = Plan(preempted=[known[n] for n in message["preempted"]], swapped_in=[(known[n], tables) for n, tables in message["in"]])
@@ -158,6 +161,9 @@ class Follower:
             r.computed, r.drafts = start, drafts
             plan.parts.append(Told(r, start, count, asked))
         return plan
+
+    def load_adapter(self, message: dict[str, Any], _: list[Tensor]) -> None:
+        self.lead.send(self.adapters.load(message["number"], message["path"], message["name"]))
 
     def begin_prediction(self, message: dict[str, Any], _: list[Tensor]) -> None:
         self.predictor = Predictor(self.runner.model, message["blocks"], message["size"], message["places"])

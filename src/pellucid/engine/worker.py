@@ -3,6 +3,7 @@
 What it is told (JSON over the socket, see parallel/wire.py), and what it answers:
 
     open    a model, its layout, the engine's settings      opened: memory, cache, seconds     or failed: what, why, next
+    load_adapter, drop_adapter  see engine/shared_adapters.py
     add     a request                                       refused: where it could never run
     cancel  a request by its number
     step    (engines that step together)                    step: tokens by request, figures, the record of the step
@@ -38,12 +39,13 @@ from pellucid.engine.opening import bits_to_run, open_draft, open_model
 from pellucid.engine.params import SamplingParams
 from pellucid.engine.request import Request
 from pellucid.engine.runner import Runner
-from pellucid.engine.served import Served, in_three
+from pellucid.engine.served import Served
+from pellucid.engine.shared_adapters import AdapterTable
 from pellucid.engine.tensor_parallel import Follower, LeadRunner
 from pellucid.errors import BadInput
 from pellucid.models.hub import local_folder
 from pellucid.nn import Decoder
-from pellucid.parallel import ALONE, Channel, Gone, Group, Slice, load_part
+from pellucid.parallel import ALONE, Channel, Gone, Group, Slice, in_three, load_part
 from pellucid.parallel.group import join
 from pellucid.quant import bits_named, held_bytes
 from pellucid.runtime import choose_device, dtype_of, peak_memory_bytes
@@ -111,7 +113,8 @@ class Worker:
             draft = open_draft(job["draft"], job["dtype"], str(device), job["allow_missing"], bits_named(job["quantize"]))
         engine = Engine(model, tokenizer.eos_ids, self.roomy(model, config, layout, draft), tokenizer, draft=draft, same=job["same"], runner=runner)
         role = disaggregation.ROLES[self.rank] if layout.disaggregate else Served
-        return partial(self.lead, role(engine, self.driver, layout.together, self.links), about)
+        adapters = AdapterTable(model, list(self.links.values()) if layout.kind == "tensor" else ())
+        return partial(self.lead, role(engine, self.driver, layout.together, self.links, adapters), about)
 
     def device(self, name: str) -> torch.device:
         chosen: torch.device = choose_device(name).value
@@ -138,7 +141,7 @@ class Worker:
         groups = groups_for(model, config).value if message["apart"] else None
         runner = Runner(model, message["blocks"], message["size"], message["places"], codes_for(model, config), groups)
         self.driver.send({"opened": self.memory(about, runner, began)})
-        Follower(runner).run(lead)
+        Follower(runner, lead).run()
 
     def lead(self, served: Served, about: dict[str, Any], began: float) -> None:
         engine = served.engine

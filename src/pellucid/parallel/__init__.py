@@ -5,6 +5,6 @@ from pellucid.parallel.launch import Processes, RankDied
 from pellucid.parallel.rounded import check_groups
 from pellucid.parallel.split import Slice, check_split, part_spec
 from pellucid.parallel.tensor import DecoderPart, load_part
-from pellucid.parallel.wire import Channel, Gone
+from pellucid.parallel.wire import Channel, Gone, in_three
 
-__all__ = ["ALONE", "Channel", "DecoderPart", "Gone", "Group", "Processes", "RankDied", "Slice", "check_groups", "check_split", "load_part", "part_spec"]
+__all__ = ["ALONE", "Channel", "DecoderPart", "Gone", "Group", "Processes", "RankDied", "Slice", "check_groups", "check_split", "in_three", "load_part", "part_spec"]

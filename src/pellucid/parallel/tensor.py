@@ -45,6 +45,7 @@ class DecoderPart(Decoder):
         super().__init__(replace(spec, vocab=rows))
         self.spec, self.whole, self.share, self.group = spec, whole, share, group
         self.rows = rows
+        self.cuts: dict[str, Cut] = {}  # what it holds of each parameter of the whole
         if share.mixers:
             layer: Any
             for layer in (*self.layers, *(ahead.block for ahead in self.mtp)):
@@ -95,6 +96,7 @@ def load_part(
         if bits is not None:  # rounded from the file's own numbers
             dtype = torch.float32 if bits_of(fields) else dtype_of(stated_dtype(fields, weights))
         allocate(part, dtype, torch.device(device))  # memory that is used when it is filled
+        part.cuts = dict(cuts(whole, part, share))
         read = fill_part(part, whole, weights, share, None if bits is None else Rounding(part, share, bits, group))
     if bits is not None:
         part.float().requires_grad_(False)
@@ -105,7 +107,7 @@ def load_part(
 def fill_part(part: DecoderPart, whole: Decoder, weights: Weights, share: Slice, filled: Callable[[str], None] | None = None) -> int:
     """Every parameter pulls its slices of the Hub's tensors; returns the bytes read.  filled: is told each module of the part when its own
     parameters are."""
-    found, parameters, read = dict(cuts(whole, part, share)), dict(part.named_parameters()), 0
+    found, parameters, read = part.cuts, dict(part.named_parameters()), 0
     for name, cut in found.items():
         rows = None if cut.rows is None else sum(stop - start for start, stop in cut.rows)
         if cut.empty or (rows is not None and rows < len(parameters[name])):  # zeros where nothing comes: rows that fill up the vocabulary

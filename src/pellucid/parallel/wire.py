@@ -109,6 +109,13 @@ class Channel:
             at += count
 
 
+def in_three(error: BaseException) -> dict[str, str]:
+    """An error as a message: what, why, and what to do next."""
+    if isinstance(error, PellucidError):
+        return {"what": error.what, "why": error.why, "next": error.next}
+    return {"what": f"{type(error).__name__}: {error}", "why": "", "next": ""}
+
+
 def as_bytes(t: Tensor) -> memoryview:
     """The bytes of a contiguous tensor, in place."""
     return t.reshape(-1).view(torch.uint8).numpy().data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import threading
 import time
@@ -16,14 +17,15 @@ import torch
 from torch import Tensor
 
 from pellucid.engine import LLM
-from pellucid.engine.adapters import Adapter, read_adapter
-from pellucid.engine.async_llm import AsyncLLM
+from pellucid.engine.adapters import Adapter
+from pellucid.engine.async_llm import AsyncLLM, Closed
 from pellucid.engine.config import EngineConfig
 from pellucid.errors import BadInput
 from pellucid.models import classify_texts, embed_texts, load
 from pellucid.models.embedding import Recipe, read_recipe
 from pellucid.models.hub import local_folder, read_config, shape_of, spec_of
 from pellucid.nn import Encoder
+from pellucid.parallel import RankDied
 from pellucid.server.errors import Refused
 from pellucid.server.formats import FORMATS, Format, format_of
 from pellucid.tokenizers import Tokenizer
@@ -198,10 +200,7 @@ class Registry:
         if len(self.models) >= MOST_NAMES:
             raise Refused(400, f"{MOST_NAMES} models and adapters are loaded; unload one first", "lora_name", "invalid_value")
         parent = self.find(base or next(m.name for m in self.models.values() if isinstance(m, Served)))
-        if parent.llm.layout.processes > 1:
-            raise BadInput("adapters need the whole model in one process", f"{parent.name} works in {parent.llm.layout.processes}",
-                           "serve it in one process")
-        adapter = read_adapter(path, parent.llm.model, name)
+        adapter = parent.llm.load_adapter(path, name)
         served = Served(name, parent.engine, parent.form, adapter, parent.name, str(path), f"{name}#{next(self._versions)}")
         self.models = {**self.models, name: served}  # others may be looking through the old ones
         return served
@@ -212,6 +211,9 @@ class Registry:
         if not isinstance(model, Served) or model.adapter is None:
             raise Refused(400, f"{name!r} is a model, not an adapter", "lora_name", "invalid_value")
         self.models = {known: other for known, other in self.models.items() if known != name}
+        adapter, llm = model.adapter, model.llm
+        with contextlib.suppress(Closed, RankDied):  # then it is gone anyway
+            model.engine.call_soon(lambda: llm.drop_adapter(adapter))
 
     def close(self) -> None:
         """From any thread, also several times."""
