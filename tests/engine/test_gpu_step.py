@@ -56,7 +56,7 @@ def generations(model, twin: bool, **config) -> tuple[list[list[int]], Engine]:
 
 
 @pytest.mark.parametrize("name, config", [
-    ("windows", {}), ("sinks, gate, experts", {}), ("grouped", {"cache_tokens": 40, "swap": True}), ("windows", {"drafts": 2, "proposer": "lookup"}),
+    ("windows", {}), ("sinks, gate, experts", {}), ("grouped", {"cache_tokens": 32, "swap": True}), ("windows", {"drafts": 2, "proposer": "lookup"}),
     ("windows", {"prefix": "radix"})])
 def test_greedy_generations_are_the_twins(name, config):
     model = decoder(DecoderSpec(vocab=280, dim=32, layers=SPECS[name], context=96)).to(DEVICE)
@@ -64,9 +64,52 @@ def test_greedy_generations_are_the_twins(name, config):
     assert isinstance(engine.runner.gpu, GpuStep) and engine.runner.path.value == "triton"
     want, plain = generations(model, True, **config)
     assert got == want and len(set(map(tuple, got))) > 1
-    assert bool(engine.runner.gpu.recorded) == ("experts" not in name)
+    assert bool(engine.runner.gpu.recorded) == ("experts" not in name) == (engine.runner.gpu.fused is not None)
     if config.get("swap"):
-        assert engine.totals["preemptions"] == plain.totals["preemptions"] > 0
+        assert engine.totals["preemptions"] > 0 and plain.totals["preemptions"] > 0
+
+
+def test_a_step_begins_before_the_last_ones_tokens_are_read():
+    """Seeded draws with log-probabilities, ends by a stop token and by length, somebody cancelled in flight: all as step by step."""
+    model = decoder(DecoderSpec(vocab=280, dim=32, layers=SPECS["grouped"], context=96)).to(DEVICE)
+    found = []
+    for ahead in (True, False):
+        engine = Engine(model, eos=[7, 9, 11], config=EngineConfig(cache_tokens=400, block=4))
+        engine.ahead.possible &= ahead
+        requests = [Request([3 + i, 5], SamplingParams(max_tokens=4 + i, temperature=1.0, logprobs=0, stop_token_ids=(20 + i, 40)), seed=i) for i in range(6)]
+        flights = 0
+        for i, r in enumerate(requests):
+            engine.add(r)
+            if i % 2:
+                engine.step()
+        engine.cancel(requests[4])
+        while engine.busy:
+            engine.step()
+            flights += engine.ahead.flight is not None
+        assert (flights > 0) == ahead and engine.ahead.flight is None and not engine.ahead.special
+        engine.cache.check()
+        assert engine.cache.available() == engine.cache.blocks
+        found.append([(r.output, [round(x, 3) for x in r.logprobs], r.finish_reason) for r in requests if r is not requests[4]])
+    assert found[0] == found[1] and len({reason for _, _, reason in found[0]}) == 2
+
+
+def test_steps_wait_for_tokens_that_the_host_must_see():
+    model = decoder(DecoderSpec(vocab=280, dim=32, layers=SPECS["grouped"], context=96)).to(DEVICE)
+    outputs = []
+    for twin in (False, True):
+        engine = Engine(model, config=EngineConfig(cache_tokens=400, block=4))
+        engine.runner.gpu = None if twin else engine.runner.gpu
+        plain, penalised = (Request([3, 5], SamplingParams(max_tokens=8, logit_bias=b)) for b in (None, {77: -100.0}))
+        engine.add(plain)
+        engine.step()
+        assert (engine.ahead.flight is None) == twin
+        engine.add(penalised)
+        engine.step()  # lands what was on its way
+        assert engine.ahead.flight is None and engine.ahead.special == {penalised}
+        while engine.busy:
+            engine.step()
+        outputs.append((plain.output, penalised.output))
+    assert outputs[0] == outputs[1] and outputs[0][0] != outputs[0][1]
 
 
 def test_logits_are_the_twins():

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pellucid import events
 from pellucid.engine.adjust import Adjuster, Place
+from pellucid.engine.ahead import Ahead
 from pellucid.engine.config import ORDERS, EngineConfig, choose_room, codes_for, drafts_of, groups_for, make_cache
 from pellucid.engine.drafting import DraftModel, PredictionHead, check_proposer
 from pellucid.engine.layer_groups import windows_of
@@ -96,6 +97,7 @@ class Engine:
         if isinstance(self.proposer, PredictionHead):
             self.runner.observer = self.proposer.observe
         self.adjuster = Adjuster(model.spec.vocab, self.eos, model.embed.weight.device)
+        self.ahead = Ahead(self)
         self.sampler: Sampler | None = None
         self.sampled: list[Request] = []  # whose settings the sampler holds
         self.held: dict[Request, list[Request]] = {}  # who waits until a request's prompt is in the cache
@@ -136,6 +138,7 @@ class Engine:
     def add(self, request: Request, behind: Request | None = None) -> None:
         """BadInput where it could never run. behind: a request with the same prompt; this one starts when that one's is in the cache."""
         self.check(request)
+        self.ahead.note(request)
         self.totals["prompt_tokens"] += len(request.prompt)
         if behind is not None and behind.generated == 0 and behind.state is not State.FINISHED:
             self.held.setdefault(behind, []).append(request)
@@ -155,22 +158,29 @@ class Engine:
         """Computes one step; the requests that received tokens, with them. `finish_reason` says which of them are done."""
         start = time.perf_counter()
         before = self.totals["proposed_tokens"], self.totals["accepted_tokens"]
-        self._propose()
-        plan = self.scheduler.plan()
-        planned = time.perf_counter()
-        logits = self.runner.step(plan)
-        given = self._sample(logits) if logits else []
-        if self.scheduler.pace:
-            self.scheduler.pace.observe([(p.start, p.count) for p in plan.parts], time.perf_counter() - start)
-        self.scheduler.done(plan)
+        plan, given, planning = self.ahead.step() if self.ahead.able else self._wait_for_step(start)
         for r, _ in given:
             for follower in self.held.pop(r, ()):
                 self.scheduler.add(follower)
             if r in self.ended:
                 self.scheduler.finish(r, self.ended.pop(r))
                 self._forget(r)
-        self._tell(plan, given, planned - start, time.perf_counter() - start, before)
+        if not self.busy:
+            self.ahead.rest()
+        self._tell(plan, given, planning, time.perf_counter() - start, before)
         return given
+
+    def _wait_for_step(self, start: float) -> tuple[Plan, list[tuple[Request, list[int]]], float]:
+        """Plans, computes and draws, one after the other."""
+        self._propose()
+        plan = self.scheduler.plan()
+        planning = time.perf_counter() - start
+        logits = self.runner.step(plan)
+        given = self._sample(logits) if logits else []
+        if self.scheduler.pace:
+            self.scheduler.pace.observe([(p.start, p.count) for p in plan.parts], time.perf_counter() - start)
+        self.scheduler.done(plan)
+        return plan, given, planning
 
     def _propose(self) -> None:
         """Drafts behind the requests that are one token behind; none while too many run for guesses to pay."""
@@ -183,7 +193,7 @@ class Engine:
             r.tokens += drafts
             r.drafts = len(drafts)
 
-    def _sample(self, logits: dict[Request, Tensor]) -> list[tuple[Request, list[int]]]:
+    def _sample(self, logits: Mapping[Request, Tensor]) -> list[tuple[Request, list[int]]]:
         """Draws at every place that was computed, and keeps what stands (see engine/speculation.py)."""
         places = [(r, j) for r in logits for j in range(1 + r.drafts)]
         self.totals["proposals"] += sum(r.drafts > 0 for r in logits)
@@ -260,6 +270,7 @@ class Engine:
 
     def _forget(self, r: Request) -> None:
         self.runner.forget(r)
+        self.ahead.forget(r)
         self.adjuster.forget(r)
         self.ended.pop(r, None)
         for follower in self.held.pop(r, ()):

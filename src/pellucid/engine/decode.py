@@ -53,15 +53,15 @@ def unsuited(model: Decoder) -> str | None:
     return unusual(model) or (None if jit.value else jit.reason)
 
 
-def unusual(model: Decoder) -> str | None:
-    """What in this model no compiled step knows; None if there is nothing."""
+def unusual(model: Decoder, device: str = "cpu") -> str | None:
+    """What in this model no compiled step knows; None if there is nothing.  device: where that step runs."""
     weight = model.embed.weight
     for name, module in model.named_modules():
         if type(module) not in PLAIN or "forward" in vars(module) or "hidden" in vars(module):
             return f"{name or 'the model'} ({type(module).__name__}) may compute something of its own"
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{name or 'the model'} has hooks, which only its own forward calls"
-    if weight.device.type != "cpu":
+    if weight.device.type != device:
         return f"{weight.device.type} has its own fused kernels"
     if weight.dtype not in (torch.float32, torch.bfloat16) or model.compute_dtype not in (None, weight.dtype):
         return f"weights of {weight.dtype} computed in {model.compute_dtype or weight.dtype}"

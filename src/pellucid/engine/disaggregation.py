@@ -122,6 +122,7 @@ class Decode(Served):
         r.computed, r.state = saved.tokens, State.SWAPPED
         r.prompt_logprobs, r.prompt_tops = message["scored"]  # told by the other side
         self.told[r] = len(r.prompt_logprobs)
+        self.engine.ahead.note(r)
         self.engine.scheduler.add(r)
         runner.swapped[r] = saved
         self.keep(message["number"], r)

@@ -16,7 +16,7 @@ Rows that fill up are padding: routers send them to no expert. Legend: W process
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from pellucid.engine.layer_groups import Group as LayerGroup
 from pellucid.engine.request import Request
-from pellucid.engine.runner import Runner
+from pellucid.engine.runner import Logits, Runner
 from pellucid.engine.scheduler import Plan
 from pellucid.nn import Decoder
 from pellucid.nn.context import Context
@@ -97,10 +97,10 @@ class SharingRunner(Runner):
         super().__init__(model, blocks, size, places, codes, groups)
 
     @torch.inference_mode()
-    def step(self, plan: Plan) -> dict[Request, Tensor]:
+    def step(self, plan: Plan, sources: Mapping[Request, int] | None = None) -> Logits:
         rows = sum(part.count for part in plan.parts)
         total = self.exchange.agree(rows)
-        logits = super().step(plan)
+        logits = super().step(plan, sources)
         if total and not rows:
             self.exchange.idle()
         return logits

@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pellucid.engine.gpu_pass import POSITION, REAL, ROW, SOURCE, TOKEN, FusedPass, choose_fused
 from pellucid.engine.paged_cache import Pages
 from pellucid.engine.scheduler import Part
+from pellucid.engine.transfer import to_device
 from pellucid.nn import Decoder, MoE
 from pellucid.nn.attention import Attention
 from pellucid.nn.context import Context, Segment
@@ -27,12 +29,9 @@ from pellucid.ops.triton import paged
 from pellucid.ops.triton.language import choose_triton
 from pellucid.runtime import Choice
 
-TOKEN, ROW, POSITION, REAL = range(4)
-"""What a step brings of each of its tokens, as rows of one array: one transfer. ROW: of the table of slots. REAL: 0 fills up."""
-
 
 class PagesInPlace:
-    """A step's tokens, and where their entries lie; speaks as a cache to `nn.attention.Attention`.  numbers (4, N) int64."""
+    """A step's tokens, and where their entries lie; speaks as a cache to `nn.attention.Attention`.  numbers (5, N) int64."""
 
     began = None
 
@@ -52,31 +51,46 @@ class PagesInPlace:
 
 
 class GpuStep:
-    """`hidden(parts)` -> (N, D), rows in the parts' order."""
+    """`hidden(parts)` -> (N, D), rows in the parts' order. `logits` (N, V) of the same rows beside, where the step was recorded: a buffer
+    that the next step writes over."""
 
     def __init__(self, model: Decoder, pages: Pages):
         self.model, self.pages = model, pages
         self.group = max(layer.mixer.heads // layer.mixer.kv_heads for layer in model.spec.layers)  # type: ignore[union-attr]
         self.graphs = choose_graphs(model)
+        fused = choose_fused(model, pages)
+        self.fused: FusedPass | None = fused.value
+        self.reason = f"{fused.reason}; {self.graphs.reason}"
         self.recorded: dict[int, Recorded] = {}  # by the number of rows
         self.tables: list[int] = []  # where the tables of slots lay when they were recorded
+        self.drawn = torch.full((pages.places,), -1, dtype=torch.int64, device=pages.device)  # the last step's tokens, by its rows
+        self.logits: Tensor | None = None
+        self.room: Tensor | None = None  # for the logits of recorded steps, which share it
 
-    def hidden(self, parts: Sequence[Part], same: bool = True) -> Tensor:
-        """same: the model is as it always is (an adapter's pass is not)."""
-        numbers = self._numbers(parts)
+    def hidden(self, parts: Sequence[Part], same: bool = True, sources: Sequence[int] | None = None) -> Tensor:
+        """same: the model is as it always is (an adapter's pass is not).  sources: for each part the row of the last step that draws its
+        last token, or -1."""
+        numbers, self.logits = self._numbers(parts, sources), None
         if same and self.graphs.value and all(p.count == 1 for p in parts):
             return self._replay(numbers)
         counts, ones = [p.count for p in parts], sum(p.count == 1 for p in parts)
         firsts = np.cumsum([0, *counts[:-1]])
-        return self._run(numbers.to(self.pages.device), self._tiles(firsts, counts, ones))
+        return self.run(to_device(numbers, self.pages.device), self._tiles(firsts, counts, ones), same)
 
-    def _numbers(self, parts: Sequence[Part]) -> Tensor:
-        """(4, N) on the host."""
+    def _numbers(self, parts: Sequence[Part], sources: Sequence[int] | None) -> Tensor:
+        """(5, N) on the host."""
         stops = [p.start + p.count for p in parts]
         rows = self.pages.table.follow([p.request for p in parts], [p.start for p in parts], stops)
+        last = [-1] * len(parts) if sources is None else list(sources)
+        if all(p.count == 1 for p in parts):
+            tokens = [p.request.tokens[p.start] for p in parts]
+            return torch.tensor([tokens, rows, [p.start for p in parts], [1] * len(parts), last])
         tokens = [t for p, stop in zip(parts, stops, strict=True) for t in p.request.tokens[p.start : stop]]
         positions = np.concatenate([np.arange(p.start, stop) for p, stop in zip(parts, stops, strict=True)])
-        return torch.from_numpy(np.stack([tokens, np.repeat(rows, [p.count for p in parts]), positions, np.ones_like(positions)]))
+        counts = [p.count for p in parts]
+        source = np.full(len(tokens), -1)
+        source[np.cumsum(counts) - 1] = last
+        return torch.from_numpy(np.stack([tokens, np.repeat(rows, counts), positions, np.ones_like(positions), source]))
 
     def _tiles(self, firsts: Any, counts: Sequence[int], ones: int) -> list[paged.Tiles]:
         """Parts of one token, which stand first, have tiles of one row; longer ones are cut. (See `segments_of`.)"""
@@ -86,26 +100,43 @@ class GpuStep:
         if ones < len(counts):
             cut = [(first + at, min(most, n - at)) for first, n in zip(firsts[ones:], counts[ones:], strict=True) for at in range(0, n, most)]
             made.append((*np.array(cut, np.int64).T, most))
-        arrays = [(torch.from_numpy(np.stack([f, c])).to(self.pages.device), most) for f, c, most in made]
+        arrays = [(to_device(torch.from_numpy(np.stack([f, c])), self.pages.device), most) for f, c, most in made]
         return [paged.Tiles(both[0], both[1], most) for both, most in arrays]
 
-    def _run(self, numbers: Tensor, tiles: Sequence[paged.Tiles]) -> Tensor:
-        """numbers (4, N) on the device -> (N, D): each token a sequence of its own to the mixers, all of them in one segment."""
+    def run(self, numbers: Tensor, tiles: Sequence[paged.Tiles], same: bool = True) -> Tensor:
+        """numbers (5, N) on the device -> (N, D)"""
+        if self.fused is not None and same:
+            return self.fused.hidden(numbers, tiles, self.drawn)
+        return self._layers(numbers, tiles)
+
+    def _layers(self, numbers: Tensor, tiles: Sequence[paged.Tiles]) -> Tensor:
+        """The model as it is written: each token a sequence of its own to the mixers, all of them in one segment."""
         dtype, N = self.model.compute_dtype or self.model.embed.weight.dtype, numbers.shape[1]
         cache: Any = PagesInPlace(self.pages, numbers, tiles)
         inner = Context(numbers[POSITION][:, None], dtype, cache=cache)
         flat = Context(numbers[POSITION][None], dtype, segments=[Segment(0, N, N, inner)])
-        return self.model.run(numbers[TOKEN][None], flat)[0]
+        tokens = torch.where(numbers[SOURCE] < 0, numbers[TOKEN], self.drawn[numbers[SOURCE].clamp_min(0)].clamp_min(0))
+        return self.model.run(tokens[None], flat)[0]
 
     def _replay(self, numbers: Tensor) -> Tensor:
         """The recorded pass of the next larger batch, filled up with rows that write and read nothing."""
         tables = [slots.data_ptr() for slots in self.pages.table.slots]
         if tables != self.tables:  # they have grown, and moved
             self.tables, self.recorded = tables, {}
-        rows = rows_recorded(numbers.shape[1])
+        n = numbers.shape[1]
+        rows = rows_recorded(n)
         if rows not in self.recorded:
             self.recorded[rows] = Recorded(self, rows)
-        return self.recorded[rows](numbers)
+        hidden, logits = self.recorded[rows](numbers)
+        self.logits = logits[:n]
+        return hidden[:n]
+
+    def room_for(self, rows: int) -> Tensor:
+        """(rows, V) for logits; one that a recorded pass holds on to stays where it is."""
+        if self.room is None or len(self.room) < rows:
+            weight = self.model.head_weight
+            self.room = weight.new_empty(max(rows, rows_recorded(self.pages.places)), len(weight), dtype=self.model.compute_dtype or weight.dtype)
+        return self.room[:rows]
 
 
 class Recorded:
@@ -113,26 +144,34 @@ class Recorded:
 
     def __init__(self, step: GpuStep, rows: int):
         self.step, device = step, step.pages.device
-        self.numbers = torch.zeros(4, rows, dtype=torch.int64, device=device)
+        self.numbers = torch.zeros(5, rows, dtype=torch.int64, device=device)
         self.tiles = [paged.Tiles(torch.arange(rows, device=device), self.numbers[REAL], 1)]
+        self.room = step.room_for(rows)
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.out: Tensor | None = None
+        self.out: tuple[Tensor, Tensor] | None = None
 
-    def __call__(self, numbers: Tensor) -> Tensor:
-        """numbers (4, n) on the host, n up to `rows` -> (n, D)"""
-        n = numbers.shape[1]
-        self.numbers[:, :n].copy_(numbers)
-        self.numbers[:, n:] = 0
+    def __call__(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """numbers (5, n) on the host, n up to `rows` -> hidden states (rows, D) and logits (rows, V), which the next call writes over"""
+        n, rows = numbers.shape[1], self.numbers.shape[1]
+        if n < rows:
+            filler = torch.zeros(5, rows - n, dtype=torch.int64)
+            filler[SOURCE] = -1
+            numbers = torch.cat((numbers, filler), 1)
         if self.numbers.device.type != "cuda":
-            return self._pass()[:n]
+            self.numbers.copy_(numbers)
+            return self._pass()
+        self.numbers.copy_(numbers.pin_memory(), non_blocking=True)
         if self.graph is None:
             self._record()
         assert self.graph is not None and self.out is not None
         self.graph.replay()
-        return self.out[:n].clone()  # the next replay writes over it
+        return self.out
 
-    def _pass(self) -> Tensor:
-        return self.step._run(self.numbers, self.tiles)
+    def _pass(self) -> tuple[Tensor, Tensor]:
+        hidden = self.step.run(self.numbers, self.tiles)
+        if self.step.fused is not None:
+            return hidden, self.step.fused.logits(hidden, self.room)
+        return hidden, self.room.copy_(self.step.model.logits(hidden))
 
     def _record(self) -> None:
         """Two passes first, on a stream of their own: kernels are compiled, libraries set up. They write what the replay will write."""
@@ -177,4 +216,4 @@ def choose_gpu_step(model: Decoder, pages: Pages) -> Choice:
     if pages.codes.kept not in (torch.float32, torch.bfloat16):
         return Choice(None, f"a cache of {pages.codes.name} has no Triton kernel")
     step = GpuStep(model, pages)
-    return Choice(step, f"{triton.reason}; attention reads the pages where they lie; {step.graphs.reason}")
+    return Choice(step, f"{triton.reason}; attention reads the pages where they lie; {step.reason}")

@@ -8,7 +8,8 @@ part by itself. Models of plain attention run by kernels that read the pages whe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from pellucid.engine.paged_step import READABLE, PagedBatch, PagedStep
 from pellucid.engine.request import Request
 from pellucid.engine.sampler import best
 from pellucid.engine.scheduler import Part, Plan
+from pellucid.engine.transfer import to_device
 from pellucid.nn import Decoder
 from pellucid.nn.context import Context, Segment, open_context
 from pellucid.ops import choose_jit
@@ -31,6 +33,27 @@ from pellucid.runtime import Choice
 
 PROMPT_ROWS = 64
 """Places of a prompt whose log-probabilities are made at a time."""
+
+
+class Logits(Mapping[Request, Tensor]):
+    """Of each request whose next token follows from a step, (1 + drafts, V): of the place behind its last known token, and behind each
+    draft.  whole: (N, V), all of them in order, which the next step may write over."""
+
+    def __init__(self, requests: Sequence[Request], whole: Tensor):
+        self.requests, self.whole = requests, whole
+        self.rows: dict[Request, slice] | None = None  # mostly nobody asks
+
+    def __getitem__(self, request: Request) -> Tensor:
+        if self.rows is None:
+            stops = list(itertools.accumulate(1 + r.drafts for r in self.requests))
+            self.rows = {r: slice(stop - 1 - r.drafts, stop) for r, stop in zip(self.requests, stops, strict=True)}
+        return self.whole[self.rows[request]]
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self.requests)
+
+    def __len__(self) -> int:
+        return len(self.requests)
 
 
 class Runner:
@@ -60,9 +83,9 @@ class Runner:
         self.observer: Callable[[list[Part], Tensor], None] | None = None  # gets every step's last hidden states
 
     @torch.inference_mode()
-    def step(self, plan: Plan) -> dict[Request, Tensor]:
-        """Logits (1 + drafts, V) for each request whose next token follows from this step: of the place behind its last known
-        token, and behind each draft."""
+    def step(self, plan: Plan, sources: Mapping[Request, int] | None = None) -> Logits:
+        """Of no request where nobody's next token follows.  sources: rows of the last step's draw (`gpu.drawn`) that are the last token of
+        these requests, which the host does not know yet."""
         for request, blocks in plan.swapped_out:
             self.swapped[request] = self.pages.copy_out(blocks, request.computed, self.place_of.get(request))
         for request in plan.preempted:
@@ -70,9 +93,10 @@ class Runner:
         for request, blocks in plan.swapped_in:
             self.pages.copy_in(blocks, self.pages.table.row(request), self.swapped.pop(request))
             request.moved = 0  # other blocks than before
+        nothing = Logits([], torch.empty(0))
         if not plan.parts:
-            return {}
-        order, hidden = self._hidden(plan.parts)
+            return nothing
+        order, hidden, logits = self._hidden(plan.parts, sources)
         asked: list[Request] = []
         places: list[int] = []
         at = 0
@@ -85,14 +109,14 @@ class Runner:
             self.observer(order, hidden.to(self.dtype))
         self._score_prompts(order, hidden)
         if not asked:
-            return {}
-        rows = hidden[torch.tensor(places, device=self.device)]
-        logits = self._logits(rows)
-        return dict(zip(asked, logits.split([1 + r.drafts for r in asked]), strict=True))
+            return nothing
+        if logits is None or len(places) != len(hidden):
+            logits = self._logits(hidden if len(places) == len(hidden) else hidden[to_device(torch.tensor(places), self.device)])
+        return Logits(asked, logits)
 
-    def _hidden(self, parts: Sequence[Part]) -> tuple[list[Part], Tensor]:
-        """The parts in the order of their rows, and the last hidden states (N, D). Requests of an adapter run apart, in one pass for
-        each adapter, through the model itself."""
+    def _hidden(self, parts: Sequence[Part], sources: Mapping[Request, int] | None) -> tuple[list[Part], Tensor, Tensor | None]:
+        """The parts in the order of their rows, and the last hidden states (N, D), with their logits where those were made along. Requests
+        of an adapter run apart, in one pass for each adapter, through the model itself."""
         order: list[Part] = []
         states: list[Tensor] = []
         for adapter in dict.fromkeys(part.request.adapter for part in parts):
@@ -100,13 +124,16 @@ class Runner:
             mine = [part for group in groups for part in group]
             with applied(self.model, adapter):
                 if self.gpu is not None:
-                    states.append(self.gpu.hidden(mine, same=adapter is None))
+                    known = None if sources is None else [sources.get(part.request, -1) for part in mine]
+                    states.append(self.gpu.hidden(mine, adapter is None, known))
                     order += mine
                     continue
                 compiled = adapter is None and self.compiled is not None and self.compiled.suits(mine)
                 states.append(self._compiled(mine) if compiled else self._flat(groups))
             order += mine
-        return order, states[0] if len(states) == 1 else torch.cat(states)
+        if len(states) > 1:
+            return order, torch.cat(states), None
+        return order, states[0], None if self.gpu is None else self.gpu.logits
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """hidden (N, D) -> (N, V); with compiled kernels a buffer that the next call writes over."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pellucid.engine.params import SamplingParams
+from pellucid.engine.transfer import to_device
 from pellucid.errors import PellucidError
 from pellucid.ops import choose_jit
 from pellucid.ops.compiled import same_threads
@@ -50,15 +51,10 @@ class Sampler:
 
     def __init__(self, params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device | str = "cpu",
                  support: bool = False):
-        def column(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)
-
-        self.temperature = column([p.temperature for p in params])
-        self.top_k = column([p.top_k or 0 for p in params], torch.int64)
-        self.top_p = column([1.0 if p.top_p is None else p.top_p for p in params])
-        self.min_p = column([p.min_p or 0.0 for p in params])
-        self.typical_p = column([1.0 if p.typical_p is None else p.typical_p for p in params])
-        self.seeds = torch.tensor([s % 2**63 for s in seeds], dtype=torch.int64, device=device)
+        self.host = torch.tensor([[p.temperature, p.top_k or 0, 1.0 if p.top_p is None else p.top_p, p.min_p or 0.0,
+                                   1.0 if p.typical_p is None else p.typical_p] for p in params], dtype=torch.float64).reshape(-1, 5).T
+        self.device = torch.device(device)
+        self.seeds = to_device(torch.tensor([s % 2**63 for s in seeds], dtype=torch.int64), self.device)
         self.logprobs = any(p.top is not None for p in params)
         self.support = support
         self.alone = False  # draw in one thread: the steps between have threads of their own
@@ -66,19 +62,24 @@ class Sampler:
         self._plan()
 
     def _plan(self) -> None:
-        cuts = (self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0) | (self.typical_p < 1)
-        self._truncating = (cuts & (self.temperature > 0)).nonzero().squeeze(-1)
-        self._typical = bool((self.typical_p < 1).any())
+        """What the settings mean is found on the host: a GPU is not waited for."""
+        columns = to_device(self.host, self.device)
+        self.temperature, self.top_p, self.min_p, self.typical_p = columns[[0, 2, 3, 4]].float().unbind()
+        self.top_k = columns[1].long()
+        temperature, top_k, top_p, min_p, typical_p = self.host
+        cuts = (top_k > 0) | (top_p < 1) | (min_p > 0) | (typical_p < 1)
+        self._truncating = to_device((cuts & (temperature > 0)).nonzero().squeeze(-1), self.device)
+        self._typical = bool((typical_p < 1).any())
         self._settings: tuple[Any, Any] | None = None  # the kernel's: temperatures and seeds as arrays
 
     def keep(self, rows: Tensor) -> None:
-        for name in ("temperature", "top_k", "top_p", "min_p", "typical_p", "seeds"):
-            setattr(self, name, getattr(self, name)[rows])
+        self.host, self.seeds = self.host[:, rows.cpu()], self.seeds[rows]
         self._plan()
 
-    def __call__(self, logits: Tensor, step: int | Tensor) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, logits: Tensor, step: int | Tensor, check: bool = True) -> tuple[Tensor, Tensor | None]:
         """logits (B, V) -> tokens (B,) int64, and their log-probabilities (B,) if any request asked for them. step: how many
-        tokens each sequence has drawn before: one number, or one for each (B,).
+        tokens each sequence has drawn before: one number, or one for each (B,).  check: whether logits that are no numbers are an error
+        here, or tokens of -1 (finding out is a wait on a GPU; see `no_numbers`).
 
         On a GPU one kernel draws (but for typical_p). On a CPU rows that truncate are drawn by PyTorch, all others by a compiled
         kernel where there is one: how a row is drawn never depends on its neighbours.
@@ -106,7 +107,7 @@ class Sampler:
     def _draw_fused(self, logits: Tensor, steps: Tensor) -> tuple[Tensor, Tensor | None]:
         from pellucid.ops.triton.draw import draw as draw_rows
 
-        tokens, logprobs = draw_rows(logits, self.temperature, self.top_k, self.top_p, self.min_p, uniform(self.seeds, steps))
+        tokens, logprobs = draw_rows(logits, self.temperature, self.top_k, self.top_p, self.min_p, self.seeds, steps)
         return tokens, logprobs if self.logprobs else None
 
     def _draw_compiled(self, logits: Tensor, steps: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -118,7 +119,8 @@ class Sampler:
         if self._settings is None:
             self._settings = array(self.temperature), array(self.seeds)
         tokens, logprobs = np.empty(len(logits), np.int64), np.empty(len(logits) if self.logprobs else 0, np.float32)
-        draw(array(logits.contiguous()), *self._settings, array(steps), tokens, logprobs)
+        temperature, seeds = self._settings
+        draw(array(logits.contiguous()), temperature, seeds, array(steps), tokens, logprobs)
         return torch.from_numpy(tokens), torch.from_numpy(logprobs) if self.logprobs else None
 
     def _draw(self, logits: Tensor, steps: Tensor, rows: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor | None]:
@@ -151,6 +153,11 @@ class Sampler:
     @staticmethod
     def _logprob(logits: Tensor, tokens: Tensor) -> Tensor:
         return logits.gather(-1, tokens[:, None]).squeeze(-1) - torch.logsumexp(logits, -1)
+
+
+def no_numbers() -> PellucidError:
+    return PellucidError("the model's logits are not numbers", "its weights diverged in training, or are damaged",
+                         "check them with `pellucid eval`, or go back to an earlier checkpoint")
 
 
 def draw(weights: Tensor, u: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ Pure Python: no tensor, no model. (vLLM's idea; see engine/request.py for what t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 
 from pellucid.engine.pace import Pace
@@ -143,12 +143,13 @@ class Scheduler:
 
     # --- a step -----------------------------------------------------------------------------------------------------------
 
-    def plan(self) -> Plan:
+    def plan(self, without: Container[Request] = ()) -> Plan:
+        """without: running requests that get no tokens in this step."""
         plan, left = Plan(), self.budget
         if self.pace:
             self.pace.begin((r.computed, r.behind) for r in self.running if r.writing)
         for request in sorted(self.running, key=lambda r: (not r.writing, r.priority, r.number)):
-            if left and request.state is State.RUNNING and (count := min(left, request.behind) if request.writing
+            if left and request.state is State.RUNNING and request not in without and (count := min(left, request.behind) if request.writing
                                                             else self._chunk(request.computed, request.behind, left)):
                 if request.drafts and count < request.behind:  # no budget for guesses
                     self._drop_drafts(request)

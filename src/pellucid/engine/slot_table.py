@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pellucid.engine.request import UNMOVED, Request
+from pellucid.engine.transfer import to_device
 
 
 class SlotTable:
@@ -56,7 +57,7 @@ class SlotTable:
         width = (max(places) + 1) * self.size
         if width > self.slots[0].shape[1]:
             self._grow(len(self.slots[0]), max(width, 2 * self.slots[0].shape[1]))
-        at = torch.tensor([rows, places, *blocks], device=self.device)
+        at = to_device(torch.tensor([rows, places, *blocks]), self.device)
         inside = torch.arange(self.size, device=self.device)
         for slots, numbers in zip(self.slots, at[2:], strict=True):
             slots.view(len(slots), -1, self.size)[at[0], at[1]] = numbers.clamp_min(0)[:, None] * self.size + inside

@@ -16,7 +16,7 @@ prediction is cut as its other layers are: its passes are told too, with the sta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from pellucid.engine.mirror import Mirror, Mirrored
 from pellucid.engine.params import SamplingParams
 from pellucid.engine.predictor import Predictor
 from pellucid.engine.request import Request
-from pellucid.engine.runner import Runner
+from pellucid.engine.runner import Logits, Runner
 from pellucid.engine.scheduler import Part, Plan
 from pellucid.engine.shared_adapters import AdapterTable
 from pellucid.nn import Decoder
@@ -46,10 +46,10 @@ class LeadRunner(Runner):
         tell(others, {"do": "begin", "blocks": blocks, "size": size, "places": places, "apart": groups is not None})
 
     @torch.inference_mode()
-    def step(self, plan: Plan) -> dict[Request, Tensor]:
+    def step(self, plan: Plan, sources: Mapping[Request, int] | None = None) -> Logits:
         if plan.parts or plan.preempted or plan.swapped_out or plan.swapped_in:
             tell(self.others, self._message(plan))
-        return super().step(plan)
+        return super().step(plan, sources)
 
     def predictor(self, blocks: int, size: int, places: int) -> Predictor:
         return LeadPredictor(self.model, blocks, size, places, others=self.others)

@@ -30,6 +30,13 @@ if ASKED in ("interpret", "compile") or torch.cuda.is_available():  # it takes h
 
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
+wait_for_last: Any = None
+let_next_begin: Any = None
+if triton is not None:
+    with contextlib.suppress(ImportError, AttributeError):
+        _hopper: Any = importlib.import_module("triton.language.extra.cuda")
+        wait_for_last, let_next_begin = _hopper.gdc_wait, _hopper.gdc_launch_dependents
+
 
 def jit(kernel: Callable[..., Any]) -> Any:
     """Triton's decorator; without Triton the kernel stays text that nobody may call."""
@@ -52,6 +59,15 @@ def choose_triton(device: torch.device) -> Choice:
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return Choice(False, f"{torch.cuda.get_device_name(device)} is older than what the kernels are compiled for (compute capability 8.0)")
     return Choice(True, f"Triton {triton.__version__} compiles the kernels for {torch.cuda.get_device_name(device)}")
+
+
+@cache
+def early(device: torch.device) -> dict[str, bool]:
+    """Options of a launch: whether the kernel may begin while the one before it still runs (programmatic dependent launch, from Hopper
+    on). Until `wait_for_last` it reads nothing that another kernel writes: weights are on their way by then, and the memory never rests."""
+    if device.type != "cuda" or torch.version.hip is not None or wait_for_last is None or torch.cuda.get_device_capability(device) < (9, 0):
+        return {"EARLY": False}
+    return {"EARLY": True, "launch_pdl": True}
 
 
 def wider(n: int, least: int = 16) -> int:

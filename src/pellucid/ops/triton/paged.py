@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pellucid.ops.triton.language import INTERPRETED, jit, tl, wider
+from pellucid.ops.triton.fused import turned
+from pellucid.ops.triton.language import INTERPRETED, early, jit, let_next_begin, tl, wait_for_last, wider
 
 LOG2_E = 1.4426950408889634
 """Scores are multiplied by it: the kernels' softmax is one of powers of two, which is one instruction."""
@@ -34,6 +35,16 @@ class Tiles:
     firsts: Tensor  # (tiles,) int64
     counts: Tensor  # (tiles,) int64
     most: int
+
+
+@dataclass(frozen=True)
+class Raw:
+    """What turns a projection's heads into queries and keys: weights (d,) of their norms, or none, and rotations (see `fused.heads`)."""
+
+    norms: tuple[Tensor, Tensor] | None
+    eps: float
+    frequencies: Tensor  # (r / 2,) float32
+    factor: float
 
 
 @jit
@@ -53,14 +64,21 @@ def write_kernel(
 @jit
 def attend_kernel(
     q, keys, values, slots, request, positions, sinks, firsts, counts, out, norms, q_stride, slots_stride, out_stride, scale,  # type: ignore[no-untyped-def]
+    q_weight, k_weight, frequencies, factor, eps,
     K: tl.constexpr, G: tl.constexpr, d: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,  # type: ignore[name-defined]
     HEADS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, PRODUCT: tl.constexpr,  # type: ignore[name-defined]
+    RAW: tl.constexpr, NORM: tl.constexpr, r: tl.constexpr, EARLY: tl.constexpr,  # type: ignore[name-defined]
 ):
     """Program (tile, kh, split): a part of the keys for the tile's tokens and the query heads of one key/value head.
 
     HEADS: room for G.  ROWS: tokens x HEADS.  KEYS: read at a time.  PRODUCT: the dtype that products read.
     out (splits, N, H, d), norms (splits, N, H): log2 of the sum of weights, where there are several splits.
+    RAW: q is the projection's (N, (H + 2K) d), of tiles of one token: its heads are normed (NORM) and turned here (see `fused.turned`),
+    and its own key and value, which the first split begins with, are written by that one.
     """
+    if EARLY:
+        let_next_begin()
+        wait_for_last()
     tile, kh, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first, count = tl.load(firsts + tile), tl.load(counts + tile)
     p0, table = tl.load(positions + first), slots + tl.load(request + first) * slots_stride
@@ -68,10 +86,17 @@ def attend_kernel(
     token, g = row // HEADS, row % HEADS
     real = ((token < count) & (g < G))[:, None] & (at < d)[None, :]
     head, p = kh * G + g, p0 + token
-    queries = tl.load(q + ((first + token) * q_stride + head * d)[:, None] + at[None, :], mask=real, other=0.0).to(PRODUCT)
+    if RAW:
+        raw = q + first * q_stride
+        wide = turned(raw + head * d, real & (token == 0)[:, None], at, q_weight, frequencies, p0, factor, eps, d, r, NORM)
+        queries = wide.to(q.dtype.element_ty).to(PRODUCT)
+    else:
+        queries = tl.load(q + ((first + token) * q_stride + head * d)[:, None] + at[None, :], mask=real, other=0.0).to(PRODUCT)
 
-    # This program's share of the keys that any token of the tile sees.
+    # This program's share of the keys that any token of the tile sees, its own key apart where that is not in the cache yet.
     begin, end = p0 * 0, p0 + count
+    if RAW:
+        end = p0
     if WINDOW:
         begin = tl.maximum(p0 - WINDOW + 1, 0)
     share = tl.cdiv(tl.cdiv(end - begin, KEYS), SPLITS) * KEYS
@@ -84,6 +109,23 @@ def attend_kernel(
         top = tl.where(split == 0, tl.load(sinks + head, mask=g < G, other=0.0).to(tl.float32) * 1.4426950408889634, top)
         total = tl.where(split == 0, 1.0, total)
     mixed = tl.zeros((ROWS, D), tl.float32)
+    if RAW:
+        if split == 0:
+            one = tl.arange(0, 1)
+            mine = (one < count)[:, None] & (at < d)[None, :]
+            k_new = turned(raw + (K * G + kh) * d + one * 0, mine, at, k_weight, frequencies, p0, factor, eps, d, r, NORM)
+            v_new = tl.load(raw + (K * G + K + kh) * d + at[None, :] + (one * 0)[:, None], mask=mine, other=0.0)
+            to = (tl.load(table + p0) * K + kh) * d + at[None, :] + (one * 0)[:, None]
+            tl.store(keys + to, k_new, mask=mine)
+            tl.store(values + to, v_new, mask=mine)
+            kept_key = tl.sum(k_new.to(keys.dtype.element_ty).to(tl.float32), 0)  # as others will read it
+            own = tl.sum(queries.to(tl.float32) * kept_key[None, :], 1) * scale
+            first_top = tl.maximum(top, own)
+            safe0 = tl.where(first_top == -float("inf"), 0.0, first_top)
+            weight = tl.exp2(own - safe0)
+            total = total * tl.exp2(top - safe0) + weight
+            mixed = weight[:, None] * tl.sum(v_new.to(tl.float32), 0)[None, :]
+            top = first_top
     for s0 in range(begin, end, KEYS):
         s = s0 + tl.arange(0, KEYS)
         slot = tl.load(table + s, mask=s < end, other=0)
@@ -111,8 +153,13 @@ def attend_kernel(
 
 
 @jit
-def join_kernel(parts, norms, out, stride, d: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr):  # type: ignore[name-defined, no-untyped-def]
+def join_kernel(
+    parts, norms, out, stride, d: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,  # type: ignore[name-defined, no-untyped-def]
+):
     """Program i of N x H: out[i] (d,) = the mean of parts[:, i] by their sums of weights."""
+    if EARLY:
+        let_next_begin()
+        wait_for_last()
     i, split, at = tl.program_id(0).to(tl.int64), tl.arange(0, SPLITS), tl.arange(0, D)
     norm = tl.load(norms + split * (stride // d) + i)
     weights = tl.exp2(norm - tl.max(norm, 0))
@@ -128,22 +175,29 @@ def write(k: Tensor, v: Tensor, into: Tensor, keys: Tensor, values: Tensor) -> N
 
 def attend(
     q: Tensor, keys: Tensor, values: Tensor, slots: Tensor, request: Tensor, positions: Tensor, tiles: Sequence[Tiles],
-    window: int | None = None, scale: float | None = None, sinks: Tensor | None = None, splits: int | None = None,
+    window: int | None = None, scale: float | None = None, sinks: Tensor | None = None, splits: int | None = None, raw: Raw | None = None,
 ) -> Tensor:
     """q (N, H, d) -> (N, H, d), of the rows in `tiles`; what it reads is in the legend.  slots (rows, longest) int64.
-    splits: programs that share the keys of a tile of one token; by default so many that the GPU is busy."""
+    splits: programs that share the keys of a tile of one token; by default so many that the GPU is busy.
+    raw: q is what the projection made, (N, H + 2K, d), all tiles are of one token, and `write` is done here."""
     (N, H, d), K, q = q.shape, keys.shape[1], _rows(q)
+    H -= 0 if raw is None else 2 * K
     out = torch.empty(N, H, d, dtype=q.dtype, device=q.device)
+    norms = None if raw is None else raw.norms
+    q_weight, k_weight = norms or (q, q)
+    frequencies, factor, eps = (q, 1.0, 0.0) if raw is None else (raw.frequencies, raw.factor, raw.eps)
+    turned_width = 0 if raw is None else 2 * len(raw.frequencies)
     for some in tiles:
         S = 1 if some.most > 1 else splits or splits_for(len(some.firsts) * K, q.device)
         heads, rows, read, warps = sides(H // K, d, some.most)
-        parts, norms = (out, out) if S == 1 else (out.new_empty(S, N, H, d, dtype=torch.float32), out.new_empty(S, N, H, dtype=torch.float32))
+        parts, sums = (out, out) if S == 1 else (out.new_empty(S, N, H, d, dtype=torch.float32), out.new_empty(S, N, H, dtype=torch.float32))
         attend_kernel[len(some.firsts), K, S](
-            q, keys, values, slots, request, positions, q if sinks is None else sinks, some.firsts, some.counts, parts, norms,
-            q.stride(0), slots.stride(0), N * H * d, (d**-0.5 if scale is None else scale) * LOG2_E,
-            K, H // K, d, wider(d), window or 0, sinks is not None, heads, rows, read, S, product_dtype(q, keys), num_warps=warps)
+            q, keys, values, slots, request, positions, q if sinks is None else sinks, some.firsts, some.counts, parts, sums,
+            q.stride(0), slots.stride(0), N * H * d, (d**-0.5 if scale is None else scale) * LOG2_E, q_weight, k_weight, frequencies, factor, eps,
+            K, H // K, d, wider(d), window or 0, sinks is not None, heads, rows, read, S, product_dtype(q, keys),
+            raw is not None, norms is not None, turned_width, num_warps=warps, **early(q.device))
         if S > 1:
-            join_kernel[some.firsts.shape[0] * H,](parts, norms, out, N * H * d, d, wider(d), S, num_warps=1)
+            join_kernel[some.firsts.shape[0] * H,](parts, sums, out, N * H * d, d, wider(d), S, num_warps=1, **early(q.device))
     return out
 
 
