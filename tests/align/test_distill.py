@@ -11,6 +11,7 @@ import torch
 from tiny_policy import SPEC, Echo, policy, tokenizer, weights
 
 from pellucid.align.distill import DistillConfig, DistillLoop, check_vocabularies
+from pellucid.align.divergence import sparse_rows
 from pellucid.align.rollout import Rollouts
 from pellucid.align.rows import pack_completions
 from pellucid.data.packing import pack_samples
@@ -104,6 +105,21 @@ def test_top_k_of_everything_is_the_full_divergence_and_less_is_less():
     few = loop_of(policy(), estimate="top-k", top_k=4).divergence(rows)[0]
     torch.testing.assert_close(every, full, atol=1e-3, rtol=1e-4)
     assert 0 < float(few) < float(full)  # a bucket for the rest: a lower bound
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalise", "drop"])
+@pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
+def test_an_unused_place_counts_for_neither_side(beta, tail):
+    """A teacher that tells fewer than K tokens: the rest of its row is -inf, whatever ids stand there."""
+    g = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(4, 9, generator=g).log_softmax(-1) for _ in range(2))
+    ids = torch.tensor([[1, 5, 2], [0, 3, 8], [7, 6, 4], [2, 0, 1]])
+    known = teacher.gather(-1, ids)
+    want = sparse_rows(student, ids, known, beta=beta, tail=tail)
+    more = torch.cat([ids, torch.tensor([[3], [1], [0], [8]])], 1)
+    got = sparse_rows(student, more, torch.cat([known, torch.full((4, 1), -torch.inf)], 1), beta=beta, tail=tail)
+    torch.testing.assert_close(got, want)
+    assert want.abs().max() > 0.1
 
 
 def test_the_sampled_estimate_has_the_gradient_of_the_reverse_kl():

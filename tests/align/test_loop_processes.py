@@ -22,6 +22,7 @@ from tiny_policy import Noise, policy, tokenizer
 from pellucid import events, tasks
 from pellucid.align import ObjectiveConfig, recipe
 from pellucid.align.answers import Answer
+from pellucid.align.distill import DistillConfig, DistillLoop
 from pellucid.align.offline import Labelled, OfflineConfig, Pair, PreferenceLoop, UnpairedLoop
 from pellucid.align.online import OnlineConfig, OnlineLoop
 from pellucid.align.preference_config import PreferenceConfig
@@ -80,7 +81,27 @@ def given(name, ranks):
     return Loop(model, rows, LoopConfig(steps=3, rows=5, optim=OptimConfig("adamw", lr=1e-3), evaluations=0), ranks=ranks)
 
 
+DISTILLED = {"on-policy": dict(), "sampled": dict(estimate="sampled", group=2), "top-k": dict(estimate="top-k", top_k=8, on_policy=0.5, beta=0.5)}
+
+
+def distilled(name, ranks, folder=None):
+    """Distillation on the student's own samples, and on rows that are given; five prompts, so that the shares are unequal."""
+    teacher, task = policy(), Noise()
+    with torch.no_grad():
+        teacher.head_weight.mul_(1.5)
+    rows = pack_samples([(x.prompt + x.tokens, [False] * len(x.prompt) + [True] * len(x.tokens)) for x in answers()], 16)
+    config = DistillConfig(**{"steps": 4, "prompts": 5, "max_tokens": 6, "rows": 5, "micro_rows": 2, "evaluations": 2, "seed": 3,
+                              "optim": OptimConfig("adamw", lr=3e-3), **DISTILLED[name]})
+    loop = DistillLoop(policy(), tokenizer(), teacher, tokenizer(), config, task=task, data=rows, ranks=ranks, checkpoint=folder, evaluate=lambda: (
+        "pass@1", tasks.evaluate(task, loop.for_evaluation(0), 7, 1, 1, temperature=1.0).progress, {}))
+    return loop
+
+
 GIVEN = ("dpo", "kto", "rm", "sft")
+
+
+def loop_of(name, ranks):
+    return online(name, ranks) if name in CASES else distilled(name, ranks) if name in DISTILLED else given(name, ranks)
 
 
 def told(loop):
@@ -98,8 +119,8 @@ def weights(loop):
 def worker(folder):
     """Everything that two processes are to do."""
     ranks = joined()
-    for name in (*CASES, *GIVEN):
-        loop = online(name, ranks) if name in CASES else given(name, ranks)
+    for name in (*CASES, *GIVEN, *DISTILLED):
+        loop = loop_of(name, ranks)
         loop.run()
         same = ranks.gathered([float(p.detach().double().sum()) for p in loop.model.parameters()])
         assert same[0] == same[1]  # bit for bit
@@ -166,9 +187,9 @@ def near(name, x, y):
     assert x == pytest.approx(y, rel=2e-3, abs=1e-5 if name in loose else 2e-5, nan_ok=True), name
 
 
-@pytest.mark.parametrize("name", [*CASES, *GIVEN])
+@pytest.mark.parametrize("name", [*CASES, *GIVEN, *DISTILLED])
 def test_two_processes_equal_one(folder, name):
-    loop = online(name, ALONE) if name in CASES else given(name, ALONE)
+    loop = loop_of(name, ALONE)
     start = weights(loop)
     loop.run()
     alone, theirs = told(loop), json.loads((folder / f"{name}.json").read_text())
@@ -208,6 +229,8 @@ def test_shares():
 def test_refused_with_several_processes():
     with pytest.raises(BadInput, match="processes share"):
         online("grpo", Ranks(0, 6))
+    with pytest.raises(BadInput, match="processes share"):
+        distilled("on-policy", Ranks(0, 6))
     with pytest.raises(BadInput, match="sorts the pairs"):
         a = answers()
         PreferenceLoop(policy(), [Pair(a[0], a[1])], PreferenceConfig({"aot": 1.0}), OfflineConfig(steps=1, batch=1), ranks=Ranks(0, 2))

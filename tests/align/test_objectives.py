@@ -24,7 +24,7 @@ from pellucid.align import (
 from pellucid.align.aggregation import AGGREGATIONS, Counts
 from pellucid.align.metrics import merge
 from pellucid.align.objective import objective
-from pellucid.align.policy_losses import clipped_surrogate
+from pellucid.align.policy_losses import cispo, clipped_surrogate, high_entropy_tokens, log_ratio, sapo
 from pellucid.errors import BadInput
 
 INVARIANT = [mode for mode in AGGREGATIONS if mode != "token-mean-local"]
@@ -65,6 +65,40 @@ def test_clipped_surrogate_by_hand():
     assert plain.tolist() == pytest.approx([-0.5, 0.8, -3.0, -1.28, 1.5, 2.0, -1.28])
     two_sided = clipped_surrogate(ratio, a, low=0.2, high=0.28, delta=1.6)
     assert two_sided.tolist() == pytest.approx([-0.5, 0.8, -3.0, -1.28, 1.5, 1.6, -1.28])
+
+
+def test_weighted_and_gated_terms_by_hand():
+    """CISPO: the clipped ratio is a weight, through which no gradient flows. SAPO: a gate with a temperature for each sign."""
+    old = torch.tensor([-1.0, -1.0, -2.0], dtype=torch.float64)
+    logp = (old + torch.tensor([0.5, 1.5, 1.1], dtype=torch.float64).log()).requires_grad_()
+    ratio, a = (logp - old).exp(), torch.tensor([1.0, -1.0, 2.0], dtype=torch.float64)
+    loss = cispo(ratio, logp, a, low=0.2, high=0.28)
+    weight = torch.tensor([0.8, 1.28, 1.1], dtype=torch.float64)
+    torch.testing.assert_close(loss.detach(), -weight * a * logp.detach())
+    torch.testing.assert_close(torch.autograd.grad(loss.sum(), logp, retain_graph=True)[0], -weight * a)
+
+    def gate(r, tau):
+        return 4 / tau / (1 + math.exp(-tau * (r - 1)))
+
+    soft = sapo(ratio, a, tau_pos=2.0, tau_neg=3.0)
+    assert soft.tolist() == pytest.approx([-gate(0.5, 2), gate(1.5, 3), -2 * gate(1.1, 2)])
+
+
+def test_levels_of_the_ratio_by_hand():
+    old, sequence = torch.zeros(3, dtype=torch.float64), torch.tensor([0, 0, 1])
+    logp = torch.tensor([0.1, 0.3, -0.2], dtype=torch.float64, requires_grad=True)
+    for level, values in {"token": [0.1, 0.3, -0.2], "sequence": [0.2, 0.2, -0.2], "sequence-sum": [0.4, 0.4, -0.2],
+                          "sequence-token": [0.2, 0.2, -0.2]}.items():
+        found = log_ratio(logp, old, sequence, level)
+        assert found.tolist() == pytest.approx(values), level
+        grad = torch.autograd.grad((found * torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)).sum(), logp)[0]
+        assert grad.tolist() == {"sequence": [1.5, 1.5, 4.0], "sequence-sum": [3.0, 3.0, 4.0]}.get(level, [1.0, 2.0, 4.0])
+
+
+def test_tokens_above_a_quantile_of_entropy():
+    entropy = torch.tensor([0.7, 0.1, 1.0, 0.4, 0.5, 0.9, 0.2, 0.8, 0.3, 0.6])
+    for fraction, lowest in ((0.3, 0.8), (0.2, 0.9), (0.5, 0.6), (0.04, 1.0), (1.0, 0.1)):
+        assert entropy[high_entropy_tokens(entropy, fraction)].min() == pytest.approx(lowest), fraction
 
 
 def test_kl_estimators_by_hand():

@@ -12,7 +12,7 @@ import torch
 from pellucid.align import preference_config, unpaired
 from pellucid.align.aggregation import Counts
 from pellucid.align.divergence import dft
-from pellucid.align.preference import LOSSES, Terms, log1mexp, preference_objective
+from pellucid.align.preference import LOSSES, Terms, f_scores, log1mexp, preference_objective
 from pellucid.align.preference_config import (
     FORMULAS,
     PREFERENCE_RECIPES,
@@ -45,6 +45,45 @@ def test_losses_by_hand():
     assert float(LOSSES["ipo_sum"](one(), PreferenceConfig(losses={"ipo_sum": 1.0}, beta=b))) == pytest.approx((delta - 1 / 0.6) ** 2)
     ipo = PreferenceConfig(losses={"ipo": 1.0}, beta=b)
     assert float(LOSSES["ipo"](one(), ipo)) == pytest.approx((1.2 / 3 + 0.7 / 5 - 1 / 0.6) ** 2)  # T13: two names
+
+
+def test_more_losses_by_hand():
+    """Those of the family that are easily mixed up: which side, which sign, where beta, gamma and tau stand."""
+    b, c, r = 0.3, 1.2, -0.7
+    cfg = PreferenceConfig(losses={"nca_pair": 1.0}, beta=b)
+    assert float(LOSSES["nca_pair"](one(), cfg)) == pytest.approx(-log_sigmoid(b * c) - log_sigmoid(-b * c) / 2 - log_sigmoid(-b * r) / 2)
+    x, tau = b * (c - r), 0.2
+    s = 1 / (1 + math.exp(-x / tau))
+    cfg = PreferenceConfig(losses={"discopop": 1.0}, beta=b, tau=tau)
+    assert float(LOSSES["discopop"](one(), cfg)) == pytest.approx((1 - s) * -log_sigmoid(x) + s * math.exp(-x))
+    cfg = PreferenceConfig(losses={"simpo": 1.0}, beta=b, gamma=0.4)
+    assert float(LOSSES["simpo"](one(), cfg)) == pytest.approx(-log_sigmoid(b * (-4 / 3 + 9 / 5) - 0.4))
+
+
+def test_optimal_transport_sorts_both_sides():
+    """Three pairs whose policy and reference differences do not stand in the same order."""
+    c, r = torch.tensor([0.5, -1.0, 2.0], dtype=DOUBLE), torch.tensor([0.1, 0.4, -0.3], dtype=DOUBLE)
+    chosen, rejected = torch.tensor([-3.0, -8.0, -5.0], dtype=DOUBLE), torch.tensor([-9.0, -2.0, -6.0], dtype=DOUBLE)
+    t = Terms(c, r, c, r, chosen, rejected, torch.ones(3), torch.ones(3))
+    e, b = 0.1, 0.3
+    policy = sorted((chosen - rejected).tolist())
+    reference = sorted(((chosen - c) - (rejected - r)).tolist())
+
+    def smoothed(x):
+        return -(1 - e) * log_sigmoid(b * x) - e * log_sigmoid(-b * x)
+
+    cfg = PreferenceConfig(losses={"aot": 1.0}, beta=b, smoothing=e)
+    assert LOSSES["aot"](t, cfg).tolist() == pytest.approx([smoothed(x - y) for x, y in zip(policy, reference)])
+    cfg = PreferenceConfig(losses={"aot_unpaired": 1.0}, beta=b, smoothing=e)
+    assert LOSSES["aot_unpaired"](t, cfg).tolist() == pytest.approx([smoothed(x - y) for x, y in zip(sorted(c.tolist()), sorted(r.tolist()))])
+
+
+def test_divergences_of_the_ratio_by_hand():
+    x = torch.tensor([-1.0, 0.5, 2.0], dtype=DOUBLE)
+    for name, f in {"reverse_kl": lambda v: v, "forward_kl": lambda v: 1 - math.exp(-v), "js": lambda v: math.log(2) + log_sigmoid(v),
+                    "alpha": lambda v: (math.exp((0.3 - 1) * v) - 1) / (0.3 - 1)}.items():
+        cfg = PreferenceConfig(f_divergence=name, **({"alpha": 0.3} if name == "alpha" else {}))
+        assert f_scores(x, cfg).tolist() == pytest.approx([f(v) for v in x.tolist()]), name
 
 
 def test_robust_is_unbiased_under_flips():

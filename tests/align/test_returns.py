@@ -7,6 +7,7 @@ import torch
 
 from pellucid.align import ObjectiveConfig, gae, recipe, returns_to_go, token_advantages, token_rewards, whiten
 from pellucid.align.returns import Layout
+from pellucid.align.value import value_clipped, value_loss
 from pellucid.errors import BadInput
 
 DOUBLE = torch.float64
@@ -75,6 +76,14 @@ def test_score_stands_on_the_last_token_of_the_model():
         gae(torch.ones(1, 2), torch.ones(1, 2), torch.tensor([[True, False]]))
     with pytest.raises(BadInput, match="shape"):
         returns_to_go(torch.ones(1, 2), torch.ones(1, 3).bool())
+
+
+def test_the_critics_loss_by_hand():
+    """The larger of both errors, each way: near the old value and far from the return, or clipped to a smaller error."""
+    values, returns, old = (torch.tensor(x, dtype=DOUBLE) for x in ([1.0, 1.0, 3.0], [2.0, 0.0, 0.0], [0.0, 3.0, 2.0]))
+    assert value_loss(values, returns, old, 0.5).tolist() == pytest.approx([2.25 / 2, 6.25 / 2, 9 / 2])
+    assert value_loss(values, returns).tolist() == value_loss(values, returns, old).tolist() == pytest.approx([0.5, 0.5, 4.5])
+    assert value_clipped(values, returns, old, 0.5).tolist() == [True, True, False]
 
 
 def test_layout_goes_there_and_back():

@@ -16,6 +16,7 @@ Sequence-level distillation is supervised learning on `traces.py`'s file; differ
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,18 +27,20 @@ from torch import Tensor
 from pellucid.align import metrics as tables
 from pellucid.align.choices import check_name
 from pellucid.align.divergence import Tail, distill_logits, distill_top_k, top_k_of
-from pellucid.align.rollout import Rollouts
+from pellucid.align.rollout import Rollouts, completions
 from pellucid.align.rows import pack_completions
+from pellucid.align.sharing import for_evaluation, ungraded
 from pellucid.data.packing import IGNORE, Batches, Packed
 from pellucid.errors import BadInput
 from pellucid.nn import Decoder, Routing
 from pellucid.ops import token_logprobs
 from pellucid.optim import OptimConfig, Schedule
-from pellucid.tasks import Completion, Task, finished_only
+from pellucid.tasks import Completion, Problem, Task, finished_only
 from pellucid.tasks.evaluate import grade
 from pellucid.tokenizers import Tokenizer
 from pellucid.train import Evaluate, Run, RunConfig, RunHistory
 from pellucid.train.loss import balance_share, routing_of
+from pellucid.train.ranks import ALONE, Ranks
 
 Estimate = Literal["full", "top-k", "sampled"]
 
@@ -103,14 +106,17 @@ class DistillLoop(Run[DistillConfig, DistillHistory]):
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer, teacher: Decoder, teacher_tokenizer: Tokenizer, config: DistillConfig, *,
                  task: Task | None = None, data: Packed | None = None, evaluate: Evaluate | None = None,
-                 checkpoint: str | Path | None = None, resume_hint: str = "--resume"):
+                 checkpoint: str | Path | None = None, resume_hint: str = "--resume", ranks: Ranks = ALONE):
         check_vocabularies(tokenizer, teacher_tokenizer)
         if config.on_policy > 0 and task is None:
             raise BadInput("the student samples answers, but there are no problems", next="give a task, or on_policy=0 and rows")
         if config.on_policy < 1 and data is None:
             raise BadInput("some steps learn from given text, but there is none", next="give traces of the teacher, or on_policy=1")
+        if config.on_policy > 0 and config.prompts < ranks.size:
+            raise BadInput(f"{ranks.size} processes share {config.prompts} prompts", "each of them samples at least one",
+                           "use more prompts, or fewer processes")
         super().__init__(model, config, DistillHistory(), evaluate=evaluate, checkpoint=checkpoint, tokenizer=tokenizer,
-                         resume_hint=resume_hint)
+                         resume_hint=resume_hint, ranks=ranks)
         self.teacher, self.task = teacher.requires_grad_(False).eval(), task
         self.rollouts = None if task is None else Rollouts(model, tokenizer, task, max_tokens=config.max_tokens)
         self.batches = None if data is None else Batches(data, config.rows, config.seed)
@@ -134,9 +140,10 @@ class DistillLoop(Run[DistillConfig, DistillHistory]):
             parts.append({k: v / total for k, v in shown.items()})
             return loss / total
 
-        result = self.stepper.step((rows.rows(slice(i, i + c.micro_rows)) for i in range(0, len(rows), c.micro_rows)), share, progress)
+        size = self.ranks.rows(len(rows), c.micro_rows)
+        result = self.stepper.step((rows.rows(slice(i, i + size)) for i in range(0, len(rows), size)), share, progress)
         self.count()
-        numbers = tables.merge(parts) | numbers | {"on_policy": float(own), "grad_norm": result.grad_norm, "update/ratio": result.ratio,
+        numbers = tables.merge(self.ranks.gathered(tables.merge(parts))) | numbers | {"on_policy": float(own), "grad_norm": result.grad_norm, "update/ratio": result.ratio,
                                                 "lr": result.lr} | tables.memory_table(rows.tokens.device)
         h.metrics.append((progress, numbers))
         return numbers
@@ -146,16 +153,21 @@ class DistillLoop(Run[DistillConfig, DistillHistory]):
         assert self.rollouts is not None and self.task is not None
         c = self.config
         problems = [self.task.sample(self.rng, "train") for _ in range(c.prompts)]
-        groups = self.rollouts.sample(problems, c.group, c.temperature, self.rng.getrandbits(62))
-        samples = [s for group in groups for s in group if s.trained]
+        groups = ungraded(self.rollouts, self.ranks, problems, c.group, c.temperature, self.rng.getrandbits(62))
+        said = [(g.problem, s, said) for g, answers in zip(groups, completions(groups)) for s, said in zip(g.samples, answers) if s.trained]
+        samples = [s for _, s, _ in said]
         self.history.sampled += sum(s.trained for s in samples)
         lengths = torch.tensor([s.trained for s in samples])
         cut = torch.tensor([s.finish_reason == "length" for s in samples])
-        graded = [finished_only(grade(self.task, p, Completion(self.rollouts.text(s), s.trained, s.finish_reason == "stop")),
-                                s.finish_reason == "stop") for p, group in zip(problems, groups) for s in group if s.trained]
+        graded = [finished_only(grade(self.task, problem, completion), completion.finished) for problem, _, completion in said]
         right = torch.tensor([g.get("correct", 0.0) == 1.0 for g in graded])
         numbers = {"accuracy": float(right.double().mean())} | tables.length_table(lengths, cut, right)
         return pack_completions(samples).to(self.model.embed.weight.device), numbers
+
+    def for_evaluation(self, seed: int) -> Callable[[list[Problem], int, float], list[list[Completion]]]:
+        """The `generate` that `tasks.evaluate` asks for, of all processes together."""
+        assert self.rollouts is not None
+        return for_evaluation(self.rollouts, self.ranks, seed)
 
     def divergence(self, rows: Packed) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum over the labelled positions of what is minimised (nats), and sums that are shown."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pellucid.cli.base import OpensModel, prepare
+from pellucid.cli.processes import started_by_others
 from pellucid.errors import BadInput
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from pellucid.tasks import Task
     from pellucid.tokenizers import Tokenizer
     from pellucid.train import Evaluate, Run
+    from pellucid.train.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,10 @@ class Distill(OpensModel):
     evaluate: int = 100
     """Held-out problems of each evaluation.
     每次评测的留出题数。"""
+    processes: int = 1
+    """Processes that do the training together, each its share of a step (torchrun does as well); one computes the same. Traces are
+    made by one process, before.
+    共同完成训练的进程数，各做每步的一份（也可用 torchrun 启动）；结果与单进程相同。轨迹须先由单进程生成。"""
     resume: bool = False
     """Go on with the interrupted collection or training in the same folder.
     继续同一目录中被中断的收集或训练。"""
@@ -127,6 +134,7 @@ class Distill(OpensModel):
 
 def distill(config: Distill) -> None:
     from pellucid import events
+    from pellucid.align import sharing
     from pellucid.align.recording import recorded
     from pellucid.align.rollout import Rollouts
     from pellucid.cli.align_page import report_of
@@ -134,6 +142,7 @@ def distill(config: Distill) -> None:
     from pellucid.models import load, save
     from pellucid.tasks import evaluate as measure
     from pellucid.tokenizers import Tokenizer
+    from pellucid.train.ranks import joined
 
     on_policy = _check(config)
     device, task = prepare(config), task_of(config.task)
@@ -155,18 +164,20 @@ def distill(config: Distill) -> None:
     if config.length > model.spec.context:
         raise BadInput(f"--length {config.length} exceeds the student's context of {model.spec.context}",
                        next=f"use --length {model.spec.context} or less")
-    rollouts = Rollouts(model, tokenizer, task, max_tokens=config.max_tokens)
+    rollouts, ranks = Rollouts(model, tokenizer, task, max_tokens=config.max_tokens), joined()
 
     def evaluation() -> tuple[str, float, dict[str, Any]]:
-        scores = measure(task, rollouts.for_evaluation(0), config.evaluate, 1, 1)
+        scores = measure(task, sharing.for_evaluation(rollouts, ranks, 0), config.evaluate, 1, 1)
         return "pass@1", scores.pass_at_1, {"format": scores.format, "mean_length": scores.mean_length}
 
     before = evaluation()[1]
-    loop = loop_of(config, model, tokenizer, teacher_model, teacher_tokenizer, task, data, on_policy, evaluation)
+    loop = loop_of(config, model, tokenizer, teacher_model, teacher_tokenizer, task, data, on_policy, evaluation, ranks)
     if config.resume and not loop.resume():
         events.note(f"no training to resume in {config.out}: starting from {config.student}", "warning")
-    with recorded(config.out, loop):
+    with recorded(config.out, loop) if ranks.first else contextlib.nullcontext():
         history = loop.run()
+    if not ranks.first:
+        return
     save(model, config.out / "model", tokenizer=tokenizer)
     after = history.evaluations[-1][1]
     events.emit(events.StageEnd(loop.config.stage, history.seconds, before, after, "greedy accuracy on held-out problems", "", True))
@@ -187,7 +198,11 @@ def _check(config: Distill) -> float:
         raise BadInput("--traces and --traces-only exclude each other", "one reads traces, the other makes them", "leave one out")
     if config.traces is not None and not config.traces.is_file():
         raise BadInput(f"there is no file {config.traces}", next="check the path given to --traces")
-    return {"traces": 0.0, "logits": 0.0, "on-policy": 1.0 if config.on_policy is None else config.on_policy}[config.method]
+    on_policy = {"traces": 0.0, "logits": 0.0, "on-policy": 1.0 if config.on_policy is None else config.on_policy}[config.method]
+    if (config.processes > 1 or started_by_others()) and (config.traces_only or (on_policy < 1 and config.traces is None)):
+        raise BadInput("traces are made by one process", "each of several would make all of them",
+                       "make them with --traces-only, then train with --traces FILE --processes N")
+    return on_policy
 
 
 def open_teacher(config: Distill, task: Task, device: torch.device) -> tuple[Decoder | None, Tokenizer | None, Teacher | None]:
@@ -229,7 +244,7 @@ def rows_of(config: Distill, tokenizer: Tokenizer, traces: Path) -> Packed:
 
 
 def loop_of(config: Distill, model: Decoder, tokenizer: Tokenizer, teacher: Decoder | None, teacher_tokenizer: Tokenizer | None,
-            task: Task, data: Packed | None, on_policy: float, evaluate: Evaluate) -> Run[Any, Any]:
+            task: Task, data: Packed | None, on_policy: float, evaluate: Evaluate, ranks: Ranks) -> Run[Any, Any]:
     """The training that the method asks for."""
     from pellucid.align.distill import DistillConfig, DistillLoop
     from pellucid.optim import OptimConfig
@@ -239,7 +254,8 @@ def loop_of(config: Distill, model: Decoder, tokenizer: Tokenizer, teacher: Deco
     steps = config.steps if config.steps is not None or seconds is not None else 100
     common: dict[str, Any] = {"steps": steps, "seconds": seconds, "optim": OptimConfig(config.optimizer, lr=config.lr),
                               "save_seconds": 60.0, "seed": config.seed or 0, "rows": config.rows}
-    places: dict[str, Any] = {"evaluate": evaluate, "checkpoint": config.out / "checkpoint", "resume_hint": "the same command with --resume"}
+    places: dict[str, Any] = {"evaluate": evaluate, "checkpoint": config.out / "checkpoint", "resume_hint": "the same command with --resume",
+                              "ranks": ranks}
     if config.method == "traces":
         assert data is not None
         return Loop(model, data, LoopConfig("distill", **common), tokenizer=tokenizer, **places)

@@ -81,7 +81,7 @@ MUTANTS = [
     (A + "distill.py", "values, shown = gap * own, gap", "values, shown = -gap * own, gap", DISTILL),
     (A + "distill.py", "return loss / total", "return loss / max(int((micro.labels != IGNORE).sum()), 1)", DISTILL),
     # --- rewards
-    (A + "rewards.py", "numbers[name] = math.nan if number is None else float(number)", "numbers[name] = 0.0 if number is None else float(number)", REWARDS),
+    (A + "reward.py", "numbers[name] = math.nan if number is None else float(number)", "numbers[name] = 0.0 if number is None else float(number)", REWARDS),
     (A + "rewards.py", "return {part: reward.weight * own.get(part, 0.0) for part in reward.parts}", "return {part: own.get(part, 0.0) for part in reward.parts}", REWARDS),
     (A + "rewards.py", "whole = scores.extra.setdefault(name, [None] * size)", "whole = scores.extra.setdefault(name, [None] * size) if not failed else [None] * size", REWARDS),
     (A + "rewards.py", "if slow[name] >= PATIENCE:", "if False:", REWARDS),
