@@ -8,6 +8,9 @@ import pytest
 
 import pellucid
 from pellucid.__main__ import main
+from pellucid.align.preference_config import PreferenceConfig, preference_recipe
+from pellucid.cli.align_offline import Dpo, preferences
+from pellucid.cli.base import parse
 from pellucid.models import save
 from pellucid.nn import MLP, Attn, Decoder, DecoderSpec, Layer, Rope, init_weights
 from pellucid.tokenizers import train_bpe
@@ -34,7 +37,8 @@ def last(out: str) -> float:
     return float(out.rsplit("-> ", 1)[1].split("%")[0])
 
 
-@pytest.mark.parametrize("argv", [["dpo"], ["dpo", "--loss", "ipo", "sft", "--micro", "4"], ["kto"], ["rm", "--centring", "0.01"]], ids=" ".join)
+@pytest.mark.parametrize("argv", [["dpo"], ["dpo", "--loss", "ipo", "sft", "--micro", "4"],
+                                  ["dpo", "--recipe", "simpo"], ["kto"], ["kto", "--loss", "apo_zero"], ["rm", "--centring", "0.01"]], ids=" ".join)
 def test_held_out_answers_are_told_apart(model: Path, pairs: Path, argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     code = main(["align", argv[0], str(model), str(pairs), *argv[1:], "--out", str(tmp_path), "--steps", "12", "--batch", "16", "--lr", "0.01"])
     out, err = capsys.readouterr()
@@ -48,6 +52,17 @@ def test_held_out_answers_are_told_apart(model: Path, pairs: Path, argv: list[st
         assert pellucid.load(tmp_path / "model").spec == pellucid.load(model).spec
 
 
+@pytest.mark.parametrize(("argv", "objective"), [
+    ([], PreferenceConfig()),
+    (["--recipe", "mpo"], preference_recipe("mpo")),
+    (["--recipe", "simpo", "--beta", "3", "--set", "gamma=1.5"], preference_recipe("simpo", beta=3.0, gamma=1.5)),
+    (["--loss", "sigmoid*0.8", "bco_pair*0.2", "sft"], PreferenceConfig({"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0})),
+    (["--recipe", "wpo", "--set", "f_divergence=js"], PreferenceConfig(weighting="wpo", f_divergence="js")),
+    (["--set", "ld-alpha=0.25", "weighting=none"], PreferenceConfig(ld_alpha=0.25))])
+def test_every_choice_of_the_objective_can_be_made(argv: list[str], objective: PreferenceConfig):
+    assert preferences(parse(Dpo, ["m", "pairs.jsonl", *argv], "align dpo")) == objective
+
+
 def test_a_dry_run_says_what_would_happen_and_does_nothing(model: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["align", "dpo", str(model), str(pairs), "--dry-run", "--out", str(tmp_path / "o"), "--batch", "8"]) == 0
     out = capsys.readouterr().out
@@ -58,7 +73,8 @@ def test_a_dry_run_says_what_would_happen_and_does_nothing(model: Path, pairs: P
 
 @pytest.mark.parametrize(("argv", "says"), [
     (["dpo", "--loss", "sigmoidd"], "sigmoid"), (["dpo", "--smoothing", "0.1"], "smoothing"), (["dpo", "--data-x", "1"], "--data-x"),
-    (["kto", "--beta", "0"], "beta")])
+    (["dpo", "--recipe", "simp"], "simpo"), (["dpo", "--loss", "sigmoid*x"], "WEIGHT"), (["dpo", "--set", "gama=1"], "gamma"),
+    (["dpo", "--beta", "1", "--set", "beta=2"], "twice"), (["dpo", "--set", "gamma=2"], "no effect"), (["kto", "--beta", "0"], "beta")])
 def test_refusals(model: Path, pairs: Path, argv: list[str], says: str, capsys: pytest.CaptureFixture[str]):
     assert main(["align", argv[0], str(model), str(pairs), *argv[1:]]) == 2
     assert says in capsys.readouterr().err

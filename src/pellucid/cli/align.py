@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -128,6 +129,9 @@ class Online(OpensModel):
     lora: int | None = None
     """Train adapters of this rank only; the reference is the model without them, so that it takes no memory.
     只训练此秩的 LoRA 适配器；参考模型即关闭适配器的原模型，不另占内存。"""
+    lora_experts: bool = False
+    """With --lora: adapters for every expert of a mixture, too (PEFT's target_parameters).
+    与 --lora 同用：为混合专家的每个专家也加适配器（即 PEFT 的 target_parameters）。"""
     problems: int = 100
     """Most held-out problems or prompts of each evaluation.
     每次评测最多的留出题数。"""
@@ -147,6 +151,7 @@ class Online(OpensModel):
 
 FLAGS = {"advantage": "advantage", "scale": "scale", "aggregation": "aggregation", "clip_low": "clip_low", "clip_high": "clip_high",
          "beta": "beta", "kl": "kl", "reward_beta": "reward_beta", "entropy": "entropy_coef"}  # of the verb -> of the objective
+NONE_IS_A_NAME = ("whiten", "scale", "correction", "weighting")  # of a choice, not its absence
 LOOP = ("rounds", "lag", "overlap", "top_k", "evaluations", "samples_shown", "clip")  # of the loop, by --set
 
 
@@ -180,21 +185,24 @@ def choices_of(words: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
 
     from pellucid.align import ObjectiveConfig
 
-    objective: dict[str, Any] = {}
-    loop: dict[str, Any] = {}
-    known = [f.name for f in fields(ObjectiveConfig)]
+    made = chosen(words, [*(f.name for f in fields(ObjectiveConfig)), *LOOP], "whiten=token lag=1")
+    return {k: v for k, v in made.items() if k not in LOOP}, {k: v for k, v in made.items() if k in LOOP}
+
+
+def chosen(words: tuple[str, ...], known: Sequence[str], example: str) -> dict[str, Any]:
+    """NAME=VALUE ... by name; values are JSON where they can be read as such, else texts."""
+    made: dict[str, Any] = {}
     for word in words:
         name, equals, text = word.partition("=")
         name = name.replace("-", "_")
-        if not equals or name not in (*known, *LOOP):
-            raise BadInput(f"--set {word} cannot be read" if not equals else f"there is no choice {name!r}{nearest(name, [*known, *LOOP])}",
-                           f"the choices are {', '.join((*known, *LOOP))}", "for instance --set whiten=token lag=1")
+        if not equals or name not in known:
+            raise BadInput(f"--set {word} cannot be read" if not equals else f"there is no choice {name!r}{nearest(name, known)}",
+                           f"the choices are {', '.join(known)}", f"for instance --set {example}")
         try:
-            value = None if text == "none" and name not in ("whiten", "scale", "correction") else json.loads(text)
+            made[name] = None if text == "none" and name not in NONE_IS_A_NAME else json.loads(text)
         except ValueError:
-            value = text
-        (loop if name in LOOP else objective)[name] = value
-    return objective, loop
+            made[name] = text
+    return made
 
 
 def prompts_of(config: Online) -> Task | Prompts:
@@ -246,7 +254,7 @@ def online(config: Online, method: str) -> None:
     from pellucid.align.recording import recorded
     from pellucid.cli.align_page import report_of
     from pellucid.models import load, save
-    from pellucid.models.lora import LoraConfig, attach, save_adapters
+    from pellucid.models.lora import STACKS, LoraConfig, attach, save_adapters
     from pellucid.tokenizers import Tokenizer
     from pellucid.train.ranks import joined
 
@@ -256,7 +264,10 @@ def online(config: Online, method: str) -> None:
     settings = with_what_is_graded(config, settings, rewards)
     model = load(config.model, device=str(device), allow_missing=config.allow_missing)
     if config.lora is not None:
-        attach(model, LoraConfig(config.lora, alpha=2.0 * config.lora), config.seed or 0)
+        stacks = tuple(STACKS) if config.lora_experts else ()
+        attach(model, LoraConfig(config.lora, alpha=2.0 * config.lora, target_parameters=stacks), config.seed or 0)
+    elif config.lora_experts:
+        raise BadInput("--lora-experts has no meaning without --lora", next="give --lora RANK")
     if config.dry_run:
         from pellucid.cli.align_dry import show_online
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pellucid.cli.base import OpensModel, Positional, prepare
+from pellucid.errors import BadInput
 
 if TYPE_CHECKING:
     from pellucid.align.offline import OfflineConfig, OfflineLoop
+    from pellucid.align.preference_config import PreferenceConfig
     from pellucid.tokenizers import Tokenizer
 
 
@@ -69,18 +71,26 @@ class Dpo(OfflineOptions):
     直接偏好优化及其同族方法：从一好一坏的回答对中学习。
 
     $ pellucid align dpo runs/grow/model pairs.jsonl --loss sigmoid --beta 0.1 --lr 1e-4
+    $ pellucid align dpo runs/grow/model pairs.jsonl --recipe simpo --lr 1e-4
     """
 
-    loss: tuple[str, ...] = ("sigmoid",)
-    """Losses: sigmoid (DPO), cdpo, robust, ipo, ipo_sum, hinge, sigmoid_norm, exo_pair, nca_pair, bco_pair, sppo_hard, apo_zero, apo_down, aot,
-    aot_unpaired, discopop, simpo, cpo, orpo, sft; several are added up with equal weights.
-    损失函数；给出多个则等权相加。"""
-    beta: float = 0.1
-    """How strongly the policy is held to the reference.
-    对参考模型的约束强度。"""
-    smoothing: float = 0.0
+    recipe: str | None = None
+    """A published objective with its numbers: dpo, cdpo, robust, ipo, ipo-sum, hinge, dpo-norm, exo, nca, bco, sppo, apo-zero, apo-down, aot,
+    aot-unpaired, discopop, rpo, mpo, wpo, ld-dpo, simpo, cpo, orpo; by default dpo.
+    已发表的目标函数及其数值；默认 dpo。"""
+    loss: tuple[str, ...] = ()
+    """Losses, instead of the recipe's: sigmoid (DPO), cdpo, robust, ipo, ipo_sum, hinge, sigmoid_norm, exo_pair, nca_pair, bco_pair, sppo_hard,
+    apo_zero, apo_down, aot, aot_unpaired, discopop, simpo, cpo, orpo, sft; several are added up, each as NAME or NAME*WEIGHT.
+    损失函数（代替预设中的）；给出多个则相加，可写作 名称*权重。"""
+    beta: float | None = None
+    """How strongly the policy is held to the reference; by default the recipe's, 0.1 for most.
+    对参考模型的约束强度；默认取预设值，多为 0.1。"""
+    smoothing: float | None = None
     """Share of pairs whose label is believed to be wrong (cdpo, robust, exo_pair, aot, simpo, cpo).
     估计标错的样本比例。"""
+    set: tuple[str, ...] = ()
+    """Any other choice of the objective as NAME=VALUE: f_divergence=js, alpha=0.5, gamma=1, tau=0.05, weighting=wpo, ld_alpha=0.5.
+    目标函数的其他选择，写作 名称=值。"""
     reference: Literal["precompute", "live"] = "precompute"
     """Log-probabilities of the reference: computed once before the run, or in every step.
     参考模型的对数概率：训练前一次算好，或每步计算。"""
@@ -94,6 +104,9 @@ class Kto(OfflineOptions):
     $ pellucid align kto runs/grow/model feedback.jsonl --lr 1e-4
     """
 
+    loss: Literal["kto", "apo_zero"] = "kto"
+    """kto: against the KL to the reference; apo_zero: against the reference itself.
+    kto：以对参考模型的 KL 为基准；apo_zero：以参考模型本身为基准。"""
     beta: float = 0.1
     """How strongly the policy is held to the reference.
     对参考模型的约束强度。"""
@@ -121,9 +134,9 @@ class Rm(OfflineOptions):
 def dpo(config: Dpo) -> None:
     from pellucid.align.examples import encode_pairs
     from pellucid.align.offline import PreferenceLoop, pair_accuracy
-    from pellucid.align.preference_config import PreferenceConfig, preference_formula
+    from pellucid.align.preference_config import preference_formula
 
-    objective = PreferenceConfig({name: 1.0 for name in config.loss}, beta=config.beta, smoothing=config.smoothing)
+    objective = preferences(config)
     job = Job(config, "dpo", "preference", encode_pairs, preference_formula(objective))
     if job.ready:
         held = job.heldout
@@ -131,14 +144,35 @@ def dpo(config: Dpo) -> None:
             "held-out pairs told apart", *pair_accuracy(job.model, held, job.reference(held))), **how), save_decoder)
 
 
+def preferences(config: Dpo) -> PreferenceConfig:
+    """The recipe, with what was chosen besides."""
+    from pellucid.align.preference_config import PreferenceConfig, preference_recipe
+    from pellucid.cli.align import chosen
+
+    changes: dict[str, Any] = {name: value for name in ("beta", "smoothing") if (value := getattr(config, name)) is not None}
+    if config.loss:
+        changes["losses"] = dict(map(_weighted, config.loss))
+    more = chosen(config.set, [f.name for f in fields(PreferenceConfig) if f.name != "losses"], "gamma=1 f_divergence=js")
+    if twice := sorted(set(changes) & set(more)):
+        raise BadInput(f"{twice[0]} is given twice", "as a flag and by --set", "give it once")
+    return preference_recipe(config.recipe or "dpo", **changes, **more)
+
+
+def _weighted(word: str) -> tuple[str, float]:
+    name, star, weight = word.partition("*")
+    try:
+        return name, float(weight) if star else 1.0
+    except ValueError as error:
+        raise BadInput(f"--loss {word} cannot be read", "it is NAME or NAME*WEIGHT", "for instance --loss sigmoid*0.8 bco_pair*0.2 sft") from error
+
+
 def kto(config: Kto) -> None:
     from pellucid.align.examples import encode_labelled
     from pellucid.align.offline import UnpairedLoop
-    from pellucid.align.unpaired import UnpairedConfig
+    from pellucid.align.unpaired import UnpairedConfig, unpaired_formula
 
-    objective = UnpairedConfig(beta=config.beta, good_weight=config.good_weight, bad_weight=config.bad_weight)
-    formula = "good: w_d (1 - σ(β (c - z)));  bad: w_u (1 - σ(β (z - c)));  z = max(0, mean log p/p_ref of mismatched answers)"
-    job = Job(config, "kto", "unpaired-preference", encode_labelled, f"{formula}, β = {config.beta:g}")
+    objective = UnpairedConfig(config.loss, config.beta, config.good_weight, config.bad_weight)
+    job = Job(config, "kto", "unpaired-preference", encode_labelled, unpaired_formula(objective))
     if job.ready:
         job.run(lambda settings, **how: UnpairedLoop(job.model, job.items, objective, settings, evaluate=job.labels_told_apart, **how),
                 save_decoder)
