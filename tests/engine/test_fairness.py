@@ -5,8 +5,10 @@ import random
 import pytest
 from test_scheduler import Machine, request
 
+from pellucid.engine import scheduler
 from pellucid.engine.hash_chain import HashChain
 from pellucid.engine.prefix_cache import NoReuse
+from pellucid.engine.radix_tree import RadixTree
 from pellucid.engine.request import State
 from pellucid.engine.scheduler import Fair, Scheduler, first_come, longest_hit
 
@@ -76,6 +78,25 @@ def test_who_comes_back_is_not_owed_the_time_away():
         m.s.add(request([3, 4], 9, namespace="b"))
     m.step()
     assert m.s.order.served["b"] >= 80
+
+
+def test_namespaces_that_are_gone_are_forgotten(monkeypatch):
+    """Every request may have a salt of its own: neither the order nor the tree keeps something for each that ever came."""
+    monkeypatch.setattr(scheduler, "REMEMBERED", 20)
+    m = machine(places=2, order=Fair())
+    for i in range(200):
+        m.s.add(request([1, 2, 3], 2, namespace=f"salt {i}"))
+        m.step()
+    assert len(m.s.order.served) <= 30
+    tree = RadixTree(40, 1)
+    for i in range(200):
+        r = request([1, 2, 3, 4], 2, namespace=f"salt {i}")
+        assert not tree.match(r)
+        r.tables, r.computed = [tree.allocate(4)], 4
+        tree.publish(r)
+        tree.release(r.blocks)
+        tree.check()
+    assert len(tree.roots) <= 11 and all(root.children for root in tree.roots.values())
 
 
 def test_a_request_of_priority_overtakes_those_who_wait():

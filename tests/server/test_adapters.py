@@ -155,7 +155,8 @@ def test_loading_and_unloading_while_it_runs(url: str, folders: Path):
     assert complete(url, "third").json()["choices"][0]["text"] == complete(url, "first").json()["choices"][0]["text"], "no prefix of the other version is found"
     for what, body, status in (("load", {"lora_name": "third", "lora_path": "first"}, 400), ("load", {"lora_name": "x", "lora_path": "../base"}, 400),
                                ("load", {"lora_name": "x", "lora_path": "/etc"}, 400), ("load", {"lora_name": "x", "lora_path": "nowhere"}, 400),
-                               ("load", {"lora_name": "x", "lora_path": "a\0b"}, 400), ("unload", {"lora_name": "base"}, 400), ("unload", {"lora_name": "no"}, 404), ("load", {}, 400)):
+                               ("load", {"lora_name": "x", "lora_path": "a\0b"}, 400),
+                               ("load", {"lora_name": "x", "lora_path": "a" * 3000}, 400), ("unload", {"lora_name": "base"}, 400), ("unload", {"lora_name": "no"}, 404), ("load", {}, 400)):
         answer = post(what, **body)
         assert answer.status_code == status and answer.json()["error"]["message"], (what, body)
 

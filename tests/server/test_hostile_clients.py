@@ -21,7 +21,8 @@ from test_server_limits import LONG, ask, pending, until
 from pellucid.engine import LLM
 from pellucid.engine.config import EngineConfig
 from pellucid.engine.job import Job
-from pellucid.server import create_app, responses, run, running_server
+from pellucid.server import create_app, guard, responses, run, running_server
+from pellucid.server.errors import Refused
 from pellucid.server.jobs import namespace_of
 from pellucid.server.protocol import Sampling
 from pellucid.server.run import bind
@@ -94,6 +95,24 @@ def test_answers_are_not_held_back(url: str):
         assert min(seconds() for _ in range(10)) < 0.03
 
 
+def test_a_body_of_just_the_size_and_one_that_dribbles(actor: Actor, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(guard, "READING", 0.5)
+    actor.say("fine")
+    with running_server(actor.llm, "actor", max_body=1000) as url:
+        for size, status in ((1000, 200), (1001, 413)):
+            assert httpx.post(f"{url}/v1/chat/completions", content=GOOD.ljust(size), timeout=60).status_code == status
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as connection:
+            connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            assert connection.recv(1000).startswith(b"HTTP/1.1 408")
+
+
+def test_halves_of_characters_are_told_to_their_sender(url: str, actor: Actor):
+    actor.say("fine")
+    answer = httpx.post(f"{url}/v1/responses", content=b'{"model": "actor", "input": "x", "instructions": "a \\ud800 b"}', timeout=60)
+    assert answer.status_code == 200 and answer.json()["instructions"] == "a \ud800 b"
+
+
 # --- connections and the end ------------------------------------------------------------------------------------------------------------
 
 
@@ -146,7 +165,7 @@ def test_extreme_parameters_are_refused_and_disturb_nobody(url: str, actor: Acto
                       {"seed": 2**63}, {"priority": 10**30}, {"max_tokens": 10**30}, {"min_tokens": 10**30}):
             answer = ask(url, **{"max_tokens": 3, **wrong})
             assert answer.status_code == 400 and next(iter(wrong)) in answer.text, (wrong, answer.text)
-        for odd in ({"temperature": 5e-324}, {"top_p": 5e-324}, {"typical_p": 5e-324}, {"repetition_penalty": 0.01}, {"top_k": 2**31 - 1}, {"seed": -(2**63)},
+        for odd in ({"temperature": 5e-324, "logprobs": True, "top_logprobs": 2}, {"top_p": 5e-324}, {"typical_p": 5e-324}, {"repetition_penalty": 0.01}, {"top_k": 2**31 - 1}, {"seed": -(2**63)},
                     {"seed": 2**63 - 1, "n": 2}):
             assert ask(url, **{"max_tokens": 2, "temperature": 1, **odd}).status_code == 200, odd
         answer = running.result()
@@ -175,6 +194,15 @@ def test_kept_responses_count_with_all_that_they_hold(monkeypatch: pytest.Monkey
     for i in ("17", "18", "19"):
         kept.forget(i, "")
     assert kept.characters == 0
+    monkeypatch.setattr(responses, "KEPT", 2)
+    for i in range(5):
+        kept.keep({"id": str(i)}, [], str(i % 2))
+    assert list(kept.kept) == ["3", "4"] and kept.find("3", "1").body == {"id": "3"}
+    for tenant in ("", "0"):
+        with pytest.raises(Refused, match="no response '3'"):
+            kept.find("3", tenant)
+        with pytest.raises(Refused):
+            kept.forget("3", tenant)
 
 
 def test_a_job_that_has_ended_is_not_held_until_its_time_is_up():

@@ -117,11 +117,20 @@ def test_streams_of_several_choices_and_prompts(client: openai.OpenAI):
     for chunk in client.chat.completions.create(model="tiny", messages=ASK, n=3, seed=4, max_tokens=9, stream=True):
         texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
     assert texts == [c.message.content for c in whole.choices]
+    asked = dict(model="tiny", messages=ASK, seed=4, max_tokens=20, logprobs=True, top_logprobs=1, n=2)
+    told: list[list[Any]] = [[], []]
+    for chunk in client.chat.completions.create(**asked, stream=True):
+        told[chunk.choices[0].index] += chunk.choices[0].logprobs.content if chunk.choices[0].logprobs else []
+    assert told == [c.logprobs.content for c in client.chat.completions.create(**asked).choices], "each once"
     whole = client.completions.create(model="tiny", prompt=["one", "two"], seed=4, max_tokens=9)
     texts = [""] * 2
     for chunk in client.completions.create(model="tiny", prompt=["one", "two"], seed=4, max_tokens=9, stream=True):
         texts[chunk.choices[0].index] += chunk.choices[0].text
     assert texts == [c.text for c in whole.choices]
+    offsets = [o for chunk in client.completions.create(model="tiny", prompt="one", seed=4, max_tokens=9, logprobs=0, stream=True, echo=True)
+               for o in (chunk.choices[0].logprobs.text_offset if chunk.choices[0].logprobs else [])]
+    plain = client.completions.create(model="tiny", prompt="one", seed=4, max_tokens=9, logprobs=0, echo=True).choices[0].logprobs
+    assert offsets == plain.text_offset and len(set(offsets)) > 5
 
 
 # --- structured output --------------------------------------------------------------------------------------------------
@@ -289,5 +298,5 @@ def test_tokens_and_back(url: str, llm: LLM):
     assert httpx.post(f"{url}/detokenize", json={"model": "tiny", "tokens": found["tokens"]}).json() == {"prompt": "one two"}
     chat = httpx.post(f"{url}/tokenize", json={"model": "tiny", "messages": ASK}).json()
     assert chat["tokens"] == llm.chat_ids(ASK)
-    for path, body in (("tokenize", {}), ("tokenize", {"prompt": "a", "messages": ASK}), ("detokenize", {"tokens": [-1]}), ("detokenize", {"tokens": [10**9]})):
+    for path, body in (("tokenize", {}), ("tokenize", {"prompt": "a", "messages": ASK}), ("detokenize", {"tokens": [-1]}), ("detokenize", {"tokens": [llm.model.spec.vocab]})):
         assert httpx.post(f"{url}/{path}", json=body).status_code == 400

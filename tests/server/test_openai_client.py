@@ -226,6 +226,7 @@ def test_completions_leave_tags_alone(stage: openai.OpenAI, actor: Actor):
     ({"stop": ["a"] * 5}, openai.BadRequestError, "at most 4"),
     ({"tools": [{"type": "function"}]}, openai.BadRequestError, "tools.0.function"),
     ({"extra_body": {"typo_field": 1}}, openai.BadRequestError, "typo_field"),
+    ({"logit_bias": {"480": 1}}, openai.BadRequestError, "480, which is no token"),
 ])
 def test_what_is_refused(client: openai.OpenAI, change: dict, error: type[openai.APIStatusError], says: str):
     with pytest.raises(error) as caught:

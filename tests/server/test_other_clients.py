@@ -150,3 +150,25 @@ def test_open_webui(url: str, actor: Actor):
     assert [len(d["embedding"]) for d in vectors["data"]] == [32, 32]
     rerank = {"model": "tiny", "query": "a", "documents": ["b", "a"], "top_n": 2}
     assert {r["index"] for r in httpx.post(f"{url}/v1/rerank", json=rerank, headers=headers).json()["results"]} == {0, 1}
+
+
+def test_open_webui_goes_on_behind_a_tool(url: str, actor: Actor):
+    """Its two ways to send a conversation with a call and its result, by chat completions and by responses, are one prompt here."""
+    calculator = {"name": "calculator", "description": "Computes.", "parameters": {"type": "object", "properties": {"expression": {"type": "string"}}}}
+    arguments = '{"expression": "1+2"}'
+    talk = {"model": "actor", "stream": True, "stream_options": {"include_usage": True}, "tools": [{"type": "function", "function": calculator}], "messages": [
+        {"role": "system", "content": "be kind"}, {"role": "user", "content": [{"type": "text", "text": "1+2"}]},
+        {"role": "assistant", "content": "", "tool_calls": [{"index": 0, "id": "c1", "type": "function", "function": {"name": "calculator", "arguments": arguments}}]},
+        {"role": "tool", "tool_call_id": "c1", "content": "3"}]}
+    items = {"model": "actor", "stream": True, "tools": [{"type": "function", **calculator}], "instructions": "be kind", "max_output_tokens": 100, "input": [
+        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "1+2"}]},
+        {"type": "function_call", "call_id": "c1", "name": "calculator", "arguments": arguments},
+        {"type": "function_call_output", "call_id": "c1", "output": "3"}]}
+    used = []
+    for path, body, words in (("chat/completions", talk, ("prompt_tokens", "usage")), ("responses", items, ("input_tokens", "response"))):
+        actor.say("It is 3.")
+        answer = httpx.post(f"{url}/v1/{path}", json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+        last = [json.loads(line.removeprefix("data: ")) for line in answer.text.splitlines() if line.startswith("data: {")][-1]
+        used.append((last["usage"] if words[1] == "usage" else last["response"]["usage"])[words[0]])
+    assert used[0] == used[1] > 20

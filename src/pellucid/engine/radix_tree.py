@@ -57,7 +57,9 @@ class RadixTree:
         full = request.computed // self.size
         tokens, blocks = request.tokens[: full * self.size], request.blocks
         self.clock += 1
-        node, done = self._root(request.namespace), 0
+        if not full:
+            return
+        node, done = self.roots.setdefault(request.namespace, Node([], [], None, 0)), 0
         for child, count in list(self._walk(tokens, request.namespace)):
             if count < len(child.blocks):
                 self._split(child, count)
@@ -82,13 +84,10 @@ class RadixTree:
             request.moved = min(request.moved, place)
             self.release([mine])
 
-    def _root(self, namespace: str) -> Node:
-        return self.roots.setdefault(namespace, Node([], [], None, 0))
-
     def _walk(self, tokens: list[int], namespace: str) -> Iterator[tuple[Node, int]]:
         """(node, blocks of it that agree) along the tokens; the last may agree in part."""
-        node, at = self._root(namespace), 0
-        while True:
+        node, at = self.roots.get(namespace), 0
+        while node is not None:
             child = node.children.get(tuple(tokens[at : at + self.size]))
             if child is None or at + self.size > len(tokens):
                 return
@@ -176,6 +175,7 @@ class RadixTree:
                 parent.children = {key: child for key, child in parent.children.items() if child is not node}
                 if parent.parent is not None and self._evictable(parent):
                     heapq.heappush(heap, (self.worth(parent), number := number + 1, parent))
+        self.roots = {namespace: root for namespace, root in self.roots.items() if root.children}  # every request may have a salt of its own
 
     def _evictable(self, node: Node) -> bool:
         """A leaf, of which nobody reads at least the end (a request may stand on the first blocks of a node)."""

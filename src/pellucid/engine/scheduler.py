@@ -63,6 +63,10 @@ def longest_hit(waiting: list[Request], cache: PrefixCache) -> Iterable[Request]
     return sorted(waiting, key=lambda r: (r.priority, -len(cache.match(r)), r.number))
 
 
+REMEMBERED = 10_000
+"""Namespaces whose service is known; of more, those that are not here are forgotten."""
+
+
 class Fair:
     """By priority, then the namespace that was served the fewest tokens so far, then arrival.
 
@@ -81,6 +85,8 @@ class Fair:
         level = min((self.served.get(name, 0) for name in before), default=0)
         for name in here - before:
             self.served[name] = max(self.served.get(name, 0), level)
+        if len(self.served) > REMEMBERED:  # every request may have a salt of its own
+            self.served = {name: self.served[name] for name in before | here if name in self.served}
         self.waiting = here
         return sorted(waiting, key=lambda r: (r.priority, self.served.get(r.namespace, 0), r.number))
 

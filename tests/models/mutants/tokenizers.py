@@ -12,7 +12,7 @@ MUTANTS = [
     (ROOM + "patterns.py", r"""QWEN_PATTERN = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" """.strip(), r"""QWEN_PATTERN = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" """.strip(), OLDER),
     (ROOM + "patterns.py", r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}", r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}", FILES),
     (ROOM + "patterns.py", r"""LLAMA3_PATTERN = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" """.strip(), r"""LLAMA3_PATTERN = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" """.strip(), FILES),
-    (ROOM + "engines.py", "return self.encode_ordinary(self.normal(text) if self.nfc else text)", "return self.encode_ordinary(text)", FILES),
+    (ROOM + "engines.py", "text = self.normal(text) if self.nfc else text", "pass", FILES),
     (ROOM + "vocabularies.py", "write(ByteLevelBPE(ranks, pairs, QWEN_PATTERN, nfc=True, whole_pieces=whole))", "write(ByteLevelBPE(ranks, pairs, QWEN_PATTERN, nfc=False, whole_pieces=whole))", OLDER),
     (ROOM + "vocabularies.py", "entry(len(ranks) + i, name)", "entry(len(ranks) + i + 1, name)", OLDER),
     (ROOM + "vocabularies.py", "range(205)", "range(204)", OLDER),
