@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -285,6 +286,23 @@ def test_mismatched_answers_belong_to_the_example_before():
     assert [m.prompt for m in loop.mismatched] == [a.prompt for a in answers]
     assert [m.tokens for m in loop.mismatched] == [answers[i - 1].tokens for i in range(len(answers))]
     assert not UnpairedLoop(policy(), [Labelled(a, True) for a in answers], UnpairedConfig("apo_zero"), config()).mismatched
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_labels_of_one_kind_give_numbers_of_that_kind_alone(good):
+    answers = [p.chosen for p in some_pairs()]
+    (_, numbers), = UnpairedLoop(policy(), [Labelled(a, good) for a in answers], UnpairedConfig(), config(steps=1)).run().metrics
+    there, other = ("good", "bad") if good else ("bad", "good")
+    assert math.isfinite(numbers[f"logps/{there}"]) and math.isnan(numbers[f"logps/{other}"]) and not [k for k in numbers if k.endswith("_sum")]
+
+
+@pytest.mark.parametrize(("given", "says"), [("n/a", "n/a"), ([1], "margin"), (True, "True"), (math.nan, "nan")])
+def test_a_margin_is_a_number(given, says):
+    record = PreferenceRecord("1", "2", "3", extra={"margin": given})
+    with pytest.raises(BadInput, match="margin") as error:
+        encode_pairs(tokenizer(), [record], 20)
+    assert says in str(error.value)
+    assert [p.margin for p in encode_pairs(tokenizer(), [PreferenceRecord("1", "2", "3", extra={"margin": m}) for m in (None, 2)], 20)] == [0.0, 2.0]
 
 
 def test_the_other_answer_of_a_pair_is_not_mismatched():

@@ -90,6 +90,25 @@ def test_a_column_that_some_rows_lack_is_none_there():
     assert got == {str(i): ("h" if i % 2 and i != 3 else None, str(i) if i != 3 else "49") for i in range(20)}
 
 
+def test_prompts_that_do_not_fit_are_left_out_before_the_run():
+    """The context is 64 here; one of them, met in the hundredth step, would end a run."""
+    from tiny_policy import SPEC
+
+    tok, told = tokenizer(), []
+    found = Prompts([PromptRecord("7" * (i % 10 + 1) + f" {i}" if i % 4 else "7" * (SPEC.limit + i)) for i in range(40)])
+    sides = [list(found.train), list(found.heldout)]
+    with events.subscribed(told.append):
+        rollouts = Rollouts(policy(), tok, found, max_tokens=4, rewards=RewardSet([Reward("n", lambda completions: [1.0] * len(completions))]))
+    assert [found.train, found.heldout] == [[r for r in side if len(r.prompt) < SPEC.limit] for side in sides]
+    assert [n.text.split(" prompts ")[0] for n in told if n.kind == "note"] == ["10 of 40"]
+    assert sorted(found.sample(random.Random(0), "train").prompt for _ in found.train) == sorted(r.prompt for r in found.train)
+    edge = max(len(rollouts.prompt(r)) for r in found.train + found.heldout)
+    found.keep(lambda row: len(rollouts.prompt(row)) + SPEC.limit - edge <= SPEC.limit, "")
+    assert len(found.train) + len(found.heldout) == 30
+    with pytest.raises(BadInput, match="exceed the model's context"):
+        Rollouts(policy(), tok, found, max_tokens=SPEC.limit)
+
+
 def task(n: int = 40, seed: int = 0) -> Prompts:
     return Prompts([PromptRecord([{"role": "user", "content": f"{i % 10} {i}"}], extra={"k": str(i)}) for i in range(n)], seed)
 

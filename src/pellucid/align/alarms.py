@@ -20,7 +20,7 @@ from pellucid import events
 from pellucid.messages import Text, add, both, say
 
 WINDOW = 8  # steps at either end that are compared
-TRUE_METRICS = ("pass@1", "accuracy")  # evaluations that no reward has a part in; higher is better
+TRUE_METRICS = ("pass@1", "accuracy", "correct answers")  # evaluations that no reward has a part in; higher is better
 
 add({
     "alarm.entropy_collapse": ("entropy collapse: {first:.3f} -> {last:.3f} nats a token, at {accuracy:.0%} right answers",

@@ -7,6 +7,7 @@ Longer ones than `longest` lose their end (trl's `keep_start`); those whose prom
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -62,8 +63,17 @@ def encode_pairs(tokenizer: Tokenizer, records: Iterable[PreferenceRecord], long
         if sides[0] is None or sides[1] is None or sides[0] == sides[1]:
             left += 1  # cut to nothing, or to the same
             continue
-        found.append(Pair(sides[0], sides[1], float(record.extra.get("margin") or 0.0)))
+        found.append(Pair(sides[0], sides[1], _margin(record.extra.get("margin"))))
     return _told(found, left, longest)
+
+
+def _margin(value: Any) -> float:
+    if value is None:
+        return 0.0
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise BadInput(f'"margin" holds {str(value)[:60]!r}', "it is a number, how much better the chosen answer is",
+                       "mend it, rename the column, or give null where it is not known")
+    return float(value)
 
 
 def encode_labelled(tokenizer: Tokenizer, records: Iterable[UnpairedRecord], longest: int) -> list[Labelled]:

@@ -206,8 +206,9 @@ class UnpairedLoop(OfflineLoop[Labelled]):
     def table(self, merged: dict[str, float]) -> dict[str, float]:
         good = merged.pop("share/good")
         for name in ("rewards", "logps"):
-            merged[f"{name}/good"] = merged.pop(f"{name}/good_sum") / good if good else math.nan
-            merged[f"{name}/bad"] = merged.pop(f"{name}/bad_sum") / (1 - good) if good < 1 else math.nan
+            for label, share in (("good", good), ("bad", 1 - good)):
+                total = merged.pop(f"{name}/{label}_sum")
+                merged[f"{name}/{label}"] = total / share if share > 1e-9 else math.nan
         return merged
 
     @torch.no_grad()

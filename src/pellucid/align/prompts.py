@@ -10,10 +10,11 @@ a new order each epoch; where it stands is part of a run's state. All other colu
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pellucid import events
 from pellucid.align.answers import Shuffled
 from pellucid.data.formats import Content, PromptRecord
 from pellucid.data.formats_files import open_data
@@ -54,6 +55,17 @@ class Prompts:
     def open(cls, source: str, split: str = "train", seed: int = 0) -> Prompts:
         """The prompts of a file, a folder or a Hub id. Errors: BadInput."""
         return cls(open_data(source, split, wanted="prompt-only"), seed, source)  # type: ignore[arg-type]
+
+    def keep(self, fits: Callable[[Row], bool], why: str) -> None:
+        """Leaves out the rows that do not fit, and says how many; before the run, since one of them would end it. Errors: BadInput."""
+        sides = [[row for row in side if fits(row)] for side in (self.train, self.heldout)]
+        left = len(self.train) + len(self.heldout) - sum(map(len, sides))
+        if not all(sides):
+            raise BadInput(f"{left} prompts {why}", f"none is left to {'measure' if sides[0] else 'learn from'}", "shorten the prompts, or use fewer --max-tokens")
+        if left:
+            events.note(f"{left} of {left + sum(map(len, sides))} prompts {why} and are left out", "warning")
+            self.train, self.heldout = sides
+            self._stream = Shuffled(len(self.train), 1, self._stream.seed)
 
     @property
     def epochs(self) -> float:

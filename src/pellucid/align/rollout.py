@@ -23,7 +23,7 @@ from torch import Tensor
 from pellucid import events
 from pellucid.align.dialogue import Replies
 from pellucid.align.examples import encode_prompt
-from pellucid.align.prompts import Row, content_of, schemas_of
+from pellucid.align.prompts import Prompts, Row, content_of, schemas_of
 from pellucid.align.reward_sources import task_reward
 from pellucid.align.rewards import RewardSet, batch_of
 from pellucid.engine import Sample, SamplingParams, run_all
@@ -104,6 +104,9 @@ class Rollouts:
         self._copied: Decoder | None = None
         self._held = False  # whether the copy samples, whatever becomes of the model
         self._rewards = rewards
+        if isinstance(task, Prompts):
+            task.keep(lambda row: len(self.prompt(row)) + max_tokens <= model.spec.limit,
+                      f"with {max_tokens} tokens of completion exceed the model's context of {model.spec.limit}")
 
     @property
     def device(self) -> torch.device:

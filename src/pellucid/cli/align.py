@@ -196,7 +196,7 @@ def chosen(words: tuple[str, ...], known: Sequence[str], example: str) -> dict[s
         name, equals, text = word.partition("=")
         name = name.replace("-", "_")
         if not equals or name not in known:
-            raise BadInput(f"--set {word} cannot be read" if not equals else f"there is no choice {name!r}{nearest(name, known)}",
+            raise BadInput(f"--set {word} cannot be read" if not equals else f"there is no choice {name!r}{nearest(name, list(known))}",
                            f"the choices are {', '.join(known)}", f"for instance --set {example}")
         try:
             made[name] = None if text == "none" and name not in NONE_IS_A_NAME else json.loads(text)
