@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
 from several import LAYOUTS, ROOMY, TIGHT, requests, run, same
-from tiny_splits import tokenizer
+from tiny_splits import tokenizer, write_adapter
 
 from pellucid import events
 from pellucid.engine import LLM, AsyncLLM, SamplingParams, StructuredOutput
+from pellucid.engine.adapters import read_adapter
 from pellucid.engine.config import EngineConfig
 from pellucid.engine.core import Engine
 from pellucid.engine.fleet import Fleet
@@ -30,7 +32,7 @@ from pellucid.engine.opening import open_model
 from pellucid.engine.request import Request, State
 from pellucid.errors import BadInput
 from pellucid.models.hub import read_config, spec_of
-from pellucid.parallel import RankDied
+from pellucid.parallel import Processes, RankDied
 from pellucid.quant import bits_named
 
 
@@ -94,6 +96,61 @@ def test_quantized_outputs_are_those_of_one_quantized_process(kind, family, quan
             assert torch.allclose(torch.tensor(ours), torch.tensor(theirs), atol=2e-2)
     assert fleet.totals["preemptions"] > 0 or kind == "disaggregated"
     assert all(r["weights"] < 0.8 * sum(p.numel() for p in fleet.model.parameters()) * 4 for r in fleet.ready)
+
+
+def test_replicas_of_tensor_parallel_groups(folders, alone):
+    """Two engines of two processes each: both answer, together as one process; with drafts, INT8 weights and an adapter in all of them."""
+    layout = Layout(tp=2, dp=2)
+    assert layout.leads == [0, 2] and layout.links == [(0, 1), (2, 3)]
+    processes = Processes("pellucid.engine.worker", layout.processes, layout.links, threads=1)
+    folder = folders("llama")
+
+    def opened(**options) -> Fleet:
+        return Fleet(folder, layout, spec_of(read_config(folder)), tokenizer(), replace(TIGHT, drafts=3), processes=processes, **options)
+
+    try:
+        fleet = opened()
+        same(run(fleet, requests()), alone("llama"))
+        assert [fleet.latest[rank]["totals"]["generated_tokens"] > 0 for rank in (0, 2)] == [True, True]
+        assert fleet.totals["generated_tokens"] == sum(10 + i for i in range(6)) and fleet.router.loads == [0, 0]
+        fleet.close()
+        write_adapter(folder, folder.parent / "adapter", target_modules=["o_proj", "v_proj"], r=2, lora_alpha=8)
+        fleet, model = opened(quantize="int8"), open_model(folder, bits=8)
+        answers = []
+        for engine, adapter in ((fleet, fleet.load_adapter(folder.parent / "adapter")), (Engine(model, [], ROOMY), read_adapter(folder.parent / "adapter", model))):
+            asked = requests()
+            for r in asked[::2]:
+                r.adapter, r.namespace = adapter, "adapter"
+            answers.append([r.output for r in run(engine, asked)])
+        assert answers[0] == answers[1]
+        fleet.close()
+    finally:
+        processes.close()
+
+
+@pytest.mark.parametrize(("family", "quantize", "config"), [("deepseek-v3", None, "tight"), pytest.param("qwen3-moe", None, "roomy", marks=pytest.mark.slow),
+                                                            pytest.param("deepseek-v3", "int8", "drafts", marks=pytest.mark.slow)])
+def test_groups_with_requests_of_their_own_share_feed_forwards(family, quantize, config, folders):
+    """Data-parallel attention of groups of two: heads are cut in two, experts and feed-forwards in four."""
+    layout, folder = Layout(tp=2, dp_attention=2), folders(family)
+    assert layout.leads == [0, 2] and layout.processes == 4 and layout.together
+    processes = Processes("pellucid.engine.worker", layout.processes, layout.links, threads=1)
+    try:
+        model = open_model(folder, bits=bits_named(quantize))
+        want = run(Engine(model, [], ROOMY, tokenizer()), requests())
+        fleet = Fleet(folder, layout, spec_of(read_config(folder)), tokenizer(), CONFIGS[config], processes=processes, quantize=quantize)
+        got = run(fleet, requests())
+        if quantize is None:
+            same(got, want)
+            weights = sum(p.nbytes for p in model.parameters())
+            assert all(r["weights"] < 0.6 * weights for r in fleet.ready)
+        assert [r.output for r in got] == [r.output for r in want]
+        assert all(fleet.latest[rank]["totals"]["generated_tokens"] > 0 for rank in (0, 2)) and len(fleet.ready) == 4
+        fleet.router.choose = lambda request: 1  # type: ignore[method-assign]
+        assert [r.output for r in run(fleet, requests())] == [r.output for r in want]  # the other group has nothing to do
+        fleet.close()
+    finally:
+        processes.close()
 
 
 def test_outputs_are_those_of_transformers(fleet_of, folders):
@@ -268,7 +325,7 @@ def test_a_process_that_dies_is_told_to_everybody_at_once(folders):
 
 def test_what_cannot_be_spread_is_refused_before_a_process_starts(folders):
     folder = folders("qwen3")
-    for options, told in (({"tp": 3}, "4 attention heads"), ({"tp": 2, "dp_attention": 2}, "do not go together"), ({"tp": 0}, "--tp 0"),
+    for options, told in (({"tp": 3}, "4 attention heads"), ({"dp": 2, "dp_attention": 2}, "do not go together"), ({"tp": 2, "disaggregate": True}, "do not go together"), ({"tp": 0}, "--tp 0"),
                           ({"tp": 2, "draft": open_model(folder)}, "model object")):
         with pytest.raises(BadInput, match=told):
             LLM(folder, **options)

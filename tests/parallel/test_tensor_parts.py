@@ -225,7 +225,7 @@ def test_a_cut_through_a_group_of_int4_weights_is_refused(folders):
     with pytest.raises(BadInput, match="INT4") as refused:
         check_groups(blank(spec_of(read_config(folders("qwen3-wide")))), Slice(0, 8))
     assert "use 1, 2 or 4 processes, or INT8" in refused.value.next
-    check_groups(blank(spec_of(read_config(folders("llama")))), Slice(0, 2, mixers=False))
+    check_groups(blank(spec_of(read_config(folders("llama")))), Slice(0, 2, mixers=1))
 
 
 # --- data-parallel attention ----------------------------------------------------------------------------------------------
@@ -244,11 +244,11 @@ def test_processes_with_own_tokens_share_feed_forwards(family, counts, folders):
 
     if family in ("qwen3-moe", "qwen2-moe", "deepseek-v3") and size == 3:
         with pytest.raises(BadInput, match="cannot be shared out to 3"):
-            check_split(spec_of(read_config(folder)), 3, mixers=False)
+            check_split(spec_of(read_config(folder)), 3, mixers=1)
         counts, tokens, size = (*counts, 2), [*tokens, torch.randint(0, 280, (1, 2), generator=generator)], 4
 
     def work(group):
-        part, _ = load_part(folder, Slice(group.rank, size, mixers=False), group)
+        part, _ = load_part(folder, Slice(group.rank, size, mixers=1), group)
         exchange = Exchange(part, group)
         total = exchange.agree(counts[group.rank])
         if not counts[group.rank]:

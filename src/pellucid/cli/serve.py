@@ -108,8 +108,8 @@ class Serve(RunsModel):
     并列的引擎数，各持全部权重；请求分给已有其前缀者或最空闲者。可与 --tp 合用。"""
     dp_attention: int = 1
     """Processes with requests and cache of their own that share feed-forwards and experts: for latent attention, whose cache --tp would hold
-    several times.
-    各有请求与缓存、共享前馈层与专家的进程数：适合潜在注意力（--tp 会重复存放其缓存）。"""
+    several times. With --tp: groups of so many processes, which share heads.
+    各有请求与缓存、共享前馈层与专家的进程数：适合潜在注意力（--tp 会重复存放其缓存）。与 --tp 合用时为进程组数，组内分摊注意力头。"""
     disaggregate: bool = False
     """One process computes prompts, another goes on with the answers: long prompts do not hold up running answers.
     一个进程计算提示，另一个继续生成：长提示不会拖慢正在进行的回答。"""

@@ -11,7 +11,12 @@ brought depends on how even they are (SGLang's rule):
     even     each brings as many as the fullest has, filled up; all-gather, then reduce-scatter     traffic W max(n)
     packed   each writes its rows into a buffer of zeros, which is summed; sum again, cut           traffic 2 sum(n)
 
-Rows that fill up are padding: routers send them to no expert. Legend: W processes, n rows of each, D width.
+Rows that fill up are padding: routers send them to no expert.
+
+Groups of processes may stand in the place of each (`--dp-attention 2 --tp 2`): they have the same requests, and share heads. Experts are
+shared out to all. Rows go round among those at the same place of each group; partial sums come back so, and are summed in the group.
+
+Legend: W processes (groups), n rows of each, D width.
 """
 
 from __future__ import annotations
@@ -27,17 +32,19 @@ from pellucid.engine.layer_groups import Group as LayerGroup
 from pellucid.engine.request import Request
 from pellucid.engine.runner import Logits, Runner
 from pellucid.engine.scheduler import Plan
+from pellucid.engine.tensor_parallel import LeadRunner
 from pellucid.nn import Decoder
 from pellucid.nn.context import Context
 from pellucid.ops.cache_codes import CacheCodes
-from pellucid.parallel import Group
+from pellucid.parallel import ALONE, Group
 
 
 class Exchange:
-    """Rows of all processes, for the feed-forwards of a model's layers.  rows: of each in this step."""
+    """Rows of all processes, for the feed-forwards of a model's layers.  group: of processes with other requests each.  within: with the same
+    ones.  rows: of each in this step."""
 
-    def __init__(self, model: Decoder, group: Group):
-        self.model, self.group = model, group
+    def __init__(self, model: Decoder, group: Group, within: Group = ALONE):
+        self.model, self.group, self.within = model, group, within
         self.rows: list[int] = [0] * group.size
         layer: Any
         for layer in model.layers:
@@ -79,8 +86,8 @@ class Exchange:
     def _take_back(self, module: nn.Module, inputs: Any, partial: Tensor) -> Tensor:
         """Partial sums of all rows (1, N, D) -> the sums of the own rows (1, n, D)."""
         if self.even:
-            return self.group.sum_of_own(partial[0])[None, : self.rows[self.group.rank]]
-        return self.group.sum(partial[0])[None, self._own]
+            return self.within.sum(self.group.sum_of_own(partial[0]))[None, : self.rows[self.group.rank]]
+        return self.within.sum(self.group.sum(partial[0])[self._own])[None]
 
     @property
     def _own(self) -> slice:
@@ -92,8 +99,8 @@ class SharingRunner(Runner):
     """A runner that takes part in the others' passes. All of them step together, with or without work."""
 
     def __init__(self, model: Decoder, blocks: int, size: int, places: int, codes: CacheCodes | None = None,
-                 groups: Sequence[LayerGroup] | None = None, *, group: Group):
-        self.exchange = Exchange(model, group)  # before the way of running is chosen: hooks decide it
+                 groups: Sequence[LayerGroup] | None = None, *, group: Group, within: Group = ALONE):
+        self.exchange = Exchange(model, group, within)  # before the way of running is chosen: hooks decide it
         super().__init__(model, blocks, size, places, codes, groups)
 
     @torch.inference_mode()
@@ -104,3 +111,9 @@ class SharingRunner(Runner):
         if total and not rows:
             self.exchange.idle()
         return logits
+
+
+class SharingLead(LeadRunner, SharingRunner):
+    """A group's lead: the others of its group take part as it does."""
+
+    always = True

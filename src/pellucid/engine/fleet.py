@@ -381,4 +381,4 @@ def refuse_what_is_not_shared(model: Any, folder: Path, config: EngineConfig, la
         raise BadInput("drafts by the model's own prediction layer do not go with --dp-attention", "all processes would have to meet in each of its passes",
                        "use the proposer lookup, a draft model, or --tp")
     if bits == 4:
-        check_groups(model, Slice(0, layout.dp_attention if layout.together else layout.tp, not layout.together))
+        check_groups(model, Slice(0, *layout.sharing))

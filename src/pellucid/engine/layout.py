@@ -16,7 +16,8 @@ MOST = 64
 class Layout:
     """tp: processes that share every layer of one engine (tensor parallelism; experts whole).  dp: engines beside each other, each
     with all weights and requests of its own.  dp_attention: processes with requests and cache of their own that share feed-forwards
-    and experts.  disaggregate: one process computes prompts, another goes on with the answers. dp and tp go together."""
+    and experts; with tp groups of so many processes, which share their attention.  disaggregate: one process computes prompts, another goes
+    on with the answers."""
 
     tp: int = 1
     dp: int = 1
@@ -27,10 +28,9 @@ class Layout:
         for name in ("tp", "dp", "dp_attention"):
             if not 1 <= getattr(self, name) <= MOST:
                 raise BadInput(f"--{name.replace('_', '-')} {getattr(self, name)} is not possible", f"it must be from 1 to {MOST}")
-        kinds = [self.tp > 1 or self.dp > 1, self.dp_attention > 1, self.disaggregate]
-        if sum(kinds) > 1:
-            raise BadInput("these ways of using several processes do not go together", "only --tp and --dp can be combined",
-                           "give --tp and --dp, or --dp-attention, or --disaggregate")
+        if (self.dp > 1) + (self.dp_attention > 1) + self.disaggregate > 1 or (self.disaggregate and self.tp > 1):
+            raise BadInput("these ways of using several processes do not go together", "--tp can be combined with --dp or --dp-attention",
+                           "give --tp with one of them, or --disaggregate")
 
     @property
     def processes(self) -> int:
@@ -71,6 +71,9 @@ class Layout:
         """BadInput where a model cannot be spread so."""
         if not isinstance(spec, DecoderSpec):
             raise BadInput("only decoders are served by several processes", next="use one process for this model")
-        check_split(spec, self.tp)
-        if self.dp_attention > 1:
-            check_split(spec, self.dp_attention, mixers=False)
+        check_split(spec, *self.sharing)
+
+    @property
+    def sharing(self) -> tuple[int, int | None]:
+        """Processes that a model's weights are cut over, and those that its mixers are, where they are fewer."""
+        return (self.tp * self.dp_attention, self.tp) if self.together else (self.tp, None)

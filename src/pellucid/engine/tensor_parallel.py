@@ -37,17 +37,19 @@ from pellucid.parallel import Channel
 
 
 class LeadRunner(Runner):
-    """A runner whose steps the others compute too."""
+    """A runner whose steps the others compute too.  always: also those without work."""
+
+    always = False
 
     def __init__(self, model: Decoder, blocks: int, size: int, places: int, codes: CacheCodes | None = None,
-                 groups: Sequence[LayerGroup] | None = None, *, others: Sequence[Channel]):
-        super().__init__(model, blocks, size, places, codes, groups)
+                 groups: Sequence[LayerGroup] | None = None, *, others: Sequence[Channel], **more: Any):
+        super().__init__(model, blocks, size, places, codes, groups, **more)
         self.others, self.mirror = others, Mirror()
         tell(others, {"do": "begin", "blocks": blocks, "size": size, "places": places, "apart": groups is not None})
 
     @torch.inference_mode()
     def step(self, plan: Plan, sources: Mapping[Request, int] | None = None) -> Logits:
-        if plan.parts or plan.preempted or plan.swapped_out or plan.swapped_in:
+        if self.always or plan.parts or plan.preempted or plan.swapped_out or plan.swapped_in:
             tell(self.others, self._message(plan))
         return super().step(plan, sources)
 

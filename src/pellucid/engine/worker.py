@@ -33,7 +33,7 @@ import torch.distributed as dist
 from pellucid.engine import disaggregation
 from pellucid.engine.config import EngineConfig, choose_room, codes_for, groups_for
 from pellucid.engine.core import Engine
-from pellucid.engine.dp_attention import SharingRunner
+from pellucid.engine.dp_attention import SharingLead, SharingRunner
 from pellucid.engine.layout import Layout
 from pellucid.engine.opening import bits_to_run, open_draft, open_model
 from pellucid.engine.params import SamplingParams
@@ -45,7 +45,7 @@ from pellucid.engine.tensor_parallel import Follower, LeadRunner
 from pellucid.errors import BadInput
 from pellucid.models.hub import local_folder
 from pellucid.nn import Decoder
-from pellucid.parallel import ALONE, Channel, Gone, Group, Slice, in_three, load_part
+from pellucid.parallel import Channel, Gone, Group, Slice, in_three, load_part
 from pellucid.parallel.group import join
 from pellucid.quant import bits_named, held_bytes
 from pellucid.runtime import choose_device, dtype_of, peak_memory_bytes
@@ -64,7 +64,7 @@ class Worker:
         self.rank, self.count, self.folder = int(hello["rank"]), int(hello["count"]), Path(hello["folder"])
         self.links = {int(rank): Channel(socket.socket(fileno=fd)) for rank, fd in hello["links"].items()}
         self.world: Group | None = None
-        self.groups: dict[int, Group] = {}  # size -> of neighbours
+        self.groups: dict[int, Group] = {}  # size -> of neighbours; -size -> across blocks of them
         torch.set_num_threads(hello["threads"])
 
     def run(self) -> None:
@@ -87,25 +87,24 @@ class Worker:
         layout, config, folder = Layout(**job["layout"]), EngineConfig(**job["config"]), local_folder(job["model"])
         bits = bits_to_run(folder, bits_named(job["quantize"]), job["device"])
         device = self.device("cpu" if bits else job["device"])
-        share = Slice(0, 1)
+        make: dict[str, Any] = {}
         if layout.kind in ("tensor", "attention"):
-            whole_group = layout.kind == "attention"
-            size = layout.dp_attention if whole_group else layout.tp
+            size, mixers = layout.sharing
             group = self.neighbours(size, device)
-            share = Slice(group.rank, size, mixers=not whole_group)
+            mixing = group if mixers is None else self.neighbours(mixers, device)
             model: Decoder
-            model, read = load_part(folder, share, group, dtype_of(job["dtype"]), device, bits, mtp=config.proposer == "mtp")
+            model, read = load_part(folder, Slice(group.rank, size, mixers), group, dtype_of(job["dtype"]), device, bits, config.proposer == "mtp", mixing)
+            if layout.together:
+                make = {"group": self.across(layout.tp, device), "within": mixing}
         else:
             model = open_model(folder, job["dtype"], str(device), job["allow_missing"], bits)
-            group, read = ALONE, held_bytes(model)
+            read = held_bytes(model)
         about = {"rank": self.rank, "read": read, "weights": held_bytes(model)}
         if self.rank not in layout.leads:
-            return partial(self.follow, model, config, self.links[self.rank - share.rank], about)
-        runner: Callable[..., Runner] = Runner
-        if layout.kind == "tensor":
-            runner = partial(LeadRunner, others=list(self.links.values()))
-        elif layout.kind == "attention":
-            runner = partial(SharingRunner, group=group)
+            return partial(self.follow, model, config, self.links[self.rank // layout.tp * layout.tp], about, make)
+        runner: Callable[..., Runner] = partial(SharingRunner if make else Runner, **make)
+        if layout.tp > 1:
+            runner = partial(SharingLead if make else LeadRunner, **make, others=list(self.links.values()))
         tokenizer, draft = Tokenizer.load(folder), None
         if self.rank not in layout.proposing:
             config = replace(config, drafts=0, proposer=None)
@@ -128,6 +127,14 @@ class Worker:
             self.groups[size] = self.world.blocks_of(size)
         return self.groups[size]
 
+    def across(self, size: int, device: torch.device) -> Group:
+        """The group of those at the same place of each block of `size` neighbours."""
+        self.neighbours(size, device)
+        assert self.world is not None
+        if -size not in self.groups:
+            self.groups[-size] = self.world.across(size)
+        return self.groups[-size]
+
     def roomy(self, model: Decoder, config: EngineConfig, layout: Layout, draft: Decoder | None) -> EngineConfig:
         """Where memory decides about the cache, processes on one machine share it."""
         room = choose_room(model, config, draft).value
@@ -136,10 +143,11 @@ class Worker:
             room = max(config.block, room // layout.processes)
         return replace(config, cache_tokens=room)
 
-    def follow(self, model: Decoder, config: EngineConfig, lead: Channel, about: dict[str, Any], began: float) -> None:
+    def follow(self, model: Decoder, config: EngineConfig, lead: Channel, about: dict[str, Any], make: dict[str, Any], began: float) -> None:
         message = lead.receive()[0]
         groups = groups_for(model, config).value if message["apart"] else None
-        runner = Runner(model, message["blocks"], message["size"], message["places"], codes_for(model, config), groups)
+        kind: Callable[..., Runner] = partial(SharingRunner if make else Runner, **make)
+        runner = kind(model, message["blocks"], message["size"], message["places"], codes_for(model, config), groups)
         self.driver.send({"opened": self.memory(about, runner, began)})
         Follower(runner, lead).run()
 

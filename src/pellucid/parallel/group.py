@@ -64,12 +64,26 @@ class Group:
         """The group of the `size` neighbours that this process belongs to. Called by all processes."""
         if size == self.size:
             return self
+        if size == 1:
+            return ALONE
         mine = self
         for start in range(0, self.size, size):
             ranks = list(range(start, start + size))
             group = dist.new_group(ranks, timeout=LONG)
             if self.rank in ranks:
                 mine = Group(self.rank - start, size, group)
+        return mine
+
+    def across(self, size: int) -> Group:
+        """With neighbours in blocks of `size`: the group of those at the same place of each block. Called by all processes."""
+        if size == 1:
+            return self
+        mine = self
+        for place in range(size):
+            ranks = list(range(place, self.size, size))
+            group = dist.new_group(ranks, timeout=LONG)
+            if self.rank in ranks:
+                mine = Group(self.rank // size, len(ranks), group)
         return mine
 
 

@@ -40,14 +40,14 @@ class SharedInt8Linear(Int8Linear):
 class Rounding:
     """Takes the modules of a part as they are filled, and puts quantized ones in their places.  bits: 8 or 4."""
 
-    def __init__(self, part: Decoder, share: Slice, bits: int, group: Group):
-        self.part, self.share, self.bits, self.group = part, share, bits, group
+    def __init__(self, part: Any, share: Slice, bits: int):
+        self.part, self.share, self.bits = part, share, bits
 
     @torch.no_grad()
     def __call__(self, name: str) -> None:
         module: Any = self.part.get_submodule(name)
         if isinstance(module, Linear):
-            self._put(name, self._layer(module, self.share.how(name) == COLUMNS, 8 if name == "head" else self.bits))
+            self._put(name, self._layer(name, module, 8 if name == "head" else self.bits))
         elif isinstance(module, ExpertLinear):
             self._put(name, nn.ModuleList(rounded_layer(w, None if module.bias is None else module.bias[e], module.parts, self.bits)
                                           for e, w in enumerate(module.weight)))
@@ -55,11 +55,12 @@ class Rounding:
             codes, scale = quantize_rows(module.weight)
             self.part.embed = nn.Embedding.from_pretrained(codes.float() * scale)
             if self.part.head is None:
-                self.part.head = Int8Linear(codes, scale)  # type: ignore[assignment]
+                self.part.head = Int8Linear(codes, scale)
 
-    def _layer(self, m: Linear, shared: bool, bits: int) -> nn.Module:
-        if shared and (bits == 8 or m.weight.shape[1] % GROUP):
-            return SharedInt8Linear(m.weight, m.bias, m.parts, self.group)
+    def _layer(self, name: str, m: Linear, bits: int) -> nn.Module:
+        how, among = self.share.cut(name)
+        if how == COLUMNS and (bits == 8 or m.weight.shape[1] % GROUP):
+            return SharedInt8Linear(m.weight, m.bias, m.parts, self.part.group if among == self.share else self.part.mixing)
         return rounded_layer(m.weight, m.bias, m.parts, bits)
 
     def _put(self, name: str, module: nn.Module) -> None:
@@ -70,11 +71,12 @@ class Rounding:
 def check_groups(whole: Decoder, share: Slice) -> None:
     """BadInput where a cut by columns would go through a group of INT4 weights.  whole: may be on the meta device."""
     for name, module in whole.named_modules():
-        if not isinstance(module, Linear) or share.how(name) != COLUMNS:
+        how, among = share.cut(name)
+        if not isinstance(module, Linear) or how != COLUMNS:
             continue
         columns = module.weight.shape[1]
-        if columns % GROUP == 0 and columns // share.size % GROUP:
+        if columns % GROUP == 0 and columns // among.size % GROUP:
             numbers = fitting(columns // GROUP)
             raise BadInput(
-                f"INT4 weights cannot be cut over {share.size} processes", f"{name} has {columns} columns in groups of {GROUP}, and a cut would "
+                f"INT4 weights cannot be cut over {among.size} processes", f"{name} has {columns} columns in groups of {GROUP}, and a cut would "
                 "go through a group", f"use {numbers} process{'es' * (numbers != '1')}, or INT8")

@@ -40,12 +40,17 @@ FEED_FORWARDS = {
 
 @dataclass(frozen=True)
 class Slice:
-    """Which part: `rank` of `size`.  mixers: False where each process holds the mixers, embedding and head whole (attention is
-    shared out by requests instead)."""
+    """Which part: `rank` of `size`.  mixers: neighbours that share mixers, embedding and head, where those are fewer (attention is shared out
+    by requests instead, see engine/dp_attention.py; with 1 each process holds them whole)."""
 
     rank: int
     size: int
-    mixers: bool = True
+    mixers: int | None = None
+
+    @property
+    def inner(self) -> Slice:
+        """Of mixers, embedding and head."""
+        return self if self.mixers is None else Slice(self.rank % self.mixers, self.mixers)
 
     def of(self, total: int) -> tuple[int, int]:
         """(start, stop) of this process's share of `total` things, as equal as they go."""
@@ -53,14 +58,20 @@ class Slice:
 
     def how(self, name: str) -> str | None:
         """How one of our parameters is cut; None: everybody holds it."""
+        return self.cut(name)[0]
+
+    def cut(self, name: str) -> tuple[str | None, Slice]:
+        """How one of our parameters is cut (None: everybody holds it), and among whom."""
         module = name.removesuffix(".weight").removesuffix(".bias")
+        inner = self.inner
         if module in ("embed", "head"):
-            return VOCABULARY if self.mixers else None
+            return VOCABULARY if inner.size > 1 or self.mixers is None else None, inner
         parts = re.sub(r"^mtp\.(\d+)\.block\.", r"layers.\1.", module).split(".", 3)
         if parts[0] != "layers" or len(parts) < 4:
-            return None
-        table = {"mixer": MIXERS if self.mixers else {}, "ffn": FEED_FORWARDS}.get(parts[2], {})
-        return table.get(parts[3])
+            return None, self
+        if parts[2] == "mixer":
+            return MIXERS.get(parts[3]) if inner.size > 1 or self.mixers is None else None, inner
+        return FEED_FORWARDS.get(parts[3]) if parts[2] == "ffn" else None, self
 
 
 # --- the part as a spec -------------------------------------------------------------------------------------------------
@@ -72,7 +83,7 @@ def part_spec(spec: DecoderSpec, share: Slice) -> DecoderSpec:
     return replace(spec, layers=tuple(_layer(layer, share) for layer in spec.layers), mtp=tuple(_layer(layer, share) for layer in spec.mtp))
 
 
-def check_split(spec: DecoderSpec, size: int, mixers: bool = True) -> None:
+def check_split(spec: DecoderSpec, size: int, mixers: int | None = None) -> None:
     """BadInput where a model cannot be run by so many processes."""
     part_spec(spec, Slice(0, size, mixers))
 
@@ -80,7 +91,7 @@ def check_split(spec: DecoderSpec, size: int, mixers: bool = True) -> None:
 def _layer(layer: Layer, share: Slice) -> Layer:
     if layer.cross is not None:
         raise BadInput("an encoder-decoder cannot be split over processes yet", next="use one process")
-    mixer = MIXER_PARTS[type(layer.mixer)](layer.mixer, share.size) if share.mixers else layer.mixer
+    mixer = MIXER_PARTS[type(layer.mixer)](layer.mixer, share.inner.size)
     return replace(layer, mixer=mixer, ffn=FFN_PARTS[type(layer.ffn)](layer.ffn, share))
 
 
@@ -150,7 +161,8 @@ def cuts(whole: Decoder, part: nn.Module, share: Slice) -> Iterator[tuple[str, C
     for prefix, module in part.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
             name = f"{prefix}.{leaf}" if prefix else leaf
-            yield name, _cut(share.how(name), leaf, modules[prefix], module, parameter, share)
+            how, among = share.cut(name)
+            yield name, _cut(how, leaf, modules[prefix], module, parameter, among)
 
 
 def _cut(how: str | None, leaf: str, whole: nn.Module, part: nn.Module, parameter: Tensor, share: Slice) -> Cut:

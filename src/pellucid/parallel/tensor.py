@@ -26,7 +26,7 @@ from pellucid.models.hub import allocate, blank, main_layers, read_config, spec_
 from pellucid.models.names import Piece, targets
 from pellucid.models.weights import Weights
 from pellucid.nn import Decoder, DecoderSpec
-from pellucid.parallel.group import Group
+from pellucid.parallel.group import ALONE, Group
 from pellucid.parallel.rounded import Rounding, check_groups
 from pellucid.parallel.split import Cut, Slice, cuts, part_spec
 from pellucid.quant import bits_of
@@ -36,46 +36,49 @@ from pellucid.runtime import dtype_of, forget_pages
 class DecoderPart(Decoder):
     """What one process holds and computes of a decoder: called by all of them with the same tokens, it gives the whole's results.
 
-    spec: of the part (heads and widths are its own; `vocab` is the whole's).  whole: the spec of all together.
+    spec: of the part (heads and widths are its own; `vocab` is the whole's).  whole: the spec of all together.  mixing: the group that shares
+    mixers, embedding and head, where it is a smaller one; what feed-forwards give is left a partial sum then.
     """
 
-    def __init__(self, whole: DecoderSpec, share: Slice, group: Group):
+    def __init__(self, whole: DecoderSpec, share: Slice, group: Group, mixing: Group | None = None):
         spec = part_spec(whole, share)
-        rows = -(-whole.vocab // share.size) if share.mixers else whole.vocab
+        rows = -(-whole.vocab // share.inner.size)
         super().__init__(replace(spec, vocab=rows))
-        self.spec, self.whole, self.share, self.group = spec, whole, share, group
+        self.spec, self.whole, self.share, self.inner, self.group = spec, whole, share, share.inner, group
+        self.mixing = mixing or (group if share.mixers is None else ALONE)
         self.rows = rows
         self.cuts: dict[str, Cut] = {}  # what it holds of each parameter of the whole
-        if share.mixers:
-            layer: Any
-            for layer in (*self.layers, *(ahead.block for ahead in self.mtp)):
+        layer: Any
+        for layer in (*self.layers, *(ahead.block for ahead in self.mtp)):
+            if share.inner.size > 1:
                 layer.mixer.register_forward_hook(self._summed)
+            if share.mixers is None:
                 layer.ffn.register_forward_hook(self._summed)
 
     def _summed(self, module: nn.Module, inputs: Any, partial: Tensor) -> Tensor:
-        return self.group.sum(partial)
+        return self.mixing.sum(partial)
 
     def embedded(self, tokens: Tensor) -> Tensor:
-        if not self.share.mixers or self.share.size == 1:
+        if self.inner.size == 1:
             return super().embedded(tokens)
-        own = tokens - self.share.rank * self.rows
+        own = tokens - self.inner.rank * self.rows
         here = (own >= 0) & (own < self.rows)
-        return self.group.sum(super().embedded(own.clamp(0, self.rows - 1)) * here[..., None])
+        return self.mixing.sum(super().embedded(own.clamp(0, self.rows - 1)) * here[..., None])
 
     def logits(self, hidden: Tensor) -> Tensor:
         own = super().logits(hidden)
-        if not self.share.mixers or self.share.size == 1:
+        if self.inner.size == 1:
             return own
-        return self.group.gather(own).movedim(0, -2).flatten(-2)[..., : self.whole.vocab]
+        return self.mixing.gather(own).movedim(0, -2).flatten(-2)[..., : self.whole.vocab]
 
 
 def load_part(
     folder: Path, share: Slice, group: Group, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", bits: int | None = None,
-    mtp: bool = False,
+    mtp: bool = False, mixing: Group | None = None,
 ) -> tuple[DecoderPart, int]:
     """The part of a checkpoint's model, in eval mode, and the bytes that were read for it: of unquantized tensors its own slices.
     bits: of its matrices, 8 or 4 (then `dtype` is not asked; see parallel/rounded.py); None: as the dtype says.
-    mtp: with the layers of multi-token prediction.
+    mtp: with the layers of multi-token prediction.  mixing: as in `DecoderPart`.
     Raises BadInput where the model cannot be cut so, and for what `pellucid.load` refuses."""
     fields = read_config(folder)
     spec = spec_of(fields)
@@ -90,14 +93,14 @@ def load_part(
             whole = blank(spec)
         weights.check(whole, main_layers(whole))
         with torch.device("meta"):
-            part = DecoderPart(spec if mtp else replace(spec, mtp=()), share, group)
+            part = DecoderPart(spec if mtp else replace(spec, mtp=()), share, group, mixing)
         if bits == 4:
             check_groups(whole, share)
         if bits is not None:  # rounded from the file's own numbers
             dtype = torch.float32 if bits_of(fields) else dtype_of(stated_dtype(fields, weights))
         allocate(part, dtype, torch.device(device))  # memory that is used when it is filled
         part.cuts = dict(cuts(whole, part, share))
-        read = fill_part(part, whole, weights, share, None if bits is None else Rounding(part, share, bits, group))
+        read = fill_part(part, whole, weights, share, None if bits is None else Rounding(part, share, bits))
     if bits is not None:
         part.float().requires_grad_(False)
     return part.eval(), read
