@@ -20,6 +20,7 @@ from pellucid.align.preference_config import PreferenceConfig
 from pellucid.align.reward_model import ProcessLoop, RewardLoop, RewardModel, Steps
 from pellucid.align.unpaired import UnpairedConfig
 from pellucid.data.packing import pack_samples
+from pellucid.models.lora import LoraConfig, attach
 from pellucid.nn import Attn, Decoder, DecoderSpec, Layer, MoE, Rope, init_weights
 from pellucid.nn.experts import Router
 from pellucid.ops import balance
@@ -207,3 +208,18 @@ def test_what_the_update_cannot_know_is_told():
     with events.subscribed(seen.append):
         online(EXPERTS)
     assert any("experts are chosen anew" in e.text for e in seen if e.kind == "note")
+
+
+def test_adapters_of_experts_learn_online():
+    """The sampler's merged model says what the trainer's adapters say, after every update; the experts' own weights never move."""
+    adapting = init_weights(Decoder(replace(model(plain()).spec, family="qwen3_moe")), 3)
+    attach(adapting, LoraConfig(2, target_parameters=("gate_up_proj", "down_proj")))
+    given = {n: p.detach().clone() for n, p in adapting.named_parameters()}
+    config = OnlineConfig(steps=3, prompts=4, group=4, max_tokens=6, objective=recipe("grpo"), evaluations=0, seed=5, rounds=1, updates=2,
+                          schedule=Schedule("constant", warmup=0.0), optim=OptimConfig("adamw", lr=0.02))
+    loop = OnlineLoop(adapting, tokenizer(), Noise(), config)
+    for _, numbers in loop.run().metrics:
+        assert numbers["engine/gap_max"] < 1e-3
+    moved = {n for n, p in adapting.named_parameters() if not torch.equal(p, given[n])}
+    assert {n for n in moved if "experts" in n} and all(".adapters." in n for n in moved)
+    assert not torch.equal(loop.plain.layers[0].ffn.experts["down"].weight, given["layers.0.ffn.experts.down.weight"])

@@ -6,7 +6,17 @@ import json
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 import pellucid
 from pellucid import events
@@ -17,6 +27,7 @@ from pellucid.models.lora import (
     left_out,
     load_adapters,
     merge_into,
+    nested,
     save_adapters,
     with_merged,
     without_adapters,
@@ -185,3 +196,110 @@ def test_what_gets_no_adapter_is_told_or_refused_by_name(tmp_path):
         attach(model, LoraConfig())
     assert any("w2: the matrices of experts are stacked" in e.text and e.level == "warning" for e in seen)
     assert left_out(pellucid.load(tmp_path / "moe")) == refused
+
+
+# --- experts ----------------------------------------------------------------------------------------------------------
+
+
+EXPERTS = {
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=24,
+        num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=64)),
+    "qwen3": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=48,
+        moe_intermediate_size=20, num_experts=6, num_experts_per_tok=2, decoder_sparse_step=1, max_position_embeddings=64)),
+}
+BOTH = ("gate_up_proj", "down_proj")
+
+
+@pytest.fixture(scope="module", params=EXPERTS)
+def mixture(request, tmp_path_factory):
+    torch.manual_seed(0)
+    made = EXPERTS[request.param]()
+    with torch.no_grad():
+        made.lm_head.weight.mul_(8)  # so that the logits depend on something
+    path = tmp_path_factory.mktemp(request.param)
+    made.save_pretrained(path)
+    return path
+
+
+def filled(model):
+    """Adapters with something in them."""
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for lora in adapted(model).values():
+            for adapter in lora.all:
+                adapter.b.copy_(0.3 * torch.randn(adapter.b.shape, generator=g))
+    return model
+
+
+@pytest.mark.parametrize("stacks", [BOTH, BOTH[1:], BOTH[:1]], ids=str)
+def test_experts_in_peft_and_back(mixture, tmp_path, stacks):
+    """Logits of our adapters in PEFT and of PEFT's here; the gradient of every adapter; and the merged model."""
+    peft = pytest.importorskip("peft", reason="optional reference: pip install peft")
+    model = pellucid.load(mixture)
+    attach(model, LoraConfig(rank=3, alpha=5, targets=("q_proj",), target_parameters=stacks))
+    given = pellucid.load(mixture)(TOKENS)
+    torch.testing.assert_close(model(TOKENS), given, atol=1e-5, rtol=1e-4)  # at first nothing changes
+    filled(model)
+    save_adapters(model, tmp_path / "ours", base=str(mixture))
+    base = AutoModelForCausalLM.from_pretrained(mixture)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "ours", is_trainable=True).eval()
+    assert sum("lora_A" in n and "experts" in n for n, _ in theirs.named_parameters()) == 2 * len(stacks)
+    logits, expected = model(TOKENS), theirs(TOKENS).logits
+    assert (expected - given).abs().max() > 0.1
+    torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(with_merged(model)(TOKENS), expected, atol=2e-5, rtol=1e-4)
+
+    direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
+    (logits * direction).sum().backward()
+    (expected * direction).sum().backward()
+    named = {n.replace(".default", ""): p for n, p in theirs.named_parameters() if p.requires_grad}
+    places = nested(model)
+    for lora in adapted(model).values():
+        for adapter in lora.all:
+            for letter, ours in (("A", adapter.a.grad), ("B", adapter.b.grad)):
+                flat = named.pop(f"base_model.model.{places.get(adapter.source, adapter.source)}.lora_{letter}.weight").grad
+                if ours.ndim == 3:
+                    ours = ours.flatten(0, 1) if letter == "A" else ours.permute(1, 2, 0).flatten(1)
+                assert ours.abs().max() > 1e-3
+                torch.testing.assert_close(ours, flat, atol=1e-4, rtol=1e-3)
+    assert not named
+
+    made = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(mixture), peft.LoraConfig(
+        r=2, lora_alpha=6, target_modules=["v_proj"], target_parameters=[f"experts.{s}" for s in stacks], init_lora_weights=False)).eval()
+    made.save_pretrained(tmp_path / "theirs")
+    again = pellucid.load(mixture)
+    load_adapters(again, tmp_path / "theirs")
+    with torch.no_grad():
+        torch.testing.assert_close(again(TOKENS), made(TOKENS).logits, atol=2e-5, rtol=1e-4)
+    save_adapters(again, tmp_path / "again")
+    once_more = pellucid.load(mixture)
+    load_adapters(once_more, tmp_path / "again")
+    assert torch.equal(once_more(TOKENS), again(TOKENS))
+
+
+def test_experts_are_shared_copied_and_refused(mixture, folder):
+    model = pellucid.load(mixture)
+    seen = []
+    with events.subscribed(seen.append):
+        attach(model, LoraConfig(2, target_parameters=BOTH))
+    assert not [e for e in seen if "experts" in getattr(e, "text", "")]  # nothing of theirs is left out
+    filled(model)
+    plain, merged = without_adapters(model), with_merged(model)
+    with torch.no_grad():
+        assert torch.equal(plain(TOKENS), pellucid.load(mixture)(TOKENS))
+    held = {p.data_ptr() for p in model.parameters()}
+    assert all(p.data_ptr() in held for p in plain.parameters())
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert sum("experts" in n for n in trained) == 2 * 2 * 2 and all(".adapters." in n for n in trained)
+    with torch.no_grad():
+        for lora in adapted(model).values():
+            for adapter in lora.all:
+                adapter.b.mul_(2)
+    merge_into(merged, model)
+    torch.testing.assert_close(merged(TOKENS), model(TOKENS), atol=2e-5, rtol=1e-4)
+    with pytest.raises(BadInput, match="no stacked matrix"):
+        attach(pellucid.load(mixture), LoraConfig(2, target_parameters=("w1",)))
+    with pytest.raises(BadInput, match="no experts"):
+        attach(pellucid.load(folder), LoraConfig(2, target_parameters=BOTH))

@@ -28,7 +28,8 @@ from pellucid.align.metrics import mean_of
 from pellucid.align.online_config import OnlineConfig
 from pellucid.align.pending import Pending, groups_from, groups_state
 from pellucid.align.prompts import Prompts
-from pellucid.align.rollout import Group, Rollouts, completions, components, trained_lengths
+from pellucid.align.rollout import Group, Rollouts, components, trained_lengths
+from pellucid.align.sharing import for_evaluation
 from pellucid.tasks import Completion, Problem, Task
 from pellucid.train.ranks import Ranks
 
@@ -139,14 +140,7 @@ class Sampling:
 
     def for_evaluation(self, seed: int) -> Callable[[list[Problem], int, float], list[list[Completion]]]:
         """The `generate` that `tasks.evaluate` asks for, likewise shared."""
-
-        def generate(problems: list[Problem], draws: int, temperature: float) -> list[list[Completion]]:
-            numbers = list(self.ranks.mine(range(len(problems))))
-            made = self.rollouts.ungraded([problems[i] for i in numbers], draws, temperature, seed, None, numbers)
-            parts = self.ranks.gathered(groups_state(made)) if self.ranks.size > 1 else []
-            return completions(groups_from(self.ranks.dealt(parts), problems, self.config.max_tokens) if parts else made)
-
-        return generate
+        return for_evaluation(self.rollouts, self.ranks, seed)
 
     def draw(self) -> tuple[list[Problem], int]:
         """The problems of one rollout, and the seed of its samples."""

@@ -82,6 +82,11 @@ class ExpertLinear(nn.Module):
     def stacked(self) -> dict[str, tuple[int, ...]]:
         return {"weight": self.parts, "bias": self.parts}
 
+    @property
+    def whole(self) -> Tensor:
+        """The matrices that the experts multiply with: the weight, and what is learned beside it (nn/lora.py)."""
+        return self.weight
+
     def extra_repr(self) -> str:
         E, rows, inputs = self.weight.shape
         return f"{E} x ({inputs} -> {rows}){', bias' if self.bias is not None else ''}"
@@ -119,7 +124,7 @@ class Experts(nn.Module):
         gate_up, down = self.experts["gate_up"], self.experts["down"]
         if isinstance(gate_up, nn.ModuleList):  # of layers: quantized
             return ExpertLayers(gate_up, down, self.spec.act, self.spec.clamp)  # type: ignore[arg-type]
-        return ExpertWeights(gate_up.weight, down.weight, gate_up.bias, down.bias, self.spec.act, self.spec.clamp)  # type: ignore[arg-type]
+        return ExpertWeights(gate_up.whole, down.whole, gate_up.bias, down.bias, self.spec.act, self.spec.clamp)  # type: ignore[arg-type]
 
     def dispatch(self, logits: Tensor, real: Tensor | None) -> tuple[Pairs, Tensor]:
         """Which expert works on which token, and what each token chose (N, k)."""

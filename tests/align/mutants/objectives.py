@@ -6,8 +6,9 @@ ADVANTAGES, GDPO, OBJECTIVES, RETURNS, CORRECTIONS, PAIRS, DISTILL, REWARDS, BAN
     f"tests/align/test_{name}.py" for name in (
         "objective_advantages", "gdpo", "objectives", "returns", "corrections", "preferences", "distill", "rewards", "bandit_gradients",
         "objective_gradients", "objective_metrics", "expert_alignment", "loop_processes"))
+OVERLAP, ADAPTERS = "tests/align/test_overlap.py", "tests/models/test_lora.py"
 SHARES = f"{RANKS} -k shares"
-A, T = "src/pellucid/align/", "src/pellucid/train/"
+A, T, M = "src/pellucid/align/", "src/pellucid/train/", "src/pellucid/models/"
 
 MUTANTS = [
     # --- advantages
@@ -90,4 +91,17 @@ MUTANTS = [
     (A + "offline.py", "balance_share(routing, len(micro) / len(ids))\n\n        return share, parts\n\n\nclass Unpaired", "balance_share(routing, 1 / len(ids))\n\n        return share, parts\n\n\nclass Unpaired", EXPERTS),
     (T + "ranks.py", "itertools.islice(things, self.rank, None, self.size)", "itertools.islice(things, 0, None, self.size)", SHARES),
     (T + "ranks.py", "max(1, min(most or total, -(-total // self.size)))", "max(1, min(most or total, total))", SHARES),
+    # --- samples beside the update
+    (A + "sampling.py", "            self.rollouts.hold()", "            pass", OVERLAP),
+    (A + "sampling.py", "            self.go_back(self.begun)", "            pass", OVERLAP),
+    (A + "sampling.py", "self.abandon(None)  # what", "pass  # what", OVERLAP),
+    (A + "online.py", "float(self.history.steps - rollout.step)", "float(rollout.step)", OVERLAP),
+    (A + "beside.py", "        if self._halt.is_set():\n", "        if False:\n", OVERLAP),
+    (A + "beside.py", "with events.held() as self._told:", "if True:", OVERLAP),
+    (A + "rollout.py", "        if self._held:\n", "        if False:\n", OVERLAP),
+    # --- adapters of experts
+    (M + "lora.py", "adapter.b.permute(1, 2, 0).flatten(1)", "adapter.b.permute(1, 0, 2).flatten(1)", ADAPTERS),
+    (M + "lora.py", "(len(order) - 1 - order.index(source))", "order.index(source)", ADAPTERS),
+    (M + "lora.py", "words[::-1][depth]", "words[depth]", ADAPTERS),
+    ("src/pellucid/nn/lora.py", "torch.baddbmm(self.weight, adapter.b, adapter.a, alpha=self.scale)", "torch.baddbmm(self.weight, adapter.b, adapter.a)", ADAPTERS),
 ]
