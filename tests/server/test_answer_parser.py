@@ -114,7 +114,7 @@ def test_stop_texts_end_the_content_only():
     assert parser.feed("three") == [] and parser.finish() == []
 
 
-@pytest.mark.parametrize("body", ["[]", "1", "{}", '{"name": ""}', '{"name": 3}', '{"name": "f", "arguments": []}', "nul",
+@pytest.mark.parametrize("body", ['{"name": "f", "name": "g", "arguments": {}}', '{"name": "f", "arguments": {}, "arguments": {}}', "[]", "1", "{}", '{"name": ""}', '{"name": 3}', '{"name": "f", "arguments": []}', "nul",
                                   '{"name": "f", "arguments": "no json"}', '{"name": "f", "more": 1}', "[" * 100_000])
 def test_what_is_no_call(body: str):
     assert parse_call(body) is None

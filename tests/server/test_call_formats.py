@@ -13,7 +13,7 @@ from test_answer_parser import merged
 from pellucid.server.calls import Piece
 from pellucid.server.formats import FORMATS, format_of
 from pellucid.server.parser import AnswerParser, parse_answer
-from pellucid.server.tape import Tape
+from pellucid.server.tape import DEEPEST, Tape
 from pellucid.server.text_calls import typed
 
 SCHEMAS = {"f": {"type": "object", "properties": {
@@ -50,6 +50,7 @@ CASES = [  # format, text, reasoning, content, calls
     ("llama-json", 'I say {"name": "f", "parameters": {}}', "", 'I say {"name": "f", "parameters": {}}', []),
     ("pythonic", '[f(a=1, b="x"), g.h(c=[1, None, {"k": True}])]', "", "", [("f", {"a": 1, "b": "x"}), ("g.h", {"c": [1, None, {"k": True}]})]),
     ("pythonic", "<|python_start|>[f(a=-1)]<|python_end|>", "", "", [("f", {"a": -1})]),
+    ("pythonic", "<|python_start|>[f(a=1)]<|python_end|>[f(a=2)]", "", "[f(a=2)]", [F1]),
     ("pythonic", "[f(a=open('x'))]", "", "[f(a=open('x'))]", []),
     ("pythonic", "[f(1)]", "", "[f(1)]", []),
     ("pythonic", "[(lambda: 1)(a=1)]", "", "[(lambda: 1)(a=1)]", []),
@@ -295,3 +296,14 @@ def test_the_tape_refuses_what_is_not_there():
             next(steps)
     waiting = Tape("ab").need("abc")
     next(waiting)
+
+
+def test_the_tape_bears_values_of_a_certain_depth():
+    for opens, closes in ("[]", ("{\"a\":", "}")):
+        for depth in (1, DEEPEST):
+            text = opens * depth + ("1" if opens != "[" else "") + closes * depth
+            with pytest.raises(StopIteration) as whole:
+                next(Tape(text, ended=True).json())
+            assert whole.value.value == text
+        with pytest.raises(ValueError, match="too deeply"):
+            next(Tape(opens * (DEEPEST + 1), ended=True).json())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import math
 import socket
 import threading
 import time
@@ -22,6 +23,7 @@ from pellucid.engine import LLM
 from pellucid.engine.config import EngineConfig
 from pellucid.engine.job import Job
 from pellucid.server import create_app, guard, responses, run, running_server
+from pellucid.server.answers import finite
 from pellucid.server.errors import Refused
 from pellucid.server.jobs import namespace_of
 from pellucid.server.protocol import Sampling
@@ -170,6 +172,17 @@ def test_extreme_parameters_are_refused_and_disturb_nobody(url: str, actor: Acto
             assert ask(url, **{"max_tokens": 2, "temperature": 1, **odd}).status_code == 200, odd
         answer = running.result()
     assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 60
+
+
+def test_a_stop_text_in_a_call_that_was_cut_off_ends_the_answer_all_the_same(url: str, actor: Actor):
+    text = "<tool_call> one stop two"
+    actor.say(text)
+    choice = ask(url, stop="stop", max_tokens=len(actor.tokenizer.encode(text))).json()["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("<tool_call> one ", "stop")
+
+
+def test_what_is_impossible_has_a_probability_that_json_can_hold():
+    assert [finite(p) for p in (-math.inf, math.nan, -1.5)] == [-9999.0, -9999.0, -1.5]
 
 
 def test_no_salt_is_anothers_namespace():

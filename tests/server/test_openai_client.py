@@ -91,8 +91,10 @@ def test_default_length_is_what_fits_the_context(client: openai.OpenAI, llm: LLM
 
 def test_thought_answer_and_end(stage: openai.OpenAI, actor: Actor):
     actor.say("<think>\none and two\n</think>\n\nthree")
-    choice = stage.chat.completions.create(model="actor", messages=ASK).choices[0]
+    answer = stage.chat.completions.create(model="actor", messages=ASK)
+    choice = answer.choices[0]
     assert (choice.message.content, choice.message.reasoning_content) == ("three", "one and two")
+    assert 3 <= answer.usage.completion_tokens_details.reasoning_tokens < answer.usage.completion_tokens
     assert choice.finish_reason == "stop" and choice.message.tool_calls is None
 
 
