@@ -59,8 +59,8 @@ def figures(engine: Engine) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(("kind", "family", "config"), [
-    ("tensor", "llama", TIGHT), ("tensor", "deepseek-v3", DRAFTED), ("replicas", "llama", DRAFTED), ("disaggregated", "llama", TIGHT),
-    ("attention", "deepseek-v3", TIGHT)])
+    ("tensor", "llama", TIGHT), ("replicas", "llama", DRAFTED), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("tensor", "deepseek-v3", DRAFTED), ("disaggregated", "llama", TIGHT), ("attention", "deepseek-v3", TIGHT)))])
 def test_a_draft_model_proposes_beside_every_lead(kind, family, config, fleet_of, folders, friend):
     """The model itself proposes: whatever is proposed stands. Then another one, of which little does."""
     want = run(Engine(open_model(folders(family)), [], PLAIN, tokenizer()), requests())
@@ -75,6 +75,7 @@ def test_a_draft_model_proposes_beside_every_lead(kind, family, config, fleet_of
     assert proposed > 40 and accepted < proposed
 
 
+@pytest.mark.slow
 def test_sampled_answers_are_those_of_one_process_too(fleet_of, folders):
     asked = dict(temperature=0.9, top_k=40, repetition_penalty=1.1)
     want = run(Engine(open_model(folders("qwen3")), [], PLAIN, tokenizer()), requests(**asked))
@@ -83,7 +84,8 @@ def test_sampled_answers_are_those_of_one_process_too(fleet_of, folders):
     assert figures(fleet)[1] > 0
 
 
-@pytest.mark.parametrize(("kind", "config"), [("tensor", TIGHT), ("replicas", DRAFTED), ("disaggregated", DRAFTED)])
+@pytest.mark.parametrize(("kind", "config"), [
+    ("tensor", TIGHT), pytest.param("replicas", DRAFTED, marks=pytest.mark.slow), pytest.param("disaggregated", DRAFTED, marks=pytest.mark.slow)])
 def test_the_models_own_prediction_layer_proposes(kind, config, fleet_of, ahead):
     """Under tensor parallelism it is cut as the other layers are, and its passes are shared: it proposes what the whole one proposes."""
     config = replace(config, proposer="mtp", prefix="none")
