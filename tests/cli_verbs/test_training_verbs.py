@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import re
 import signal
 from pathlib import Path
@@ -16,6 +17,10 @@ import pytest
 from pellucid import events, tasks
 from pellucid.__main__ import main
 from pellucid.align.online import OnlineLoop
+from pellucid.align.reward_model import RewardModel, save_reward_model
+from pellucid.align.rollout import Group
+from pellucid.cli.eval import choices
+from pellucid.engine import Sample, SamplingParams
 from pellucid.models import load, save
 from pellucid.nn import MLP, Attn, Decoder, DecoderSpec, Layer, Rope, init_weights
 from pellucid.tokenizers import Tokenizer, train_bpe
@@ -84,6 +89,40 @@ def test_eval_measures_an_int8_folder_with_int8_products(
     config, tokenizer = Eval(model="", corpus=corpus), Tokenizer.load(folder)
     served, as_float = (text_bits(config, m, tokenizer)[0] for m in (open_model(tmp_path / "int8"), load(tmp_path / "int8")))
     assert bits == served != as_float
+
+
+def test_eval_says_what_choosing_among_samples_would_reach(
+        folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Self-consistency, best-of-k and weighted votes of the same samples."""
+    save_reward_model(RewardModel.of(load(folder)), tmp_path / "rm", Tokenizer.load(folder))
+    code, out, err = run(capsys, "eval", folder, "--corpus", corpus, "--problems", "2", "--max-tokens", "4", "--k", "3", "--reward-model",
+                         tmp_path / "rm", "--json")
+    assert code == 0, err
+    (event,) = [e for e in told(out, "evaluation") if e["name"] == "choosing"]
+    assert event["details"]["k"] == [1, 2, 3] and {"pass@k", "majority", "best-of-k", "weighted"} < set(event["details"])
+    for argv, says in ((["--reward-model", tmp_path / "rm"], "--k"), (["--waits", "1"], "--budgets")):
+        code, out, err = run(capsys, "eval", folder, *argv)
+        assert code == 2 and says in err
+
+
+def test_a_choice_among_samples_by_hand():
+    """Three right answers of five, two wrong ones that agree: the majority is right, the best scored is wrong, weights decide."""
+    task = tasks.Mixture([(tasks.make("copying"), 1.0)])
+    problem = task.sample(random.Random(0), "heldout")
+    right, wrong = problem.answer, problem.answer + " a"
+    samples = [Sample([1], SamplingParams(), i, tokens=[2], finish_reason="stop") for i in range(5)]
+    group = Group(problem, samples, [right, f"<think>\nx\n</think>\n\n{right}", wrong, wrong, right], [])
+    by_hand = choices(task, [group], [1, 5], [[-2.0, -2.0, 3.0, 2.0, -2.0]])
+    assert by_hand == {"pass@k": [pytest.approx(0.6), 1.0], "majority": [0.6, 1.0], "best-of-k": [0.6, 0.0], "weighted": [0.6, 0.0]}
+    samples[0].finish_reason = samples[1].finish_reason = "length"
+    assert choices(task, [group], [5])["majority"] == [0.0]  # what was cut off has no vote
+
+
+def test_eval_draws_the_curve_of_accuracy_against_thinking(folder: Path, corpus: Path, capsys: pytest.CaptureFixture[str]):
+    code, out, err = run(capsys, "eval", folder, "--corpus", corpus, "--problems", "2", "--max-tokens", "4", "--budgets", "0", "6", "--json")
+    assert code == 0, err
+    points = [e["details"] for e in told(out, "evaluation") if e["stage"] == "thinking"]
+    assert [p["budget"] for p in points] == [0, 6] and points[0]["thinking_tokens"] == 0.0
 
 
 # ---- train --------------------------------------------------------------------------------------------------------

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pellucid.cli.base import OpensModel, Positional, prepare
+from pellucid.errors import BadInput
 
 if TYPE_CHECKING:
+    from pellucid.align.rollout import Group
     from pellucid.nn import Decoder
-    from pellucid.tasks import Mixture
+    from pellucid.tasks import Completion, Mixture, Problem
     from pellucid.tokenizers import Tokenizer
 
 
@@ -20,6 +23,7 @@ class Eval(OpensModel):
     在训练从未见过的题目上：贪心准确率与 pass@k；格式、推理、长度分开统计。
 
     $ pellucid eval runs/grow/model --tasks countdown sorting --k 8
+    $ pellucid eval runs/grow/model --tasks sorting --budgets 0 16 32 64
     """
 
     model: Positional[str]
@@ -32,8 +36,18 @@ class Eval(OpensModel):
     """Held-out problems.
     留出题数。"""
     k: int = 1
-    """Above 1: k samples of each problem at temperature 1, and pass@k.
-    大于 1 时：每题以温度 1 采样 k 次，并给出 pass@k。"""
+    """Above 1: k samples of each problem at temperature 1: pass@k, and what a choice among them would reach (the answer that most of them
+    end in; with --reward-model the best scored, and votes weighted by the score).
+    大于 1 时：每题以温度 1 采样 k 次，给出 pass@k 以及从中选择所能达到的准确率（多数投票；给出 --reward-model 时还有最高分与加权投票）。"""
+    reward_model: tuple[str, ...] = ()
+    """Trained reward models that choose among the k samples: FOLDER, then *WEIGHT.
+    在 k 个样本中作选择的奖励模型：目录，可接 *权重。"""
+    budgets: tuple[int, ...] = ()
+    """Accuracy against thinking: most tokens of a thought, which is ended for the model when they are spent; one measurement each.
+    准确率随思考长度的曲线：思考词元的上限，用尽时替模型结束思考；每个上限测一次。"""
+    waits: int = 0
+    """With --budgets: how often the end of a thought is taken back, and "Wait" written instead.
+    与 --budgets 同用：撤回思考结束并写入 "Wait" 的次数。"""
     max_tokens: int = 100
     """Longest completion.
     最长回答。"""
@@ -63,23 +77,92 @@ def text_bits(config: Eval, model: Decoder, tokenizer: Tokenizer) -> tuple[float
     return bits_per_byte(held_out_loss(model, rows)[0], labels, sizes), int(sizes[labels].sum())
 
 
+def choices(task: Mixture, groups: Sequence[Group], ks: Sequence[int], scored: Sequence[Sequence[float]] = ()) -> dict[str, list[float]]:
+    """Accuracy of each way to choose among k of the samples, for each k. scored: the score of every sample, if there are any."""
+    import math
+
+    from pellucid.align.checkers import part_of
+    from pellucid.align.rollout import completions
+    from pellucid.align.selection import best_of_k, vote_of_k
+    from pellucid.tasks import finished_only, pass_at_k
+    from pellucid.tasks.evaluate import grade
+
+    table: dict[str, list[list[float]]] = {}
+    for i, (group, made) in enumerate(zip(groups, completions(groups))):
+        right = [finished_only(grade(task, group.problem, c), c.finished)["correct"] == 1.0 for c in made]
+        answers = [" ".join(part_of((c.turns or (c.text,))[-1], "answer").split()) or None if c.finished else None for c in made]
+        rows = {"pass@k": [pass_at_k(len(right), sum(right), k) for k in ks],
+                "majority": [vote_of_k(right, answers, k, None, str.__eq__) for k in ks]}
+        if scored:
+            weights = [1 / (1 + math.exp(-max(min(s, 500.0), -500.0))) for s in scored[i]]
+            rows |= {"best-of-k": [best_of_k(right, scored[i], k) for k in ks],
+                     "weighted": [vote_of_k(right, answers, k, weights, str.__eq__) for k in ks]}
+        for name, row in rows.items():
+            table.setdefault(name, []).append(row)
+    return {name: [math.fsum(column) / len(rows) for column in zip(*rows)] for name, rows in table.items()}
+
+
+def show_choices(config: Eval, task: Mixture, groups: Sequence[Group], tokenizer: Tokenizer) -> None:
+    from pellucid import events
+    from pellucid.align.components import total_reward
+    from pellucid.align.reward_specs import model_of
+    from pellucid.align.rewards import RewardSet, batch_of
+
+    scored: list[list[float]] = []
+    if config.reward_model:
+        rewards = RewardSet([model_of(spec, tokenizer, config.device) for spec in config.reward_model])
+        given = rewards.score(batch_of(groups))
+        scored = total_reward(given.matrix(config.k), given.weights).nan_to_num(nan=-1e9).tolist()
+    ks = sorted({2**i for i in range(config.k.bit_length())} | {config.k})
+    table = choices(task, groups, ks, scored)
+    events.emit(events.Evaluation("eval", "choosing", table["majority"][-1], {"k": ks, **table}))
+    print(f"{'of k samples':<12} " + " ".join(f"{k:>8}" for k in ks))
+    for name, row in table.items():
+        print(f"{name:<12} " + " ".join(f"{value:>8.1%}" for value in row))
+
+
+def show_budgets(config: Eval, task: Mixture, model: Decoder, tokenizer: Tokenizer) -> None:
+    from pellucid.align.thinking import Budget, thinking_curve
+    from pellucid.engine import LLM
+
+    points = thinking_curve(LLM(model, tokenizer), task, [Budget(b, config.max_tokens, config.waits) for b in config.budgets],
+                            config.problems, seed=config.seed or 0)
+    print(f"{'budget':<12} {'thought':>8} {'pass@1':>8} {'±':>8} {'forced':>8} {'waits':>8}")
+    for p in points:
+        print(f"{p.budget:<12} {p.thinking_tokens:>8.1f} {p.accuracy:>8.1%} {p.standard_error:>8.1%} {p.forced:>8.1%} {p.waited:>8.2f}")
+
+
 def evaluate(config: Eval) -> None:
     from pellucid import events, tasks
-    from pellucid.align.rollout import Rollouts
+    from pellucid.align.rollout import Rollouts, completions
     from pellucid.engine.opening import open_model
     from pellucid.tokenizers import Tokenizer
 
+    if config.reward_model and config.k < 2:
+        raise BadInput("--reward-model chooses among samples", "there is one of each problem", "give --k 8")
+    if config.waits and not config.budgets:
+        raise BadInput("--waits goes with --budgets", "without a budget a thought has no end that is watched", "give --budgets 64")
     prepare(config)
     task = task_of(config.tasks)
     # As `serve` and `chat` open it: an INT8 folder is measured with its INT8 products.
     model, tokenizer = open_model(config.model, device=config.device, allow_missing=config.allow_missing), Tokenizer.load(config.model)
     rollouts = Rollouts(model, tokenizer, task, max_tokens=config.max_tokens)
-    scores = tasks.evaluate(task, rollouts.for_evaluation(config.seed or 0), config.problems, config.k, config.seed or 0)
+    groups: list[Group] = []
+
+    def generate(problems: list[Problem], draws: int, temperature: float) -> list[list[Completion]]:
+        groups[:] = rollouts.ungraded(problems, draws, temperature, config.seed or 0)
+        return completions(groups)
+
+    scores = tasks.evaluate(task, generate, config.problems, config.k, config.seed or 0)
     events.emit(events.Evaluation("eval", "pass@1", scores.pass_at_1, scores.record()))
     print(f"{'task':<12} {'pass@1':>8} {f'pass@{scores.k}':>8} {'format':>8} {'length':>8} {'cut off':>8}")
     for name, row in [*scores.by_task.items(), ("all", scores.record())]:
         print(f"{name:<12} {row['pass_at_1']:>8.1%} {row['pass_at_k']:>8.1%} {row['format']:>8.1%} "
               f"{row['mean_length']:>8.1f} {row['truncated']:>8.1%}")
+    if config.k > 1:
+        show_choices(config, task, groups, tokenizer)
+    if config.budgets:
+        show_budgets(config, task, model, tokenizer)
     value, size = text_bits(config, model, tokenizer)
     events.emit(events.Evaluation("eval", "bits per byte", value, {"bytes": size}))
     print(f"bits per byte {value:.3f} on {size:,} bytes of {config.corpus or 'held-out Python documentation'}")
