@@ -159,6 +159,7 @@ def test_loading_and_unloading_while_it_runs(url: str, folders: Path):
                                ("load", {"lora_name": "x", "lora_path": "a" * 3000}, 400), ("unload", {"lora_name": "base"}, 400), ("unload", {"lora_name": "no"}, 404), ("load", {}, 400)):
         answer = post(what, **body)
         assert answer.status_code == status and answer.json()["error"]["message"], (what, body)
+    assert "among the adapters" in post("load", lora_name="x", lora_path="../base").json()["error"]["message"], "it is not even read"
 
 
 def test_no_folder_no_loading(folders: Path):

@@ -261,6 +261,7 @@ def gated(monkeypatch: pytest.MonkeyPatch) -> tuple[LLM, threading.Event]:
     """A model that makes vectors when the gate is open."""
     llm, gate = random_llm(), threading.Event()
     embed = llm.embed
+    embed(["one"])  # what has to be compiled is
     monkeypatch.setattr(llm, "embed", lambda texts: embed(texts) if gate.wait(60) else None)
     return llm, gate
 
