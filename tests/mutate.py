@@ -82,9 +82,12 @@ def passes(package: Path, target: str) -> bool:
 
             settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate])  # an example is enough, the smallest takes minutes
             settings.load_profile("mutants")
-            code = int(pytest.main(command))
-            sys.stdout.flush()
-            os._exit(code)
+            code = 1
+            try:
+                code = int(pytest.main(command))
+                sys.stdout.flush()
+            finally:  # whatever a mutant raises: what the parent holds (the copy) must not be cleaned up here
+                os._exit(code)
         status = os.waitpid(child, 0)[1]
         code = os.waitstatus_to_exitcode(status)
         if code > 2:  # 1: a test failed, 2: collection was interrupted by an error in the mutant

@@ -239,6 +239,17 @@ def test_choices_change_the_preset(argv: list[str], expected: dict[str, Any]):
 def test_choices_of_the_loop():
     settings = align.settings_of(config("--set", "lag=1", "rounds=4", "top_k=9", "--minutes", "2"), "grpo")
     assert (settings.lag, settings.rounds, settings.top_k, settings.steps, settings.seconds) == (1, 4, 9, None, 120)
+    assert settings.overlap and not align.settings_of(config("--set", "lag=1", "overlap=false"), "grpo").overlap
+
+
+def test_a_lag_is_told():
+    from pellucid.cli.align_dry import arithmetic, sentences
+
+    for words, told in (((), ""), (("lag=2",), "learned from 2 steps after the weights that drew them, and made beside the update"),
+                        (("lag=1", "overlap=false"), "learned from 1 step after the weights that drew them")):
+        settings = align.settings_of(config("--set", *words) if words else config(), "grpo")
+        lines = [x for x in sentences(settings, arithmetic(settings, None, [5])) if "learned from" in x]
+        assert len(lines) == bool(words) and told in "".join(lines) and ("beside" in "".join(lines)) == (words == ("lag=2",))
 
 
 @pytest.mark.parametrize(("argv", "says"), [

@@ -121,6 +121,9 @@ def sentences(settings: OnlineConfig, f: dict[str, Any]) -> list[str]:
              f"{s.epochs} pass{'es' if s.epochs > 1 else ''} x {s.updates} update{'s' if s.updates > 1 else ''} = {f['optimizer_steps']} optimizer "
              f"step{'s' if f['optimizer_steps'] > 1 else ''}, each on {f['completions_per_update']:g} completions, in micro-batches of {s.micro_rows} "
              "packed rows (memory only)"]
+    if s.lag:
+        lines.append(f"samples are learned from {s.lag} step{'s' if s.lag > 1 else ''} after the weights that drew them"
+                     + (", and made beside the update, by a copy of the weights" if s.overlap else ""))
     if s.steps:
         lines.append(f"{s.steps} steps = {f['total_completions']:,} completions, at most {f['most_sampled_tokens']:,} sampled tokens")
     else:
