@@ -87,6 +87,8 @@ class Server(Contestant):
 
     def __init__(self, python: str, script: Path, what: dict[str, Any]):
         environment = os.environ | {"OMP_NUM_THREADS": str(what["threads"])}
+        if what.get("engine") == "pellucid":
+            environment |= {"THP_MEM_ALLOC_ENABLE": "1"}  # as `pellucid serve` has it
         self.process = subprocess.Popen([python, str(script), "--contestant", json.dumps(what)], stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, text=True, env=environment)
         atexit.register(self.process.kill)  # one that stands still would never see that nobody asks any more
@@ -252,28 +254,39 @@ def start_peers(pythons: dict[str, str], common: dict[str, Any], folder: Path) -
     return running, missing
 
 
-def measured(servers: dict[str, Server], rounds: dict[str, int]) -> tuple[dict[str, dict[str, dict[str, float]]], list[float], dict[str, float]]:
-    """In turns.  work -> contestant -> tokens/s; read bandwidths of the machine beside decode (GB/s); the share that each used."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
+def measured(servers: dict[str, Server], rounds: dict[str, int]) -> tuple[dict[str, dict[str, dict[str, Any]]], list[float], dict[str, float]]:
+    """In turns, those of one width behind each other.  work -> contestant -> tokens/s, of every round; read bandwidths of the machine
+    beside decode (GB/s); the share of it that each used."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
     reads: list[float] = []
     shares: dict[str, list[float]] = {name: [] for name, server in servers.items() if server.ready.get("bytes")}
     for work, count in rounds.items():
         rates: dict[str, list[float]] = {name: [] for name in servers}
         for turn in range(count + (work != "batch")):  # the long one needs no round to warm up
             reads += [read_bandwidth_gbs()] if work == "decode" else []
-            for name, server in servers.items():
-                rate = float(server.work(work))
+            for name in sorted(servers, key=width_of):
+                rate = float(servers[name].work(work))
                 if work == "decode":
                     reads.append(read_bandwidth_gbs())
                 if turn or work == "batch":
-                    rates[name].append(rate)
+                    rates[name].append(round(rate, 1))
                     if work == "decode" and name in shares:
-                        shares[name].append(rate * server.ready["bytes"] / 1e9 / statistics.mean(reads[-2:]))
-        found[work] = {name: {"median": round(statistics.median(r), 1), "best": round(max(r), 1)} for name, r in rates.items()}
+                        shares[name].append(rate * servers[name].ready["bytes"] / 1e9 / statistics.mean(reads[-2:]))
+        found[work] = {name: {"median": round(statistics.median(r), 1), "best": max(r), "rounds": r} for name, r in rates.items()}
         print(work, flush=True)
         for name, row in found[work].items():
             print(f"  {name:24s} {row['median']:10.1f} tokens/s (best round {row['best']:.1f})", flush=True)
     return found, reads, {name: round(statistics.median(s), 3) for name, s in shares.items() if s}
+
+
+def width_of(name: str) -> int:
+    """'llama.cpp Q8_0' -> 1"""
+    return next((i for i, (mine, theirs) in enumerate(WIDTHS.items()) if name.split()[1] in (mine, *theirs)), -1)
+
+
+def ratio_of(mine: dict[str, Any], peer: dict[str, Any]) -> float:
+    """The median of the rounds' ratios: what a shared machine does from minute to minute hits both."""
+    return round(statistics.median(a / b for a, b in zip(mine["rounds"], peer["rounds"], strict=True)), 3)
 
 
 BARS = (  # work, ours, theirs, at least so many times as fast: the first bar of the project
@@ -284,19 +297,19 @@ BARS = (  # work, ours, theirs, at least so many times as fast: the first bar of
 )
 
 
-def against_bars(found: dict[str, dict[str, dict[str, float]]]) -> list[dict[str, Any]]:
+def against_bars(found: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
     rows = []
     for work, mine, peer, bar in BARS:
         if peer in found.get(work, ()) and f"pellucid {mine}" in found[work]:
             a, b = found[work][f"pellucid {mine}"], found[work][peer]
-            ratio = round(a["median"] / b["median"], 3)
+            ratio = ratio_of(a, b)
             rows.append({"work": work, "ours": mine, "peer": peer, "ratio": ratio, "best_rounds": round(a["best"] / b["best"], 3), "bar": bar,
                          "reached": ratio >= bar})
             print(f"  {work}: {mine} / {peer}: {ratio:.2f} (bar {bar:g}{'' if ratio >= bar else ', missed'})", flush=True)
     return rows
 
 
-def against_best(found: dict[str, dict[str, dict[str, float]]]) -> list[dict[str, Any]]:
+def against_best(found: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
     """Every column of ours beside the fastest peer with weights as wide (the goal: 1.1 times as fast)."""
     rows = []
     for work, row in found.items():
@@ -304,7 +317,7 @@ def against_best(found: dict[str, dict[str, dict[str, float]]]) -> list[dict[str
             peers = {name: r for name, r in row.items() if name.split()[0] in PEERS and name.split()[1] in widths}
             if peers and f"pellucid {mine}" in row:
                 best = max(peers, key=lambda name: peers[name]["median"])
-                ratio = round(row[f"pellucid {mine}"]["median"] / row[best]["median"], 3)
+                ratio = ratio_of(row[f"pellucid {mine}"], row[best])
                 rows.append({"work": work, "ours": mine, "best_peer": best, "ratio": ratio})
                 print(f"  {work}: {mine} / the best peer, {best}: {ratio:.2f}", flush=True)
     return rows

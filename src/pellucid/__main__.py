@@ -67,6 +67,7 @@ VERBS = {
         "sample": Verb("pellucid.cli.bench:sample", "batched sampling tokens/s", "批量采样速度（词元/秒）"),
         "serve": Verb("pellucid.cli.bench:serve", "the engine beside transformers, llama.cpp, OpenVINO, vLLM", "推理引擎与 transformers、llama.cpp、OpenVINO、vLLM 对比"),
         "quality": Verb("pellucid.cli.bench:quality", "perplexity of INT8 and INT4 weights beside bfloat16", "INT8、INT4 权重与 bfloat16 的困惑度对比"),
+        "gpu": Verb("pellucid.cli.bench:gpu", "the engine on a GPU beside transformers' continuous batching", "GPU 上的推理引擎与 transformers 连续批处理对比"),
         "spread": Verb("pellucid.cli.bench:spread", "one model on several processes: latency between tokens, room of the cache",
                        "一个模型分布在多个进程：词元间延迟与缓存容量"),
         "load": Verb("pellucid.cli.bench:load", "time and memory of loading a checkpoint", "加载检查点的时间与内存"),
@@ -81,7 +82,7 @@ VERBS = {
 def main(argv: list[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     from pellucid import messages
-    from pellucid.runtime import spin_briefly
+    from pellucid.runtime import ask_for_large_pages, spin_briefly
 
     spin_briefly()
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -92,6 +93,8 @@ def main(argv: list[str] | None = None) -> int:
         messages.set_language(_asked_language(argv))
         while argv and argv[0].startswith("--lang"):  # `pellucid --lang zh VERB`: before the verb as well as after it
             argv = argv[1:] if "=" in argv[0] else argv[2:]
+        if argv[:1] in (["serve"], ["chat"], ["generate"]):
+            ask_for_large_pages()
         code = dispatch(argv)
         sys.stdout.flush()  # here and not when the interpreter ends, so that a closed pipe is met in this `try`
         return code
