@@ -1,11 +1,13 @@
-"""A step of the engine on a GPU: the model's own layers, with attention by Triton kernels that read the pages where they lie.
+"""A step of the engine on a GPU: all layers over the tokens of all requests, with attention by Triton kernels that read the pages
+where they lie. What stands between the products is fused where the model is plain (engine/gpu_pass.py).
 
 All tokens of all requests are rows of one pass, whatever they belong to (ops/triton/paged.py); no entry is gathered. The readable
 twin is the flat pass of engine/runner.py. A step in which every request gets one token is the same work each time: its launches are
 recorded once for each number of rows (CUDA graphs) and replayed, so that Python's time between kernels, which is most of a small
 model's step on a GPU, is paid once.
 
-Run so far: with the kernels interpreted on a CPU, the padded batches of the graphs included; graphs themselves on no GPU yet.
+Run so far: on an H200 (`pellucid bench gpu`; experiments/LOG.md says where the time goes), and with the kernels interpreted on a CPU,
+the padded batches of the graphs included.
 Legend: N tokens of the step, D model width.
 """
 
@@ -61,7 +63,7 @@ class GpuStep:
         fused = choose_fused(model, pages)
         self.fused: FusedPass | None = fused.value
         self.reason = f"{fused.reason}; {self.graphs.reason}"
-        self.recorded: dict[int, Recorded] = {}  # by the number of rows
+        self.recorded: dict[tuple[int, bool], Recorded] = {}  # by the number of rows, and whether any of them has a long context
         self.tables: list[int] = []  # where the tables of slots lay when they were recorded
         self.drawn = torch.full((pages.places,), -1, dtype=torch.int64, device=pages.device)  # the last step's tokens, by its rows
         self.logits: Tensor | None = None
@@ -124,10 +126,10 @@ class GpuStep:
         if tables != self.tables:  # they have grown, and moved
             self.tables, self.recorded = tables, {}
         n = numbers.shape[1]
-        rows = rows_recorded(n)
-        if rows not in self.recorded:
-            self.recorded[rows] = Recorded(self, rows)
-        hidden, logits = self.recorded[rows](numbers)
+        kind = rows_recorded(n), int(numbers[POSITION].max()) >= paged.SHORT
+        if kind not in self.recorded:
+            self.recorded[kind] = Recorded(self, *kind)
+        hidden, logits = self.recorded[kind](numbers)
         self.logits = logits[:n]
         return hidden[:n]
 
@@ -142,10 +144,11 @@ class GpuStep:
 class Recorded:
     """A pass over so many rows of one token each. On a GPU its launches are recorded when it is first called; on a CPU it just runs."""
 
-    def __init__(self, step: GpuStep, rows: int):
+    def __init__(self, step: GpuStep, rows: int, long: bool):
+        """long: contexts are worth sharing between programs."""
         self.step, device = step, step.pages.device
         self.numbers = torch.zeros(5, rows, dtype=torch.int64, device=device)
-        self.tiles = [paged.Tiles(torch.arange(rows, device=device), self.numbers[REAL], 1)]
+        self.tiles = [paged.Tiles(torch.arange(rows, device=device), self.numbers[REAL], 1, long)]
         self.room = step.room_for(rows)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.out: tuple[Tensor, Tensor] | None = None

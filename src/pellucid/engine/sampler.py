@@ -90,9 +90,8 @@ class Sampler:
         compiled = compiled and not fused
         way = self._draw_fused if fused else self._draw_compiled if compiled else self._draw
         tokens, logprobs = way(logits, steps)
-        if tokens.cpu().numpy().min(initial=0) < 0:
-            raise PellucidError("the model's logits are not numbers", "its weights diverged in training, or are damaged",
-                                "check them with `pellucid eval`, or go back to an earlier checkpoint")
+        if check and tokens.cpu().numpy().min(initial=0) < 0:
+            raise no_numbers()
         if compiled and len(self._truncating):
             tokens[self._truncating], some = self._draw(logits[self._truncating], steps, self._truncating)
             if logprobs is not None and some is not None:

@@ -133,6 +133,9 @@ def row_product_kernel(  # type: ignore[no-untyped-def]
     if GATE:
         rows_up = rows + O.to(tl.int64) * I
         u = tl.load(rows_up + at[None, :], mask=here, other=0.0, eviction_policy="evict_first")
+    n = tl.full((IN,), 1.0, tl.float32)
+    if NORM:
+        n = tl.load(norm + at, mask=at < I, other=0.0).to(tl.float32)
     if EARLY:
         wait_for_last()
     squares = tl.zeros((IN,), tl.float32)
@@ -143,14 +146,18 @@ def row_product_kernel(  # type: ignore[no-untyped-def]
         v = tl.load(x + i, mask=i < I, other=0.0).to(tl.float32)
         if NORM:
             squares += v * v
-            v *= tl.load(norm + i, mask=i < I, other=0.0).to(tl.float32)
+            v *= n
+            n = tl.load(norm + i + IN, mask=i + IN < I, other=0.0).to(tl.float32)
         then = (o < O)[:, None] & (i + IN < I)[None, :]
         sums += w.to(tl.float32) * v[None, :]
         w = tl.load(rows + (i + IN)[None, :], mask=then, other=0.0, eviction_policy="evict_first")
         if GATE:
             sums_up += u.to(tl.float32) * v[None, :]
             u = tl.load(rows_up + (i + IN)[None, :], mask=then, other=0.0, eviction_policy="evict_first")
-    result, up = tl.sum(sums, 1), tl.sum(sums_up, 1)
+    result = tl.sum(sums, 1)
+    up = result
+    if GATE:
+        up = tl.sum(sums_up, 1)
     if NORM:
         rstd = 1.0 / tl.sqrt(tl.sum(squares, 0) / I + eps)
         result, up = result * rstd, up * rstd
@@ -221,7 +228,7 @@ def row_product(
 
 
 def row_tile(O: int, I: int, gated: bool) -> tuple[int, int]:
-    """Rows and columns that a program reads at a time: 8 KiB of bfloat16, and programs enough for every processor to have several."""
-    wide = min(1024, wider(I))
-    rows = 2 if gated or O <= 2048 else 4
-    return rows, wide
+    """Rows and columns that a program of four warps reads at a time: the fastest of those tried on an H200 for Qwen3-0.6B and 8B."""
+    if I <= 1024 or gated:
+        return 8, min(512, wider(I))
+    return (2, 2048) if O <= 2048 else (4, 1024)

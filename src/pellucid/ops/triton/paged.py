@@ -6,7 +6,8 @@ times the G query heads that share a key/value head, so that keys are read once 
 are few (decoding), several programs share the keys of one, and a second kernel joins their results (flash-decoding). The readable
 twin is the flat pass of engine/runner.py, which gathers.
 
-Run so far: by Triton's interpreter, and compiled ahead of time for sm_80, sm_90 and gfx942; on no GPU yet (tests/gpu is for that).
+Run so far: on an H200 (tests/gpu; 256 requests read their pages at 3.3 TB/s of 4.3), in Triton's interpreter, and compiled ahead of
+time for sm_80, sm_90 and gfx942.
 
 Legend: N tokens of the step, H query heads, K key/value heads, G = H / K, d head dim, D the power of two that holds it, P slots.
 Token n, of table row b = request[n] at positions[n] = p, reads slots[b, s] for s = 0 .. p, or the last `window` of them.
@@ -26,15 +27,19 @@ from pellucid.ops.triton.language import INTERPRETED, early, jit, let_next_begin
 LOG2_E = 1.4426950408889634
 """Scores are multiplied by it: the kernels' softmax is one of powers of two, which is one instruction."""
 MOST_SPLITS = 16
+SHORT = 64
+"""Keys up to which one program reads them all: sharing them costs a second kernel."""
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tile i: the counts[i] rows of the step from firsts[i] on, consecutive tokens of one request, at most `most` (0: an empty tile)."""
+    """Tile i: the counts[i] rows of the step from firsts[i] on, consecutive tokens of one request, at most `most` (0: an empty tile).
+    long: whether any tile reads `SHORT` keys or more."""
 
     firsts: Tensor  # (tiles,) int64
     counts: Tensor  # (tiles,) int64
     most: int
+    long: bool = True
 
 
 @dataclass(frozen=True)
@@ -188,8 +193,8 @@ def attend(
     frequencies, factor, eps = (q, 1.0, 0.0) if raw is None else (raw.frequencies, raw.factor, raw.eps)
     turned_width = 0 if raw is None else 2 * len(raw.frequencies)
     for some in tiles:
-        S = 1 if some.most > 1 else splits or splits_for(len(some.firsts) * K, q.device)
-        heads, rows, read, warps = sides(H // K, d, some.most)
+        S = 1 if some.most > 1 or not some.long else splits or splits_for(len(some.firsts) * K, q.device)
+        heads, rows, read, warps = sides(H // K, d, some.most, S)
         parts, sums = (out, out) if S == 1 else (out.new_empty(S, N, H, d, dtype=torch.float32), out.new_empty(S, N, H, dtype=torch.float32))
         attend_kernel[len(some.firsts), K, S](
             q, keys, values, slots, request, positions, q if sinks is None else sinks, some.firsts, some.counts, parts, sums,
@@ -201,12 +206,15 @@ def attend(
     return out
 
 
-def sides(G: int, d: int, tokens: int) -> tuple[int, int, int, int]:
-    """HEADS, ROWS, KEYS and warps of a tile of so many tokens: a fixed table, so that nothing is tried out while people wait."""
+def sides(G: int, d: int, tokens: int, splits: int = 1) -> tuple[int, int, int, int]:
+    """HEADS, ROWS, KEYS and warps of a tile of so many tokens: a fixed table, so that nothing is tried out while people wait. Many tiles
+    of one token are read fastest by many single warps (H200, 256 requests: 3.3 TB/s, with four warps 2.8), few ones by four warps each."""
     heads = wider(G, 1)
     if heads * tokens < 16:  # the least side of a product
         heads = 16 // tokens
     rows = heads * tokens
+    if rows == 16 and tokens == splits == 1 and wider(d) <= 128:
+        return heads, rows, 32, 1
     return heads, rows, 64 if wider(d) < 256 else 32, 8 if rows * wider(d) > 64 * 128 else 4
 
 
