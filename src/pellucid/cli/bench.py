@@ -119,6 +119,10 @@ def serve(config: BenchServe) -> int:
                                   *(["--keep", str(config.keep)] if config.keep else [])])
 
 
+def gpu(config: Bench) -> int:
+    return _run("gpu_serve", config, [])
+
+
 def spread(config: Bench) -> int:
     return _run("spread", config, [])
 
