@@ -19,6 +19,7 @@ from test_openai_client import ASK, CALL, TOOLS, client_of
 
 from pellucid.engine import LLM, SamplingParams
 from pellucid.server import running_server
+from pellucid.server.protocol import forced_schema
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +162,13 @@ def test_answers_of_a_form(client: openai.OpenAI):
                        ({"json": {"const": 7}}, lambda t: json.loads(t) == 7), ({"grammar": 'root ::= "x" "y"'}, lambda t: t == "xy")):
         text = client.chat.completions.create(model="tiny", messages=ASK, seed=1, max_tokens=60, extra_body={"structured_outputs": form, **PLAIN}).choices[0].message.content
         assert fits(text), (form, text)
+
+
+def test_calls_that_must_be_made_one_at_a_time():
+    call = {"name": "f", "parameters": {}}
+    for parallel in (True, False):
+        fits = jsonschema.Draft202012Validator(forced_schema({"f": {"type": "object"}, "g": {"type": "object"}}, "", parallel)).is_valid
+        assert fits([call]) and fits([call, call]) == parallel and not fits([]) and not fits([{"name": "h", "parameters": {}}])
 
 
 @pytest.mark.parametrize(("choice", "parallel"), [("required", True), ("required", False), ({"type": "function", "function": {"name": "add"}}, True)])
