@@ -376,11 +376,11 @@ def test_formula_of_every_recipe():
     texts = {name: formula(recipe(name, **extra.get(name, {}))) for name in RECIPES}
     assert len(set(texts.values())) == len(RECIPES)
     tells = {
-        "ppo": ["V_t+1", "0.05 -d (k1)", "critic: + 0.1", "sqrt(var_tokens A", "1/N_tok"], "grpo": ["0.04 KL", "e^d - d - 1 (k3)"],
+        "ppo": ["V_t+1", "R - 0.05 (-d), d = log p_ref - log p_old (k1)", "critic: + 0.1", "sqrt(var_tokens A", "1/N_tok"], "grpo": ["0.04 KL", "e^d - d - 1 (k3)"],
         "dapo": ["clip(r, 0.8, 1.28)", "dropped (must differ: correct)", "masked out"], "dr-grpo": ["N_seq * 256", "R = 0"],
         "gspo": ["clip(r, 0.9997, 1.0004)", "^(1/|o_i|)"], "gdpo": ["Σ_k w_k", "mean_completions", "normalised advantages"],
-        "rloo": ["mean_others", "r  = p(o_i) / p_old(o_i), |log r| <= 20", "R - 0.05 Σ_t -d (k1)"],
-        "reinforce++": ["Σ_k 1^k r_t+k", "0.01 -d (k1)"], "reinforce++-baseline": ["0.01 KL", "d^2 / 2", "mean_tokens"],
+        "rloo": ["mean_others", "r  = p(o_i) / p_old(o_i), |log r| <= 20", "R - 0.05 Σ_t (-d), d = log p_ref - log p_old (k1)"],
+        "reinforce++": ["Σ_k 1^k r_t+k", "R - 0.01 (-d), d"], "reinforce++-baseline": ["0.01 KL", "d^2 / 2", "mean_tokens"],
         "cispo": ["-sg[min(r, 5)] A log p(o_it)"], "sapo": ["σ(τ (r - 1))", "1.05"], "trl-default": ["1/N_tok", "0.0001"],
         "verl-default": ["min(r, 3)", "1e-06", "|log r| <= 20"], "pellucid-grow": ["1/N_seq Σ_i 1/|o_i|"],
     }

@@ -22,7 +22,7 @@ def formula(cfg: ObjectiveConfig) -> str:
     lines += [f"A  = {_advantage(cfg)}", f"R  = {_reward(cfg)}"]
     if cfg.beta:
         bound = f", |d| <= {cfg.kl_bound:g}" if cfg.kl_bound else ""
-        lines.append(f"KL = {_KL_TEXT[cfg.kl]}, d = log p_ref - log p{bound}")
+        lines.append(f"KL = {_KL_TEXT[cfg.kl]} ({cfg.kl}), d = log p_ref - log p{bound}")
     if cfg.kl_target is not None:
         lines.append(f"the weight of the KL grows or shrinks to hold it at {cfg.kl_target:g} (horizon {cfg.kl_horizon})")
     if cfg.correction != "none" or cfg.off_policy is not None or cfg.high_entropy < 1:
@@ -143,12 +143,12 @@ def _reward(cfg: ObjectiveConfig) -> str:
         return f"the reward components R_k, weights w_k; one that nobody graded {_MISSING_TEXT[cfg.missing]}"
     if cfg.reward_clip is not None:
         text += f"; clipped to +-{cfg.reward_clip:g}"
-    penalty = f"{_adaptive(cfg.reward_beta, cfg.kl_target)} {_KL_TEXT[cfg.reward_kl]}, d = log p_ref - log p_old"
+    penalty = f" - {_adaptive(cfg.reward_beta, cfg.kl_target)}{'' if cfg.by_token else ' Σ_t'} ({_KL_TEXT[cfg.reward_kl]})" if cfg.reward_beta else ""
     if cfg.by_token:
-        text += "; r_t = [t is the last of the model's tokens] R" + (f" - {penalty}" if cfg.reward_beta else "")
-    elif cfg.reward_beta:
-        text += f"; then R <- R - {_adaptive(cfg.reward_beta, cfg.kl_target)} Σ_t {_KL_TEXT[cfg.reward_kl]}, d = log p_ref - log p_old"
-    return text
+        text += f"; r_t = [t is the last of the model's tokens] R{penalty}"
+    elif penalty:
+        text += f"; then R <- R{penalty}"
+    return text + (f", d = log p_ref - log p_old ({cfg.reward_kl})" if penalty else "")
 
 
 def _correction(cfg: ObjectiveConfig) -> str:
@@ -176,8 +176,8 @@ def _critic(cfg: ObjectiveConfig) -> str:
 
 
 _KL_TEXT = {
-    "k1": "-d (k1)", "abs": "|d|", "k2": "d^2 / 2 (k2)", "k3": "e^d - d - 1 (k3)",
-    "k3+": "sg[e^d - d - 1] with the gradient of d^2 / 2 (k3+)", "k3-corrected": "r (e^d - d - 1) (k3-corrected)",
+    "k1": "-d", "abs": "|d|", "k2": "d^2 / 2", "k3": "e^d - d - 1", "k3+": "sg[e^d - d - 1] with the gradient of d^2 / 2",
+    "k3-corrected": "r (e^d - d - 1)",
 }
 _MISSING_TEXT = {"zero": "adds 0", "exclude": "takes the completion out of the baseline, with A = 0",
                  "refuse": "is an error"}
