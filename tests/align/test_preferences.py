@@ -86,6 +86,18 @@ def test_divergences_of_the_ratio_by_hand():
         assert f_scores(x, cfg).tolist() == pytest.approx([f(v) for v in x.tolist()]), name
 
 
+@pytest.mark.parametrize("choices", [dict(f_divergence="forward_kl"), dict(f_divergence="alpha", alpha=0.0), dict(losses={"discopop": 1.0}),
+                                     dict(losses={"discopop": 1.0}, f_divergence="forward_kl")], ids=str)
+def test_exponents_of_unlikely_answers_do_not_overflow(choices):
+    """In float32: both answers far below the reference (inf - inf otherwise), and the chosen one alone (0 * inf)."""
+    cfg = PreferenceConfig(**choices)
+    for chosen, rejected in ((-3000.0, -4000.0), (-4000.0, 0.0), (0.0, -4000.0), (-4000.0, -4000.0)):
+        logp = torch.tensor([chosen, rejected], requires_grad=True)
+        loss, _ = preference_objective(logp, torch.zeros(2), torch.tensor([0, 1]), cfg, Counts(1, 1))
+        (grad,) = torch.autograd.grad(loss, logp)
+        assert bool(loss.isfinite()) and bool(grad.isfinite().all()), (chosen, rejected, loss, grad)
+
+
 def test_robust_is_unbiased_under_flips():
     """E over labels flipped with probability e of the robust loss is the DPO loss of the true label."""
     cfg = PreferenceConfig(losses={"robust": 1.0}, smoothing=0.2, beta=0.3)

@@ -23,6 +23,8 @@ from pellucid.align.preference_config import PreferenceConfig
 from pellucid.align.returns import Layout
 from pellucid.errors import BadInput
 
+LARGEST = 80.0  # exponent
+
 
 @dataclass(frozen=True)
 class Terms:
@@ -77,13 +79,16 @@ def f_scores(log_ratio: Tensor, cfg: PreferenceConfig) -> Tensor:
     """f'(p / p_ref) of the divergence that holds the policy to the reference (f-DPO, arXiv 2309.16240, table 1).
 
         reverse_kl: x;   forward_kl: 1 - e^-x;   js: log 2 + log σ(x);   alpha: (e^((α - 1) x) - 1) / (α - 1)
+
+    An exponent ends at 80 (e^80 is the last that float32 and bfloat16 hold with room), as trl's does for alpha; forward_kl is
+    alpha at α = 0. The log ratio of an unlikely long answer gets there, and inf - inf between two of them would be NaN.
     """
     if cfg.f_divergence == "forward_kl":
-        return -torch.expm1(-log_ratio)
+        return -torch.expm1((-log_ratio).clamp(max=LARGEST))
     if cfg.f_divergence == "js":
         return math.log(2) + F.logsigmoid(log_ratio)
     if cfg.f_divergence == "alpha" and abs(cfg.alpha - 1) >= 1e-6:
-        return torch.expm1(((cfg.alpha - 1) * log_ratio).clamp(max=80.0)) / (cfg.alpha - 1)
+        return torch.expm1(((cfg.alpha - 1) * log_ratio).clamp(max=LARGEST)) / (cfg.alpha - 1)
     return log_ratio
 
 
@@ -176,10 +181,12 @@ def aot_unpaired(t: Terms, cfg: PreferenceConfig) -> Tensor:
 
 
 def discopop(t: Terms, cfg: PreferenceConfig) -> Tensor:
-    """(1 - s) (-log σ(x)) + s e^-x, x = b (c - r), s = σ(x/τ): found by a language model (arXiv 2406.08414, eq. 5)."""
+    """(1 - s) (-log σ(x)) + s e^-x, x = b (c - r), s = σ(x/τ): found by a language model (arXiv 2406.08414, eq. 5).
+
+    s e^-x is taken as one exponential: where x is far below 0, s is 0 and e^-x overflows.
+    """
     x = cfg.beta * (t.fc - t.fr)
-    s = (x / cfg.tau).sigmoid()
-    return (1 - s) * -F.logsigmoid(x) + s * (-x).exp()
+    return (-x / cfg.tau).sigmoid() * -F.logsigmoid(x) + (F.logsigmoid(x / cfg.tau) - x).clamp(max=LARGEST).exp()
 
 
 def simpo(t: Terms, cfg: PreferenceConfig) -> Tensor:

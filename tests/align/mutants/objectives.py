@@ -65,7 +65,7 @@ MUTANTS = [
     (A + "corrections.py", ".clamp(-log_bound, log_bound).exp()", ".exp()", CORRECTIONS),
     # --- preferences
     (A + "preference.py", "/ (1 - 2 * e)", "", PAIRS),
-    (A + "preference.py", "return -torch.expm1(-log_ratio)", "return torch.expm1(log_ratio)", PAIRS),
+    (A + "preference.py", "return -torch.expm1((-log_ratio)", "return torch.expm1((log_ratio)", PAIRS),
     (A + "preference.py", "F.logsigmoid(-c) / 2 - F.logsigmoid(-r) / 2", "F.logsigmoid(-r) / 2 - F.logsigmoid(-r) / 2", PAIRS),
     (A + "preference.py", "ratio.sort().values - ref.sort().values", "ratio - ref", PAIRS),
     (A + "preference.py", "s = (x / cfg.tau).sigmoid()", "s = (x * cfg.tau).sigmoid()", PAIRS),
