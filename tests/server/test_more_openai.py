@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import inspect
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -194,6 +195,60 @@ def test_calls_that_must_be_made(client: openai.OpenAI, choice: Any, parallel: b
         break
     else:
         pytest.fail("no seed gave a whole answer")
+
+
+# --- null -----------------------------------------------------------------------------------------------------------------
+
+
+def test_null_is_not_given(client: openai.OpenAI, url: str):
+    """Every option that the official client knows, as null: the answer is the one without it."""
+    kept = {"self", "model", "messages", "prompt", "input", "extra_headers", "extra_query", "extra_body", "timeout"}
+    own = {"temperature": 0, "max_tokens": 5}
+    for create, given in ((client.chat.completions.create, {"messages": ASK, **own}), (client.completions.create, {"prompt": "one", **own}),
+                          (client.responses.create, {"input": "one", "temperature": 0, "max_output_tokens": 5, "store": False}),
+                          (client.embeddings.create, {"input": "one"})):
+        nulls = dict.fromkeys(set(inspect.signature(create).parameters) - kept - set(given))
+        more = dict.fromkeys(("unheard_of", "cache_salt", "priority", "top_k", "chat_template_kwargs"))
+        plain, same = create(model="tiny", **given), create(model="tiny", **given, **nulls, extra_body=more)
+        for answer in (plain, same):
+            for name in ("id", "created", "created_at"):
+                if hasattr(answer, name):
+                    setattr(answer, name, None)
+        assert len(nulls) > 1 and same.to_dict().keys() == plain.to_dict().keys()
+        if create == client.responses.create:
+            assert same.output_text == plain.output_text and same.reasoning == plain.reasoning
+        else:
+            assert same == plain
+
+
+def test_null_deep_inside(client: openai.OpenAI, url: str):
+    tool = {"type": "function", "function": {"name": "f", "description": None, "strict": None, "parameters": {"type": "object", "properties": {}, "default": None}}, "x": None}
+    message = {"role": "user", "content": [{"type": "text", "text": "one", "cache_control": None}], "name": None, "tool_calls": None, "refusal": None, "function_call": None}
+    body = {"model": "tiny", "messages": [message], "tools": [tool], "max_tokens": 3, "stream": False, "stream_options": None, "response_format": None,
+            "chat_template_kwargs": {"enable_thinking": None, "unheard_of": None}}
+    assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 200
+    ask = {"model": "tiny", "messages": ASK, "max_tokens": 3}
+    streamed = {**ask, "stream": True, "stream_options": {"include_usage": None, "include_obfuscation": None}}
+    assert "[DONE]" in httpx.post(f"{url}/v1/chat/completions", json=streamed).text
+    item = {"type": None, "role": "user", "status": None, "content": [{"type": "input_text", "text": "one", "annotations": None}], "phase": None, "x": None}
+    assert httpx.post(f"{url}/v1/responses", json={"model": "tiny", "input": [item], "max_output_tokens": 2, "text": {"format": None, "verbosity": None}}).status_code == 200
+    for wrong, named in (({"messages": None}, "messages"), ({"model": None}, "model"), ({"messages": [{"role": None, "content": "x"}]}, "messages.0.role"),
+                         ({"unheard_of": 1}, "unheard_of"), ({"modalities": ["audio"]}, "modalities"), ({"messages": [{"role": "user", "content": None}]}, "messages.0")):
+        refused = httpx.post(f"{url}/v1/chat/completions", json={**ask, **wrong})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == named, refused.text
+    nothing = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object", "properties": {"a": {"enum": [None]}}, "required": ["a"], "additionalProperties": False}}}
+    text = client.chat.completions.create(**{**ask, "max_tokens": 40}, response_format=nothing, extra_body=PLAIN).choices[0].message.content
+    assert json.loads(text) == {"a": None}, "a null inside of a schema is the schema's"
+
+
+def test_summaries_of_thoughts(stage: openai.OpenAI, actor: Actor):
+    for summary in (None, "auto"):
+        actor.say("<think>\nsum\n</think>\n\nthree")
+        answer = stage.responses.create(model="actor", input="one two", reasoning={"summary": summary, "effort": None})
+        assert answer.output_text == "three" and answer.output[0].summary == [] and answer.output[0].content[0].text == "sum"
+        assert answer.reasoning.summary == summary
+    with pytest.raises(openai.BadRequestError, match="auto"):
+        stage.responses.create(model="actor", input="one two", reasoning={"summary": "detailed"})
 
 
 # --- responses ------------------------------------------------------------------------------------------------------------

@@ -71,6 +71,51 @@ def test_metrics(url: str):
     assert after["vllm:num_requests_running", label] == after["vllm:num_requests_waiting", label] == 0
     assert after["vllm:kv_cache_usage_perc", label] == 0, "what is kept for reuse is free"
     assert sum(v for (name, _), v in after.items() if name == "vllm:request_success_total") >= 3
+    assert {dict(k[1])["finished_reason"] for k in before if k[0] == "vllm:request_success_total"} >= {"stop", "length", "abort", "error"}, "from the start"
+
+
+# Names and bounds of vllm/v1/metrics/loggers.py.
+LATENCY = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # of this model's context
+VLLM = {
+    "time_to_first_token_seconds": (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560),
+    **dict.fromkeys(("e2e_request_latency_seconds", "request_queue_time_seconds", "request_inference_time_seconds", "request_prefill_time_seconds",
+                     "request_decode_time_seconds"), LATENCY),
+    **dict.fromkeys(("request_prompt_tokens", "request_generation_tokens", "request_max_num_generation_tokens", "request_params_max_tokens"), TOKENS),
+    "request_params_n": (1, 2, 5, 10, 20), "iteration_tokens_total": (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384),
+    **dict.fromkeys(("inter_token_latency_seconds", "time_per_output_token_seconds", "request_time_per_output_token_seconds"),
+                    (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)),
+}
+
+
+def test_histograms_of_vllms_dashboard(llm: LLM):
+    written = pytest.importorskip("prometheus_client.utils").floatToGoString
+    with running_server(llm, "tiny") as url:
+        label = frozenset({("model_name", "tiny")})
+        one = ask(url, max_tokens=10, temperature=0, ignore_eos=True).json()["usage"]
+        three = ask(url, max_tokens=6, n=3, seed=1, ignore_eos=True).json()["usage"]
+        found = figures(url)
+    for name, bounds in VLLM.items():
+        told = {dict(labels)["le"] for (series_name, labels) in found if series_name == f"vllm:{name}_bucket"}
+        assert {written(b) for b in bounds} | {"+Inf"} <= told, name
+        assert len(told) <= len(bounds) + 4
+
+    def total(name: str, part: str = "sum") -> float:
+        return found[f"vllm:{name}_{part}", label]
+
+    for name in ("request_prompt_tokens", "request_generation_tokens", "request_params_max_tokens", "request_prefill_time_seconds",
+                 "request_decode_time_seconds", "request_inference_time_seconds", "request_queue_time_seconds", "request_time_per_output_token_seconds"):
+        assert total(name, "count") == 4, "of each sample"
+    assert total("request_prompt_tokens") == one["prompt_tokens"] + 3 * three["prompt_tokens"]
+    assert total("request_generation_tokens") == one["completion_tokens"] + three["completion_tokens"] == 10 + 18 == total("request_params_max_tokens")
+    assert (total("request_params_n"), total("request_params_n", "count")) == (1 + 3, 2)
+    assert (total("request_max_num_generation_tokens"), total("request_max_num_generation_tokens", "count")) == (10 + 6, 2)
+    assert total("request_inference_time_seconds") == pytest.approx(total("request_prefill_time_seconds") + total("request_decode_time_seconds"))
+    assert 0 < total("request_prefill_time_seconds") and 0 < total("request_decode_time_seconds") < 4 * total("e2e_request_latency_seconds")
+    mean = [total("request_time_per_output_token_seconds") / 4, total("inter_token_latency_seconds") / total("inter_token_latency_seconds", "count")]
+    assert 0.3 < mean[0] / mean[1] < 3
+    computed = one["prompt_tokens"] + three["prompt_tokens"] - three["prompt_tokens_details"]["cached_tokens"] + 9 + 15
+    assert computed <= total("iteration_tokens_total") <= computed + 2 * three["prompt_tokens"], "the other samples compute the last tokens of their prompt again"
 
 
 def test_labels_are_escaped():

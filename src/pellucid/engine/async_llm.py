@@ -76,7 +76,7 @@ class AsyncLLM:
     ):
         self.llm = model if isinstance(model, LLM) else LLM(model, tokenizer, **options)
         self.config, self.waiting, self.name = config or EngineConfig(), waiting, name
-        self.latencies = Latencies()
+        self.latencies = Latencies(self.llm.context)
         self.reasons: dict[str, int] = {}  # how many samples ended for which reason
         self.llm.model.eval()
         self.dead: RankDied | None = None  # the process that died, where several work
@@ -276,12 +276,17 @@ class AsyncLLM:
             self._queued.append(choice.request)
 
     def _step(self) -> None:
+        began, before = time.perf_counter(), self.engine.totals["computed_tokens"]
         given = self.engine.step()
         now = time.perf_counter()
+        if computed := self.engine.totals["computed_tokens"] - before:
+            self.latencies.step.observe(computed)
         if self._queued:
             for request in self._queued:
                 if request.state is not State.WAITING and request in self._of:
-                    self.latencies.queued.observe(now - self._of[request][0].arrived)
+                    job, number = self._of[request]
+                    job.choices[number].taken = began
+                    self.latencies.queued.observe(began - job.arrived)
             self._queued = [r for r in self._queued if r.state is State.WAITING]
         for request, tokens in given:
             self._read(request, tokens, now)
@@ -295,6 +300,7 @@ class AsyncLLM:
             job.put((number, item))
         if reason := choice.reader.finish_reason:
             self.reasons[reason] = self.reasons.get(reason, 0) + 1
+            self.latencies.ended(len(request.prompt), request.generated, request.params.max_tokens, choice.taken, choice.first, choice.last)
             self.engine.cancel(request)  # where a stop text ended it; nothing where the engine did
             if all(c.reader.finish_reason for c in job.choices):
                 self._end(job, None)
@@ -305,7 +311,9 @@ class AsyncLLM:
         if job.first is None:
             job.first = now
             self.latencies.first.observe(now - job.arrived)
-        if choice.last is not None:
+        if choice.last is None:
+            choice.first = now
+        else:
             self.latencies.between.observe((now - choice.last) / tokens, tokens)
         choice.last = now
 
@@ -322,6 +330,9 @@ class AsyncLLM:
         reasons = {c.reader.finish_reason or "cancelled" for c in job.choices}
         if "cancelled" not in reasons:
             self.latencies.whole.observe(seconds)
+            for first in job.prompts:
+                self.latencies.samples.observe(first.params.samples)
+                self.latencies.longest.observe(max(c.request.generated for c in job.choices if c.request.prompt is first.prompt))
         else:
             self.reasons["abort"] = self.reasons.get("abort", 0) + sum(c.reader.finish_reason is None for c in job.choices)
         reason = "error" if error and not isinstance(error, Closed) else "/".join(sorted(reasons))

@@ -30,10 +30,12 @@ class Reader(Protocol):
 
 @dataclass(eq=False)
 class Choice:
-    """One sample and what reads it.  last: when its latest token came."""
+    """One sample and what reads it.  taken: when the engine took it up.  first, last: when its first and its latest token came."""
 
     request: Request
     reader: Reader
+    taken: float | None = None
+    first: float | None = None
     last: float | None = None
 
 

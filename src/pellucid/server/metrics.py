@@ -32,12 +32,24 @@ COUNTERS = {  # name -> (help, the engine's total)
     "vllm:spec_decode_num_draft_tokens": ("Tokens proposed by speculative decoding", "proposed_tokens"),
     "vllm:spec_decode_num_accepted_tokens": ("Of these, accepted", "accepted_tokens"),
 }
-HISTOGRAMS = {
+HISTOGRAMS = {  # name -> (help, field of the engine's latencies)
     "vllm:request_queue_time_seconds": ("Until a request was taken up", "queued"),
     "vllm:time_to_first_token_seconds": ("Until a request's first token", "first"),
     "vllm:inter_token_latency_seconds": ("Between two tokens of a request", "between"),
+    "vllm:time_per_output_token_seconds": ("The same, by the name that older dashboards read", "between"),
     "vllm:e2e_request_latency_seconds": ("Until a request's last token", "whole"),
+    "vllm:request_prefill_time_seconds": ("From when a request was taken up to its first token", "prefill"),
+    "vllm:request_decode_time_seconds": ("From a request's first token to its last", "decode"),
+    "vllm:request_inference_time_seconds": ("From when a request was taken up to its last token", "running"),
+    "vllm:request_time_per_output_token_seconds": ("Between two tokens, the mean of each request", "pace"),
+    "vllm:request_prompt_tokens": ("Tokens of each request's prompt", "prompt"),
+    "vllm:request_generation_tokens": ("Tokens generated for each request", "written"),
+    "vllm:request_max_num_generation_tokens": ("Tokens of the longest sample of each request", "longest"),
+    "vllm:request_params_max_tokens": ("Tokens that each request allowed", "asked"),
+    "vllm:request_params_n": ("Samples that each request asked for", "samples"),
+    "vllm:iteration_tokens_total": ("Tokens computed in a step of the engine", "step"),
 }
+REASONS = ("stop", "length", "abort", "error")
 
 
 def exposition(registry: Registry) -> str:
@@ -50,7 +62,7 @@ def exposition(registry: Registry) -> str:
         lines += family(f"{name}_total", "counter", text, ((labels(e), e.totals[total]) for e in engines))
     places = (({**labels(e), "position": str(i)}, e.totals[accepted_at(i)]) for e in engines for i in range(e.engine.drafts))
     lines += family("vllm:spec_decode_num_accepted_tokens_per_pos_total", "counter", "Tokens accepted at each place of a proposal", places)
-    reasons = (({**labels(e), "finished_reason": reason}, count) for e in engines for reason, count in sorted(e.reasons.items()))
+    reasons = (({**labels(e), "finished_reason": reason}, count) for e in engines for reason, count in sorted({**dict.fromkeys(REASONS, 0), **e.reasons}.items()))
     lines += family("vllm:request_success_total", "counter", "Samples that ended, by reason", reasons)
     for name, (text, field) in HISTOGRAMS.items():
         lines += [f"# HELP {name} {text}", f"# TYPE {name} histogram"]
@@ -74,10 +86,19 @@ def family(name: str, kind: str, text: str, rows: Iterable[Row]) -> Iterator[str
 
 def histogram(name: str, label: dict[str, str], found: Histogram) -> Iterator[str]:
     sums = found.cumulative()
-    for bound, count in zip([*map(str, found.bounds), "+Inf"], sums):
+    for bound, count in zip([*map(bound_text, found.bounds), "+Inf"], sums):
         yield series(f"{name}_bucket", {**label, "le": bound}, count)
     yield series(f"{name}_sum", label, found.sum)
     yield series(f"{name}_count", label, sums[-1])
+
+
+def bound_text(bound: float) -> str:
+    """As Prometheus's own client writes it: bounds are compared as texts.
+
+    >>> bound_text(1), bound_text(0.25), bound_text(2000000)
+    ('1.0', '0.25', '2e+06')
+    """
+    return f"{bound:g}" if bound >= 10**6 else repr(float(bound))
 
 
 def series(name: str, label: dict[str, str], value: Any) -> str:

@@ -20,7 +20,14 @@ MOST_LOGPROBS = 20
 
 
 class Body(BaseModel):
+    """null says of any field, known or not, that it was not given: many clients send all they have."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, given: Any) -> Any:
+        return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
 
 
 class StreamOptions(Body):

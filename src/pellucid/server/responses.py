@@ -85,7 +85,7 @@ class Envelope:
             "id": self.id, "object": "response", "created_at": self.created, "status": status, "background": False, "error": None,
             "incomplete_details": {"reason": reason} if reason else None, "instructions": r.instructions, "max_output_tokens": r.max_output_tokens,
             "model": r.model, "output": output, "parallel_tool_calls": r.parallel_tool_calls is not False, "previous_response_id": r.previous_response_id,
-            "reasoning": {"effort": r.reasoning.effort if r.reasoning else None, "summary": None}, "store": r.store is not False,
+            "reasoning": {name: getattr(r.reasoning, name, None) for name in ("effort", "summary")}, "store": r.store is not False,
             "temperature": 1.0 if r.temperature is None else r.temperature, "top_p": 1.0 if r.top_p is None else r.top_p, "text": {"format": form},
             "tool_choice": choice, "tools": [t.model_dump() | {"strict": bool(t.strict)} for t in r.tools or []], "truncation": "disabled",
             "usage": usage, "user": r.user, "metadata": r.metadata or {}, "service_tier": "default"}

@@ -107,8 +107,10 @@ class TextOptions(Body):
 
 
 class Reasoning(Body):
+    """summary: "auto" gives one where there is one; a local model makes none, its thought is told as it is."""
+
     effort: Effort | None = None
-    summary: None = None
+    summary: Literal["auto"] | None = None
 
 
 class StreamObfuscation(Body):
