@@ -22,8 +22,10 @@ from test_server_limits import LONG, ask, pending, until
 from pellucid.engine import LLM
 from pellucid.engine.config import EngineConfig
 from pellucid.engine.job import Job
+from pellucid.errors import BadInput
 from pellucid.server import create_app, guard, responses, run, running_server
 from pellucid.server.answers import finite
+from pellucid.server.cors import check_origins
 from pellucid.server.errors import Refused
 from pellucid.server.jobs import namespace_of
 from pellucid.server.protocol import Sampling
@@ -66,6 +68,53 @@ def test_types_of_body(url: str, actor: Actor, headers: dict[str, str], status: 
         assert answer.json()["choices"][0]["message"]["content"] == "fine"
     else:
         assert answer.json()["error"]["code"] == ("unsupported_encoding" if "Content-Encoding" in headers else "unsupported_type")
+
+
+def test_pages_of_named_origins_may_call(actor: Actor):
+    """As a browser asks: first whether it may send JSON, a key and the client's own headers; what comes back it shows to that page alone."""
+    page, other = "http://localhost:3000", "https://elsewhere.example"
+    wanted = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type,x-stainless-os"}
+    with running_server(actor.llm, "actor", api_key="key", cors=[page]) as url:
+        chat, key = f"{url}/v1/chat/completions", {"Authorization": "Bearer key", "Content-Type": "application/json"}
+        asked = httpx.options(chat, headers={"Origin": page, **wanted})
+        assert asked.status_code == 200 and asked.headers["access-control-allow-origin"] == page and "POST" in asked.headers["access-control-allow-methods"]
+        assert {"authorization", "content-type", "x-stainless-os"} <= set(asked.headers["access-control-allow-headers"].lower().replace(" ", "").split(","))
+        refused = httpx.options(chat, headers={"Origin": other, **wanted})
+        assert refused.status_code == 400 and "access-control-allow-origin" not in refused.headers
+        for more in ({}, {"stream": True}):
+            actor.say("fine")
+            answer = httpx.post(chat, json={**json.loads(GOOD), **more}, headers={"Origin": page, **key}, timeout=60)
+            assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == page and '"finish_reason":"stop"' in answer.text
+            assert "x-request-id" in answer.headers["access-control-expose-headers"].lower() and "access-control-allow-credentials" not in answer.headers
+        for headers, status in (({"Authorization": "Bearer no"}, 401), ({"Content-Type": "text/plain"}, 415), ({"Content-Type": "application/json"}, 400)):
+            answer = httpx.post(chat, content=b"{", headers={"Origin": page, **key, **headers})
+            assert answer.status_code == status and answer.headers["access-control-allow-origin"] == page, "the page can read why"
+        actor.say("fine")
+        answer = httpx.post(chat, content=GOOD, headers={"Origin": other, **key}, timeout=60)
+        assert "access-control-allow-origin" not in answer.headers, "a browser keeps it from the page"
+        assert httpx.post(chat, content=GOOD, headers={"Origin": other, **key, "Content-Type": "text/plain"}).status_code == 415
+        assert "access-control-allow-origin" not in httpx.get(f"{url}/health").headers
+    with running_server(actor.llm, "actor", api_key="key", cors=["*"]) as url:
+        assert httpx.options(f"{url}/v1/models", headers={"Origin": other, **wanted}).headers["access-control-allow-origin"] == "*"
+
+
+def test_without_the_option_no_page_may_call(url: str, actor: Actor):
+    actor.say("fine")
+    asked = httpx.options(f"{url}/v1/chat/completions", headers={"Origin": "http://page", "Access-Control-Request-Method": "POST"})
+    answer = httpx.post(f"{url}/v1/chat/completions", content=GOOD, headers={"Origin": "http://page", "Content-Type": "application/json"}, timeout=60)
+    assert asked.status_code == 405 and not [h for r in (asked, answer) for h in r.headers if h.startswith("access-control")]
+
+
+def test_origins_are_checked_before_anything_is_served():
+    for origin in ("http://localhost:3000", "https://chat.example.org", "http://[::1]:8080", "chrome-extension://abcdef", "tauri://localhost"):
+        check_origins([origin], locked=False)
+    for origin in ("localhost:3000", "http://", "http://page/", "http://page/path", "HTTP://page", "http://Page", "http://a b", "http://page:x", "http://page:99999",
+                   "http://page:80", "https://page:443", "http://me@page", "https://*.example.org", "null", "", "http://página"):
+        with pytest.raises(BadInput, match="is no origin"):
+            check_origins([origin], locked=True)
+    check_origins(["*"], locked=True)
+    with pytest.raises(BadInput, match="asks for no key"):
+        check_origins(["*"], locked=False)
 
 
 def test_what_is_wrong_is_named(url: str):

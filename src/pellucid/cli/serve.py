@@ -64,6 +64,9 @@ class Serve(RunsModel):
     """File that holds the key which clients must send, or several, one a line (a key on the command line could be read by others).
     Clients of different keys share no cached prefixes.
     存放密钥的文件，每行一个，客户端须携带其一（命令行中的密钥会被他人看到）；不同密钥之间不共享前缀缓存。"""
+    cors: tuple[str, ...] = ()
+    """Origins whose web pages may call the server from a browser, such as http://localhost:3000; * (any) only with --api-key-file.
+    允许其网页从浏览器调用本服务的来源，例如 http://localhost:3000；*（任意）须与 --api-key-file 同用。"""
     waiting: int = 16
     """Requests that may wait; more are answered with 429.
     允许排队的请求数；超出则返回 429。"""
@@ -145,9 +148,11 @@ def serve(config: Serve) -> None:
         raise PellucidError("serving needs fastapi and uvicorn", str(error), "pip install 'pellucid[serve]'") from error
     from pellucid.engine.config import EngineConfig
     from pellucid.server.app import create_app
+    from pellucid.server.cors import check_origins
 
     keys = read_keys(config.api_key_file) if config.api_key_file else []
     names = names_of(config)
+    check_origins(config.cors, bool(keys))
     if config.adapters and not config.adapters.is_dir():
         raise BadInput(f"there is no folder {config.adapters}", next="check the path given to --adapters")
     with bind(config.host, config.port) as listener:  # before the model is loaded: a taken port is told at once
@@ -157,7 +162,8 @@ def serve(config: Serve) -> None:
                               **config.proposing())
         models = {name: opened(name, path, config, engine) for name, path in zip(names, config.models)}
         app = create_app(models, api_key=keys, waiting=config.waiting, engine=engine, max_tokens=config.max_tokens, timeout=config.timeout,
-                         max_body=config.max_body, form=config.tool_format, tracing=config.otel, adapters=config.adapters)
+                         max_body=config.max_body, form=config.tool_format, tracing=config.otel, adapters=config.adapters,
+                         cors=config.cors)
         for served in app.state.desk.registry.engines:
             tell_cache(served.name, served.engine)
         url = url_of(listener)

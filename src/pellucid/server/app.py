@@ -25,6 +25,7 @@ from pellucid.server.about import add_about
 from pellucid.server.access import Access
 from pellucid.server.adapters import add_adapters, add_all
 from pellucid.server.answers import Envelope, chat_answer, chat_events, text_answer, text_events
+from pellucid.server.cors import add_cors, check_origins
 from pellucid.server.errors import Json, JsonRoute, Refused
 from pellucid.server.guard import Guard
 from pellucid.server.jobs import Desk, EventStream, Limits, unless_gone
@@ -41,7 +42,7 @@ Models = LLM | VectorModel | Mapping[str, LLM | VectorModel]
 def create_app(
     llm: Models, name: str = "model", *, api_key: str | Sequence[str] | None = None, waiting: int = 16,
     max_body: int = 4 << 20, max_tokens: int | None = None, timeout: float | None = None, engine: EngineConfig | None = None,
-    form: str | None = None, tracing: bool = False, adapters: Path | None = None,
+    form: str | None = None, tracing: bool = False, adapters: Path | None = None, cors: Sequence[str] = (),
 ) -> FastAPI:
     """An ASGI application that serves `llm` under the model name `name`, or several by their names.
 
@@ -50,7 +51,9 @@ def create_app(
     max_tokens, timeout: tokens and seconds of one answer.  engine: how many run at a time, the cache, and so on.
     form: of tool calls; by default what the chat template shows.  tracing: OpenTelemetry spans.
     adapters: folder whose LoRA adapters are served, those that lie there now and those that clients ask to load later.
+    cors: origins (https://example.org) whose pages in browsers may call the server; "*", with an API key only: any.
     """
+    check_origins(cors, bool(api_key))
     limits = Limits(waiting, max_body, max_tokens, timeout)
     desk = Desk(Registry(dict(llm) if isinstance(llm, Mapping) else {name: llm}, waiting, engine, form), limits)
 
@@ -64,6 +67,8 @@ def create_app(
     app.state.desk = desk
     app.router.route_class = JsonRoute
     app.add_middleware(Guard, api_keys=[api_key] if isinstance(api_key, str) else list(api_key or ()), max_body=max_body)
+    if cors:
+        add_cors(app, cors)
     app.add_middleware(Access, tracing=tracing)
     errors.install(app)
     add_about(app, desk)
