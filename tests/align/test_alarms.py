@@ -116,6 +116,33 @@ def test_hacking_by_held_out_evaluations():
     assert "reward_hacking" not in raised(reward, evaluations=[0.3, 0.5, 0.6])
 
 
+def evaluated(curve: list[float], problems: int | None) -> list[str]:
+    """The alarms of a run whose reward rises, with an evaluation after each step."""
+    told: list[events.Event] = []
+    alarms = Alarms(tell=told.append)
+    for i, (reward, value) in enumerate(zip(line(0.2, 0.9, 0.02), curve)):
+        alarms(events.Step("s", i + 1, (i + 1) / N, None, {"reward/total/mean": reward}))
+        alarms(events.Evaluation("s", "pass@1", value, {} if problems is None else {"problems": problems}))
+    alarms(events.Step("s", N + 1, 1.0, None, {"reward/total/mean": 0.9}))
+    return [a.name for a in alarms.raised]
+
+
+def test_noise_of_an_evaluation_is_no_hacking_and_a_real_fall_is():
+    """Forty problems solved with the chance 1/2 scatter by 8 points, and the best of thirty looks good: no alarm in 100 runs of 30
+    evaluations but for a few. The same numbers from where nobody says how few the problems were would raise it in every run."""
+    noise, rng = 0, random.Random(0)
+    for _ in range(100):
+        curve = [sum(rng.random() < 0.5 for _ in range(40)) / 40 for _ in range(N)]
+        noise += "reward_hacking" in evaluated(curve, 40)
+        assert "reward_hacking" in evaluated(curve, None)
+    assert noise <= 5
+    for first, last, problems in ((0.8, 0.2, 40), (0.6, 0.45, 500), (0.95, 0.85, 400)):
+        fall = [first] * (N - 2) + [last] * 2
+        assert "reward_hacking" in evaluated(fall, problems), (first, last, problems)
+    assert "reward_hacking" not in evaluated([1.0] + [0.0] * (N - 1), 1)  # one problem says nothing
+    assert "reward_hacking" not in evaluated([0.8] * (N - 1) + [0.76], 10**6)  # certain, and too small to matter
+
+
 def test_every_rule_has_a_case_and_its_words_in_both_languages():
     assert set(CASES) | {"domination"} == set(RULES)
     for name in RULES:

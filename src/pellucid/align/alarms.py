@@ -102,6 +102,7 @@ class Numbers:
     def __init__(self, window: int = WINDOW):
         self.window, self.step = window, 0
         self.evaluations: list[float] = []
+        self.problems: int | None = None  # of each evaluation, where it says
         self.weights: dict[str, float] = {}
         self._first: dict[str, list[float]] = {}
         self._last: dict[str, deque[float]] = {}
@@ -161,16 +162,32 @@ def dead_groups(n: Numbers) -> Found:
 
 def reward_hacking(n: Numbers) -> Found:
     """The true metric: held-out evaluations, the latest against the best before it, or `correct` in the rollouts where it
-    is no reward itself."""
+    is no reward itself. Of n problems the share of right answers is known to about sqrt(p (1 - p) / n)."""
     rise = n.change("reward/total/mean", 0.02)
     if rise <= 0:
         return None
     reward = {"reward_first": n.first("reward/total/mean"), "reward_last": n.last("reward/total/mean")}
-    if len(n.evaluations) > 1 and n.evaluations[-1] < max(n.evaluations[:-1]) - 0.05:
-        return reward | {"true_first": max(n.evaluations[:-1]), "true_last": n.evaluations[-1]}
+    if len(n.evaluations) > 1:
+        best, last = max(n.evaluations[:-1]), n.evaluations[-1]
+        if best - last > max(0.05, fall_of_chance(best, last, len(n.evaluations) - 1, n.problems)):
+            return reward | {"true_first": best, "true_last": last}
     if n.change("accuracy", 0.05) < 0:
         return reward | {"true_first": n.first("accuracy"), "true_last": n.last("accuracy")}
     return None
+
+
+def fall_of_chance(best: float, last: float, before: int, problems: int | None) -> float:
+    """How far two shares of right answers may lie apart by chance: twice the standard error of their difference, more where the
+    better one is the best of several. 0 where the number of problems is not known.
+
+    The errors are those of p = (right + 1) / (problems + 2), so that all or none of a few is no certainty. The best of m is compared
+    after each of m evaluations, about m^2 comparisons: sqrt(2^2 + 2 log m^2) in place of 2 keeps all of them together as rare.
+    """
+    if not problems:
+        return 0.0
+    shares = [(p * problems + 1) / (problems + 2) for p in (best, last)]
+    error = math.sqrt(sum(p * (1 - p) for p in shares) / problems)
+    return math.sqrt(4 + 4 * math.log(before)) * error
 
 
 def length_drift(n: Numbers) -> Found:
@@ -240,6 +257,7 @@ class Alarms:
         elif event.kind == "evaluation":
             if event.name in TRUE_METRICS and event.value is not None:
                 n.evaluations.append(event.value)
+                n.problems = event.details.get("problems", n.problems)
         else:
             n.add(event.step, event.metrics)
             for name, rule in self.rules.items():
@@ -269,6 +287,7 @@ class _Logged:
     value: float | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 def replay(log: Iterable[Mapping[str, Any]], window: int = WINDOW) -> list[Alarm]:

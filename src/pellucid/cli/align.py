@@ -51,8 +51,9 @@ class Online(OpensModel):
     where that one is reached). May be repeated.
     奖励：[名称=]file.py:函数、module:函数、内置检查器或任务分量；可接 *权重 与 @其他>=1。可重复。"""
     reward_model: tuple[str, ...] = ()
-    """Trained reward models: [NAME=]FOLDER, then *WEIGHT. May be repeated.
-    训练好的奖励模型：[名称=]目录，可接 *权重。可重复。"""
+    """Trained reward models (of `align rm` or `align prm`): [NAME=]FOLDER, then *WEIGHT; of a process model also ?combine=product (min, mean,
+    last). May be repeated.
+    训练好的奖励模型（由 align rm 或 align prm 得到）：[名称=]目录，可接 *权重；过程奖励模型还可接 ?combine=product（min、mean、last）。可重复。"""
     recipe: str | None = None
     """Objective, instead of the method's own: ppo, grpo, dr-grpo, dapo, gspo, gdpo, rloo, reinforce++, cispo, sapo, pellucid-grow ...
     目标函数预设（代替方法自带的）。"""
@@ -161,6 +162,7 @@ def settings_of(config: Online, method: str) -> OnlineConfig:
     from pellucid.align.online_config import OnlineConfig, check_config
     from pellucid.optim import OptimConfig
 
+    check_length(config.steps, config.minutes)
     objective, loop = choices_of(config.set)
     given = {field: getattr(config, flag) for flag, field in FLAGS.items() if getattr(config, flag) is not None}
     if twice := sorted(set(given) & set(objective)):
@@ -177,6 +179,14 @@ def settings_of(config: Online, method: str) -> OnlineConfig:
     settings = replace(settings, **loop)
     check_config(settings)
     return settings
+
+
+def check_length(steps: int | None, minutes: float | None) -> None:
+    """A run by steps and by the clock at once, or of no length, is refused before data and weights are read."""
+    from pellucid.train.budget import Budget
+
+    if steps is not None or minutes is not None:  # neither: the method's own number
+        Budget(steps, None if minutes is None else minutes * 60)
 
 
 def choices_of(words: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -318,12 +328,12 @@ def measured(loop: OnlineLoop, problems: int) -> tuple[str, float, dict[str, Any
     task, rollouts = loop.task, loop.rollouts
     if not isinstance(task, Prompts):
         scores = tasks.evaluate(task, loop.for_evaluation(0), problems, 1, 1)
-        return "pass@1", scores.pass_at_1, {"format": scores.format, "mean_length": scores.mean_length}
+        return "pass@1", scores.pass_at_1, {"problems": problems, "format": scores.format, "mean_length": scores.mean_length}
     asked: list[Problem] = task.measured(problems)
     parts = components(loop.groups(asked, 1, 0.0, 0))
     means = {name: float(values.nanmean()) for name, values in parts.items()}
     if "correct" in means:
-        return "correct answers", means["correct"], means
+        return "correct answers", means["correct"], means | {"problems": len(asked)}
     weights = {name: w for name, w in rollouts.rewards.weights.items() if name in parts}
     total = float(total_reward(parts, weights).nanmean()) if parts else float("nan")
     return "reward", total, means | {"prompts": len(asked)}

@@ -310,7 +310,7 @@ class Job:
     def looked_at(self) -> tuple[str, float, dict[str, Any]]:
         """The accuracy curve of fine-tuning and GRPO: few held-out problems, none of the final evaluation."""
         scores = self.measure(n=min(120, self.problems), seed=2)
-        return "accuracy", scores.pass_at_1, {"format": scores.format, "length": scores.mean_length, "by_task": scores.by_task}
+        return "accuracy", scores.pass_at_1, {"problems": min(120, self.problems), "format": scores.format, "length": scores.mean_length, "by_task": scores.by_task}
 
     def final_scores(self, name: str, model: Decoder | None = None, n: int | None = None) -> tasks.TaskScores:
         """The greedy evaluation that is reported under this name; its seconds tell what the next one will take."""
