@@ -38,6 +38,7 @@ VERBS = {
         "dpo": Verb("pellucid.cli.align_offline:dpo", "preferences in pairs: DPO and its family", "成对偏好：DPO 及其同族"),
         "kto": Verb("pellucid.cli.align_offline:kto", "single answers labelled good or bad", "单个标注好坏的回答"),
         "rm": Verb("pellucid.cli.align_offline:rm", "a reward model from pairs", "从成对数据训练奖励模型"),
+        "prm": Verb("pellucid.cli.align_offline:prm", "a process reward model from solutions judged step by step", "从逐步标注的解答训练过程奖励模型"),
         "grpo": Verb("pellucid.cli.align_methods:grpo", "group-relative policy optimisation", "组相对策略优化"),
         "ppo": Verb("pellucid.cli.align_methods:ppo", "proximal policy optimisation, with a critic", "带价值网络的近端策略优化"),
         "dr-grpo": Verb("pellucid.cli.align_methods:dr_grpo", "GRPO without its biases of length and difficulty", "去除长度与难度偏差的 GRPO"),

@@ -1,4 +1,4 @@
-"""`pellucid align dpo | kto | rm` as a person runs them: a folder, a file of pairs, a model that tells the held-out pairs apart."""
+"""`pellucid align dpo | kto | rm | prm` as a person runs them: a folder, a file of pairs, a model that tells the held-out pairs apart."""
 
 import json
 import random
@@ -9,6 +9,7 @@ import pytest
 import pellucid
 from pellucid.__main__ import main
 from pellucid.align.preference_config import PreferenceConfig, preference_recipe
+from pellucid.align.reward_scoring import StepJudge
 from pellucid.cli.align_offline import Dpo, preferences
 from pellucid.cli.base import parse
 from pellucid.models import save
@@ -57,6 +58,15 @@ def test_held_out_answers_are_told_apart(model: Path, pairs: Path, argv: list[st
     (["--recipe", "mpo"], preference_recipe("mpo")),
     (["--recipe", "simpo", "--beta", "3", "--set", "gamma=1.5"], preference_recipe("simpo", beta=3.0, gamma=1.5)),
     (["--loss", "sigmoid*0.8", "bco_pair*0.2", "sft"], PreferenceConfig({"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0})),
+    (["--loss", "simpo"], preference_recipe("simpo")),  # alone: with its own numbers, not DPO's
+    (["--loss", "orpo"], preference_recipe("orpo")),
+    (["--loss", "simpo", "--beta", "3"], preference_recipe("simpo", beta=3.0)),
+    (["--loss", "simpo", "sft*0.5"], PreferenceConfig({"simpo": 1.0, "sft": 0.5}, beta=2.0, gamma=1.0)),
+    (["--loss", "orpo*1"], PreferenceConfig({"orpo": 1.0})),  # as it is written, without sft
+    (["--recipe", "dpo", "--loss", "simpo"], PreferenceConfig({"simpo": 1.0})),
+    (["--loss", "nca_pair"], preference_recipe("nca")),
+    (["--loss", "sigmoid"], PreferenceConfig()),
+    (["--loss", "sigmoid", "sft"], preference_recipe("rpo")),
     (["--recipe", "wpo", "--set", "f_divergence=js"], PreferenceConfig(weighting="wpo", f_divergence="js")),
     (["--set", "ld-alpha=0.25", "weighting=none"], PreferenceConfig(ld_alpha=0.25))])
 def test_every_choice_of_the_objective_can_be_made(argv: list[str], objective: PreferenceConfig):
@@ -78,6 +88,66 @@ def test_a_dry_run_says_what_would_happen_and_does_nothing(model: Path, pairs: P
 def test_refusals(model: Path, pairs: Path, argv: list[str], says: str, capsys: pytest.CaptureFixture[str]):
     assert main(["align", argv[0], str(model), str(pairs), *argv[1:]]) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["dpo"], ["kto"], ["rm"], ["prm"], ["grpo"], ["ppo", "--dry-run"], ["dpo", "--dry-run"]], ids=" ".join)
+def test_two_lengths_are_refused_before_anything_is_read(argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Neither the model nor the data are there: what is wrong with the length is said all the same, in one sentence."""
+    for length, says in ((["--steps", "4", "--minutes", "1"], "either a number of steps or of seconds"), (["--steps", "0"], "0 steps"),
+                         (["--minutes", "-1"], "-60")):
+        data = ["--data", str(tmp_path / "none.jsonl")] if argv[0] not in ("grpo", "ppo") else []
+        assert main(["align", argv[0], str(tmp_path / "none"), *data, *argv[1:], *length, "--lang", "en"]) == 2
+        assert says in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def stepwise(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """trl's stepwise format; a step is right where it says so."""
+    rng, file = random.Random(0), tmp_path_factory.mktemp("data") / "stepwise.jsonl"
+    rows = []
+    for _ in range(80):
+        labels = [rng.random() < 0.5 for _ in range(rng.randint(1, 4))]
+        rows.append({"prompt": f"what is {rng.randrange(10**6)}", "completions": ["good yes" if y else "bad no" for y in labels], "labels": labels})
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+def test_a_process_model_from_labelled_steps_to_votes(model: Path, stepwise: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Trained by the command, opened by transformers and by `StepJudge`, recognised by `eval`."""
+    from transformers import AutoModelForSequenceClassification
+
+    assert main(["align", "prm", str(model), "--data", str(stepwise), "--out", str(tmp_path), "--steps", "20", "--batch", "16", "--lr", "0.01"]) == 0
+    assert last(capsys.readouterr().out) > 95
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").config.process_reward["separator"] == "\n"
+    (good, bad, again), (alone,) = StepJudge.load(tmp_path / "model").score_steps(
+        ["what is 7", "what is 8"], [["good yes", "bad no", "good yes"], ["bad no"]])
+    assert min(good, again) > 0.8 and max(bad, alone) < 0.2
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"one two {i}" for i in range(50)))
+    common = ["eval", str(model), "--corpus", str(text), "--problems", "2", "--max-tokens", "4", "--k", "2"]
+    assert main([*common, "--reward-model", str(tmp_path / "model")]) == 0
+    rows = {line[:20].rstrip(" 0123456789.%") for line in capsys.readouterr().out.splitlines()}
+    assert {f"{way} {how}" for way in ("best-of-k", "weighted") for how in ("min", "product", "last")} <= rows
+    assert main([*common, "--reward-model", f"{tmp_path / 'model'}?combine=last", "--json"]) == 0
+    (event,) = [e for e in map(json.loads, capsys.readouterr().out.splitlines()) if e.get("name") == "choosing"]
+    assert set(event["details"]) == {"k", "pass@k", "majority", "best-of-k last", "weighted last"}
+
+
+def test_a_dry_run_of_a_process_model_marks_what_carries_a_score(model: Path, stepwise: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["align", "prm", str(model), str(stepwise), "--dry-run", "--separator", "\\t"]) == 0
+    out = capsys.readouterr().out
+    assert "log σ(s)" in out and "trained tokens" in out and ("yes⟦" in out or "no⟦" in out)
+
+
+@pytest.mark.parametrize(("argv", "says"), [(["--separator", ""], "separator"), (["--centring", "1"], "--centring")])
+def test_refusals_of_process_models(model: Path, stepwise: Path, argv: list[str], says: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["align", "prm", str(model), str(stepwise), *argv]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_pairs_have_no_steps(model: Path, pairs: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["align", "prm", str(model), str(pairs)]) == 2
+    assert "completions" in capsys.readouterr().err
 
 
 def test_data_that_cannot_be_pairs(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

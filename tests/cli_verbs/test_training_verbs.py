@@ -114,6 +114,10 @@ def test_a_choice_among_samples_by_hand():
     group = Group(problem, samples, [right, f"<think>\nx\n</think>\n\n{right}", wrong, wrong, right], [])
     by_hand = choices(task, [group], [1, 5], [[-2.0, -2.0, 3.0, 2.0, -2.0]])
     assert by_hand == {"pass@k": [pytest.approx(0.6), 1.0], "majority": [0.6, 1.0], "best-of-k": [0.6, 0.0], "weighted": [0.6, 0.0]}
+    steps = {"min": [[0.1, 0.1, 0.8, 0.6, 0.1]], "product": [[0.6, 0.5, 0.4, 0.3, 0.4]]}
+    by_steps = choices(task, [group], [5], process=steps)
+    assert by_steps == {"pass@k": [1.0], "majority": [1.0], "best-of-k min": [0.0], "weighted min": [0.0], "best-of-k product": [1.0],
+                        "weighted product": [1.0]}
     samples[0].finish_reason = samples[1].finish_reason = "length"
     assert choices(task, [group], [5])["majority"] == [0.0]  # what was cut off has no vote
 

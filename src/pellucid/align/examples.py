@@ -90,14 +90,9 @@ def encode_labelled(tokenizer: Tokenizer, records: Iterable[UnpairedRecord], lon
 def encode_steps(tokenizer: Tokenizer, records: Iterable[StepwiseRecord], longest: int, separator: str = "\n") -> list[Steps]:
     """Solutions in steps: the separator stands behind each step, and its last token carries the step's score."""
     found, left = [], 0
-    behind = tokenizer.encode(separator)
     for record in records:
         prompt = encode_prompt(tokenizer, record.prompt, record.tools)
-        tokens: list[int] = []
-        ends: list[int] = []
-        for step in record.completions:
-            tokens += [*tokenizer.encode(step), *behind]
-            ends.append(len(tokens) - 1)
+        tokens, ends = laid_out(tokenizer, record.completions, separator)
         kept = [e for e in ends if len(prompt) + e < longest]
         if not kept or not prompt:
             left += 1
@@ -105,6 +100,17 @@ def encode_steps(tokenizer: Tokenizer, records: Iterable[StepwiseRecord], longes
         labels = [float(y) for y in record.labels[: len(kept)]]
         found.append(Steps(Answer(prompt, tokens[: kept[-1] + 1]), kept, labels))
     return _told(found, left, longest)
+
+
+def laid_out(tokenizer: Tokenizer, steps: Iterable[str], separator: str) -> tuple[list[int], list[int]]:
+    """The tokens of a solution, each step and what stands behind it encoded apart (as trl's PRM trainer did), and where each step ends."""
+    behind = tokenizer.encode(separator)
+    tokens: list[int] = []
+    ends: list[int] = []
+    for step in steps:
+        tokens += [*tokenizer.encode(step), *behind]
+        ends.append(len(tokens) - 1)
+    return tokens, ends
 
 
 def _told(found: list[Any], left: int, longest: int) -> list[Any]:

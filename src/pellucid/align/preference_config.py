@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -137,6 +138,14 @@ PREFERENCE_RECIPES: dict[str, dict[str, Any]] = {
     "cpo": dict(losses={"cpo": 1.0, "sft": 1.0}),  # arXiv 2401.08417
     "orpo": dict(losses={"orpo": 1.0, "sft": 1.0}),  # arXiv 2403.07691
 }
+
+
+def recipe_of_losses(losses: Mapping[str, float]) -> str:
+    """The recipe whose numbers these losses were published with: that of the one loss of pairs there is, with or without its sft;
+    of several, or where it has no recipe of its own: "dpo"."""
+    pairs = [name for name in losses if name != "sft"]
+    return next((recipe for recipe, choices in PREFERENCE_RECIPES.items()
+                 if [name for name in choices.get("losses", ("sigmoid",)) if name != "sft"] == pairs), "dpo")
 
 
 def preference_recipe(name: str, **changes: Any) -> PreferenceConfig:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from pellucid.align.offline import OfflineConfig, OfflineLoop, Pair
 from pellucid.align.reward_losses import bradley_terry, pair_shares, process_loss
 from pellucid.errors import BadInput
 from pellucid.files import atomic_folder, write_atomic
+from pellucid.messages import add, three_parts
 from pellucid.models.families import Family, config_of, family_of
 from pellucid.models.hub import allocate, local_folder, main_layers, read_config, spec_of, write_weights
 from pellucid.models.weights import Weights, planned
@@ -27,6 +28,26 @@ from pellucid.nn import Decoder, DecoderSpec, Routing
 from pellucid.nn.linear import Linear
 from pellucid.runtime import choose_device, dtype_of
 from pellucid.train.loss import balance_share, routing_of
+
+add({
+    "prm.separator": ("a step needs something behind it", "每步之后须有分隔符"),
+    "prm.separator.why": ("the separator is empty, and the score of a step is read there", "分隔符为空，而该步的得分在此读出"),
+    "prm.separator.next": ("give --separator '\\n', or what your steps end with", "请给出 --separator '\\n'，或各步之后所用的分隔符"),
+    "prm.config": ("{folder}: config.json has process_reward={found}", "{folder}：config.json 中 process_reward={found}"),
+    "prm.config.why": ("it holds the text behind each step (separator), and whether prompts are messages (conversational)",
+                       "其中应为每步之后的文本（separator），以及提示是否为消息列表（conversational）"),
+    "prm.config.next": ('mend it: {{"separator": "\\n", "conversational": false}}', '请改为 {{"separator": "\\n", "conversational": false}}'),
+})
+
+
+@dataclass(frozen=True)
+class StepFormat:
+    """How a process model reads a solution; stands in its config.json as `process_reward`, and says that it is one."""
+
+    separator: str = "\n"
+    """Behind each step; its last token carries the step's score."""
+    conversational: bool = False
+    """Prompts are messages, which go through the chat template; else plain texts."""
 
 
 class RewardModel(Decoder):
@@ -108,6 +129,10 @@ class Steps:
     ends: list[int]
     labels: list[float]
 
+    def marked(self) -> Answer:
+        """Its mask: the tokens that carry a score."""
+        return Answer(self.answer.prompt, self.answer.tokens, _mask(len(self.answer.tokens), self.ends))
+
 
 class ProcessLoop(OfflineLoop[Steps]):
     """`ProcessLoop(RewardModel.of(model), solutions, ...).run()` trains a score of every step by binary cross-entropy."""
@@ -141,17 +166,46 @@ class ProcessLoop(OfflineLoop[Steps]):
         read_reward_model(self.scorer, folder)
 
 
+@torch.no_grad()
+def judged_right(model: RewardModel, items: Sequence[Steps], at_once: int = 32) -> tuple[str, float, dict[str, Any]]:
+    """Steps whose probability lies on the side of 1/2 of their label: name, share, and how many of them are right ones (a model that
+    knows nothing but that reaches the larger of this share and the rest)."""
+    parts = [items[i : i + at_once] for i in range(0, len(items), at_once)]
+    scores = torch.cat([model.eval().scores_at([x.answer for x in part], [x.ends for x in part])[0] for part in parts])
+    labels = torch.tensor([y for x in items for y in x.labels], device=scores.device) > 0.5
+    return "held-out steps judged right", float(((scores > 0) == labels).float().mean()), {
+        "steps": len(labels), "right_steps": float(labels.float().mean())}
+
+
 # --- on disk ----------------------------------------------------------------------------------------------------------
 
 
-def save_reward_model(model: RewardModel, folder: str | Path, tokenizer: Any = None) -> None:
-    """Writes what `transformers.AutoModelForSequenceClassification` opens; the folder appears whole or not at all."""
+def save_reward_model(model: RewardModel, folder: str | Path, tokenizer: Any = None, steps: StepFormat | None = None) -> None:
+    """Writes what `transformers.AutoModelForSequenceClassification` opens; the folder appears whole or not at all.
+
+    steps: of a process model; transformers reads its score at the last token, so the last step's.
+    """
     with atomic_folder(folder) as new:
         write_reward_model(model, new)
+        fields = json.loads((new / "config.json").read_text(encoding="utf-8"))
         if tokenizer is not None:
             tokenizer.save(new)
-            fields = json.loads((new / "config.json").read_text(encoding="utf-8"))
-            write_atomic(new / "config.json", json.dumps(fields | {"pad_token_id": tokenizer.pad_id}, indent=2) + "\n")
+            fields["pad_token_id"] = tokenizer.pad_id
+        if steps is not None:
+            fields["process_reward"] = asdict(steps)
+        write_atomic(new / "config.json", json.dumps(fields, indent=2) + "\n")
+
+
+def step_format(path_or_id: str | Path) -> StepFormat | None:
+    """How a process model reads its steps; None for another model. Errors: BadInput where config.json is damaged there."""
+    folder = local_folder(path_or_id)
+    found = read_config(folder).get("process_reward")
+    if found is None:
+        return None
+    if not isinstance(found, dict) or set(found) != {"separator", "conversational"} or not isinstance(found["separator"], str) \
+            or not found["separator"] or not isinstance(found["conversational"], bool):
+        raise BadInput(*three_parts("prm.config", folder=folder, found=str(found)[:80]))
+    return StepFormat(**found)
 
 
 def load_reward_model(path_or_id: str | Path, dtype: str | torch.dtype = "float32", device: str = "cpu") -> RewardModel:

@@ -21,9 +21,10 @@ from typing import Any
 from urllib.parse import unquote
 
 from pellucid.align.checkers import CHECKERS
-from pellucid.align.reward_scoring import Judge
+from pellucid.align.reward_scoring import StepJudge, judge_of
 from pellucid.align.reward_sources import model_reward, task_reward, verl_reward
 from pellucid.align.rewards import Reward, RewardSet
+from pellucid.align.selection import process_reward
 from pellucid.errors import BadInput, nearest
 from pellucid.tasks import Task, load_object
 from pellucid.tokenizers import Tokenizer
@@ -54,11 +55,18 @@ def reward_set(specs: Sequence[str], task: Task | None = None, models: Sequence[
 
 
 def model_of(spec: str, policy: Tokenizer, device: str = "cpu") -> Reward:
-    """A trained reward model as it is written: [NAME=]FOLDER[*WEIGHT][@OTHER>=THRESHOLD].  It takes the time it needs."""
+    """A trained reward model as it is written: [NAME=]FOLDER[?combine=HOW][*WEIGHT][@OTHER>=THRESHOLD], `combine` of a process model
+    only.  It takes the time it needs."""
     found = _parsed(spec)
     own: dict[str, Any] = {"on": found["on"], "at_least": float(found["at_least"])} if found["on"] else {}
-    return Reward(found["name"] or "reward_model", Judge.load(found["source"], policy, device), float(found["weight"] or 1.0),
-                  timeout=86_400.0, **own)
+    options = _options(found["options"] or "", spec)
+    if wrong := sorted(set(options) - {"combine"}):
+        raise BadInput(f"a reward model has no option {wrong[0]!r}{nearest(wrong[0], ['combine'])}", next="for instance runs/prm/model?combine=product")
+    judge = judge_of(found["source"], policy, device)
+    if options and not isinstance(judge, StepJudge):
+        raise BadInput(f"{found['source']} has no steps to combine", "it scores whole answers", "leave combine out, or give a process model")
+    function: Any = process_reward(judge, **options, separator=judge.form.separator) if isinstance(judge, StepJudge) else judge
+    return Reward(found["name"] or "reward_model", function, float(found["weight"] or 1.0), timeout=86_400.0, **own)
 
 
 def reward_of(spec: str) -> Reward:

@@ -32,6 +32,8 @@ from pellucid.tasks import pass_at_k
 Parse = Callable[[str], str | None]
 Same = Callable[[str, str], bool]
 Combine = Literal["min", "product", "mean", "last"]
+COMBINE: dict[str, Callable[[list[float]], float]] = {
+    "min": min, "product": math.prod, "mean": lambda s: math.fsum(s) / len(s), "last": lambda s: s[-1]}
 
 
 @dataclass(frozen=True)
@@ -138,25 +140,32 @@ def _firsts(answers: Sequence[str | None], same: Same) -> list[int | None]:
     return firsts
 
 
-def process_reward(model: Any, combine: Combine = "min", separator: str = "\n") -> Callable[..., list[float | None]]:
+class ProcessReward:
     """A process reward model as a reward function: one number of the scores of a completion's steps.
 
     model: anything with `.score_steps(prompts, steps) -> list of lists of numbers`, where steps[i] are the steps of the
-    i-th completion.  Steps are the non-blank parts between separators, of the thought where there is one.
-    combine: "min" (Math-Shepherd, arXiv 2312.08935), "product" (arXiv 2305.20050), "mean", or "last" (arXiv 2408.03314).
+    i-th completion, such as `reward_scoring.StepJudge` (what `align prm` trained); prompts are texts, or as they are where the
+    model says `reads_messages`.  Steps are the non-blank parts between separators, of the thought where there is one.
+    combine: "min" (Math-Shepherd, arXiv 2312.08935; the default), "product" (arXiv 2305.20050), "mean", or "last" (arXiv 2408.03314).
     """
-    how: dict[str, Callable[[list[float]], float]] = {
-        "min": min, "product": math.prod, "mean": lambda s: math.fsum(s) / len(s), "last": lambda s: s[-1]}
-    if combine not in how or not callable(getattr(model, "score_steps", None)):
-        raise BadInput(f"a {type(model).__name__} with combine={combine!r} scores no steps",
-                       f"it needs a method score_steps(prompts, steps), and combine is one of {', '.join(how)}")
 
-    def reward(prompts: list[Content], completions: list[Content]) -> list[float | None]:
-        steps = [steps_of(text_of(c), separator) for c in completions]
-        scores = model.score_steps([text_of(p) for p in prompts], steps)
-        return [how[combine]([float(x) for x in s]) if len(s) else None for s in scores]
+    def __init__(self, model: Any, combine: Combine | None = None, separator: str = "\n"):
+        if (combine is not None and combine not in COMBINE) or not callable(getattr(model, "score_steps", None)):
+            raise BadInput(f"a {type(model).__name__} with combine={combine!r} scores no steps",
+                           f"it needs a method score_steps(prompts, steps), and combine is one of {', '.join(COMBINE)}")
+        self.model, self.combine, self.separator = model, combine, separator
 
-    return reward
+    def __call__(self, prompts: list[Content], completions: list[Content]) -> list[float | None]:
+        return [COMBINE[self.combine or "min"](s) if s else None for s in self.by_step(prompts, completions)]
+
+    def by_step(self, prompts: Sequence[Content], completions: Sequence[Content]) -> list[list[float]]:
+        """The scores of each completion's steps; empty where there is none."""
+        asked = list(prompts) if getattr(self.model, "reads_messages", False) else [text_of(p) for p in prompts]
+        scores = self.model.score_steps(asked, [steps_of(text_of(c), self.separator) for c in completions])
+        return [[float(x) for x in s] for s in scores]
+
+
+process_reward = ProcessReward  # as a reward is made of it: Reward("prm", process_reward(prm))
 
 
 def steps_of(text: str, separator: str = "\n") -> list[str]:

@@ -1,4 +1,4 @@
-"""`pellucid align dpo | kto | rm`: learning from preferences that are given, for any checkpoint and any data set of the usual formats."""
+"""`pellucid align dpo | kto | rm | prm`: learning from judgements that are given, for any checkpoint and any data set of the usual formats."""
 
 from __future__ import annotations
 
@@ -80,8 +80,10 @@ class Dpo(OfflineOptions):
     已发表的目标函数及其数值；默认 dpo。"""
     loss: tuple[str, ...] = ()
     """Losses, instead of the recipe's: sigmoid (DPO), cdpo, robust, ipo, ipo_sum, hinge, sigmoid_norm, exo_pair, nca_pair, bco_pair, sppo_hard,
-    apo_zero, apo_down, aot, aot_unpaired, discopop, simpo, cpo, orpo, sft; several are added up, each as NAME or NAME*WEIGHT.
-    损失函数（代替预设中的）；给出多个则相加，可写作 名称*权重。"""
+    apo_zero, apo_down, aot, aot_unpaired, discopop, simpo, cpo, orpo, sft; several are added up, each as NAME or NAME*WEIGHT. One alone is its
+    recipe (orpo and cpo with their sft); without --recipe one with a weight or beside sft has its recipe's numbers, others DPO's.
+    损失函数（代替预设中的）；给出多个则相加，可写作 名称*权重。单独一个即其预设（orpo、cpo 含 sft 项）；未给 --recipe 时，带权重或与 sft
+    同用的取其预设的数值，其余取 DPO 的数值。"""
     beta: float | None = None
     """How strongly the policy is held to the reference; by default the recipe's, 0.1 for most.
     对参考模型的约束强度；默认取预设值，多为 0.1。"""
@@ -131,6 +133,21 @@ class Rm(OfflineOptions):
     使奖励保持在零附近的惩罚权重。"""
 
 
+@dataclass(frozen=True)
+class Prm(OfflineOptions):
+    """A process reward model, on solutions whose steps are labelled right or wrong ({"prompt", "completions": [...], "labels": [...]}): how
+    likely each step is right, by binary cross-entropy at its end. `eval --k 8 --reward-model FOLDER` and `grpo --reward-model FOLDER` use it.
+    过程奖励模型：从逐步标注对错的解答（{"prompt", "completions": [...], "labels": [...]}）中学习每一步正确的概率，在每步末尾取二元交叉熵；
+    可用于 eval --k 8 --reward-model 目录 与 grpo --reward-model 目录。
+
+    $ pellucid align prm runs/grow/model --data stepwise.jsonl --lr 1e-4
+    """
+
+    separator: str = "\\n"
+    """What stands behind each step, and carries its score; \\n is a line break, \\t a tab.
+    每步之后的分隔符，该步的得分在此读出；\\n 为换行，\\t 为制表符。"""
+
+
 def dpo(config: Dpo) -> None:
     from pellucid.align.examples import encode_pairs
     from pellucid.align.offline import PreferenceLoop, pair_accuracy
@@ -146,16 +163,19 @@ def dpo(config: Dpo) -> None:
 
 def preferences(config: Dpo) -> PreferenceConfig:
     """The recipe, with what was chosen besides."""
-    from pellucid.align.preference_config import PreferenceConfig, preference_recipe
+    from pellucid.align.preference_config import PreferenceConfig, preference_recipe, recipe_of_losses
     from pellucid.cli.align import chosen
 
     changes: dict[str, Any] = {name: value for name in ("beta", "smoothing") if (value := getattr(config, name)) is not None}
-    if config.loss:
-        changes["losses"] = dict(map(_weighted, config.loss))
+    losses = dict(map(_weighted, config.loss))
+    alone = config.recipe is None and len(config.loss) == 1 and "*" not in config.loss[0]
+    recipe = config.recipe or recipe_of_losses(losses)
+    if losses and (not alone or recipe == "dpo"):
+        changes["losses"] = losses
     more = chosen(config.set, [f.name for f in fields(PreferenceConfig) if f.name != "losses"], "gamma=1 f_divergence=js")
     if twice := sorted(set(changes) & set(more)):
         raise BadInput(f"{twice[0]} is given twice", "as a flag and by --set", "give it once")
-    return preference_recipe(config.recipe or "dpo", **changes, **more)
+    return preference_recipe(recipe, **changes, **more)
 
 
 def _weighted(word: str) -> tuple[str, float]:
@@ -164,6 +184,28 @@ def _weighted(word: str) -> tuple[str, float]:
         return name, float(weight) if star else 1.0
     except ValueError as error:
         raise BadInput(f"--loss {word} cannot be read", "it is NAME or NAME*WEIGHT", "for instance --loss sigmoid*0.8 bco_pair*0.2 sft") from error
+
+
+def prm(config: Prm) -> None:
+    from pellucid.align.examples import encode_steps
+    from pellucid.align.reward_model import ProcessLoop, RewardModel, StepFormat, judged_right, save_reward_model
+    from pellucid.messages import three_parts
+
+    separator, talks = config.separator.replace("\\n", "\n").replace("\\t", "\t"), False
+    if not separator:
+        raise BadInput(*three_parts("prm.separator"))
+
+    def encode(tokenizer: Tokenizer, records: Any, longest: int) -> list[Any]:
+        nonlocal talks
+        talks = talks or any(not isinstance(record.prompt, str) for record in records)
+        return encode_steps(tokenizer, records, longest, separator)
+
+    job = Job(config, "prm", "stepwise", encode, "-y log σ(s) - (1 - y) log σ(-s), a mean over the steps of a batch; s: the score at a step's end")
+    if not job.ready:
+        return
+    scorer = RewardModel.of(job.model, config.seed or 0)
+    job.run(lambda settings, **how: ProcessLoop(scorer, job.items, settings, evaluate=lambda: judged_right(scorer, job.heldout), **how),
+            lambda _, folder, tokenizer: save_reward_model(scorer, folder, tokenizer, StepFormat(separator, talks)))
 
 
 def kto(config: Kto) -> None:
@@ -206,15 +248,17 @@ def save_decoder(model: Any, folder: Path, tokenizer: Tokenizer) -> None:
 
 
 class Job:
-    """Data, model and folder of one run: what the three methods share. `ready` is False after a dry run."""
+    """Data, model and folder of one run: what the methods share. `ready` is False after a dry run."""
 
     def __init__(self, config: OfflineOptions, stage: str, wanted: Any, encode: Callable[..., list[Any]], formula: str):
         from pellucid import events
+        from pellucid.cli.align import check_length
         from pellucid.data.formats_files import open_data
         from pellucid.data.split import divide_by
         from pellucid.models import load
         from pellucid.tokenizers import Tokenizer
 
+        check_length(config.steps, config.minutes)
         self.config, self.stage = config, stage
         device = prepare(config)
         self.tokenizer = Tokenizer.load(config.model)
@@ -294,6 +338,8 @@ class Job:
 
         settings, first, show = self.settings(), self.items[0], self.tokenizer
         shown = {name: answer for name in ("chosen", "rejected", "answer") if (answer := getattr(first, name, None)) is not None}
+        if self.stage == "prm":
+            shown = {"steps": first.marked()}
         micro = settings.micro or settings.batch
         length = "by the clock" if settings.steps is None else f"{settings.steps} steps, {settings.steps * settings.batch / len(self.items):.2f} times " \
             "through the data"

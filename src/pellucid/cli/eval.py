@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ from pellucid.cli.base import OpensModel, Positional, prepare
 from pellucid.errors import BadInput
 
 if TYPE_CHECKING:
+    from pellucid.align.rewards import Reward
     from pellucid.align.rollout import Group
     from pellucid.nn import Decoder
     from pellucid.tasks import Completion, Mixture, Problem
@@ -24,6 +25,7 @@ class Eval(OpensModel):
 
     $ pellucid eval runs/grow/model --tasks countdown sorting --k 8
     $ pellucid eval runs/grow/model --tasks sorting --budgets 0 16 32 64
+    $ pellucid eval runs/grow/model --tasks arithmetic --k 8 --reward-model runs/prm/model
     """
 
     model: Positional[str]
@@ -40,8 +42,10 @@ class Eval(OpensModel):
     end in; with --reward-model the best scored, and votes weighted by the score).
     大于 1 时：每题以温度 1 采样 k 次，给出 pass@k 以及从中选择所能达到的准确率（多数投票；给出 --reward-model 时还有最高分与加权投票）。"""
     reward_model: tuple[str, ...] = ()
-    """Trained reward models that choose among the k samples: FOLDER, then *WEIGHT.
-    在 k 个样本中作选择的奖励模型：目录，可接 *权重。"""
+    """Trained reward models that choose among the k samples: [NAME=]FOLDER, then *WEIGHT. A process model (`align prm`) is recognised: it
+    judges the steps, and their minimum, product and last one each choose and weigh votes (with ?combine=last only that one).
+    在 k 个样本中作选择的奖励模型：[名称=]目录，可接 *权重。过程奖励模型（align prm）会被识别：它逐步打分，分别以各步的最小值、乘积、末步
+    作选择与加权投票（?combine=last 则只用该种）。"""
     budgets: tuple[int, ...] = ()
     """Accuracy against thinking: most tokens of a thought, which is ended for the model when they are spent; one measurement each.
     准确率随思考长度的曲线：思考词元的上限，用尽时替模型结束思考；每个上限测一次。"""
@@ -77,8 +81,10 @@ def text_bits(config: Eval, model: Decoder, tokenizer: Tokenizer) -> tuple[float
     return bits_per_byte(held_out_loss(model, rows)[0], labels, sizes), int(sizes[labels].sum())
 
 
-def choices(task: Mixture, groups: Sequence[Group], ks: Sequence[int], scored: Sequence[Sequence[float]] = ()) -> dict[str, list[float]]:
-    """Accuracy of each way to choose among k of the samples, for each k. scored: the score of every sample, if there are any."""
+def choices(task: Mixture, groups: Sequence[Group], ks: Sequence[int], scored: Sequence[Sequence[float]] = (),
+            process: Mapping[str, Sequence[Sequence[float]]] = {}) -> dict[str, list[float]]:
+    """Accuracy of each way to choose among k of the samples, for each k. scored: the score of every sample, if there are any (log-odds);
+    process: the same by process models, ways to combine their steps by name (probabilities, which are votes as they are)."""
     import math
 
     from pellucid.align.checkers import part_of
@@ -97,28 +103,47 @@ def choices(task: Mixture, groups: Sequence[Group], ks: Sequence[int], scored: S
             weights = [1 / (1 + math.exp(-max(min(s, 500.0), -500.0))) for s in scored[i]]
             rows |= {"best-of-k": [best_of_k(right, scored[i], k) for k in ks],
                      "weighted": [vote_of_k(right, answers, k, weights, str.__eq__) for k in ks]}
+        for how, each in process.items():
+            rows |= {f"best-of-k {how}": [best_of_k(right, each[i], k) for k in ks],
+                     f"weighted {how}": [vote_of_k(right, answers, k, each[i], str.__eq__) for k in ks]}
         for name, row in rows.items():
             table.setdefault(name, []).append(row)
     return {name: [math.fsum(column) / len(rows) for column in zip(*rows)] for name, rows in table.items()}
 
 
-def show_choices(config: Eval, task: Mixture, groups: Sequence[Group], tokenizer: Tokenizer) -> None:
+def show_choices(config: Eval, task: Mixture, groups: Sequence[Group], models: Sequence[Reward]) -> None:
     from pellucid import events
     from pellucid.align.components import total_reward
-    from pellucid.align.reward_specs import model_of
     from pellucid.align.rewards import RewardSet, batch_of
+    from pellucid.align.selection import ProcessReward
 
     scored: list[list[float]] = []
-    if config.reward_model:
-        rewards = RewardSet([model_of(spec, tokenizer, config.device) for spec in config.reward_model])
-        given = rewards.score(batch_of(groups))
+    process = [model for model in models if isinstance(model.function, ProcessReward)]
+    if outcome := [model for model in models if not isinstance(model.function, ProcessReward)]:
+        given = RewardSet(outcome).score(batch_of(groups))
         scored = total_reward(given.matrix(config.k), given.weights).nan_to_num(nan=-1e9).tolist()
     ks = sorted({2**i for i in range(config.k.bit_length())} | {config.k})
-    table = choices(task, groups, ks, scored)
+    table = choices(task, groups, ks, scored, by_steps(groups, process))
     events.emit(events.Evaluation("eval", "choosing", table["majority"][-1], {"k": ks, **table}))
-    print(f"{'of k samples':<12} " + " ".join(f"{k:>8}" for k in ks))
+    width = max(12, *map(len, table))
+    print(f"{'of k samples':<{width}} " + " ".join(f"{k:>8}" for k in ks))
     for name, row in table.items():
-        print(f"{name:<12} " + " ".join(f"{value:>8.1%}" for value in row))
+        print(f"{name:<{width}} " + " ".join(f"{value:>8.1%}" for value in row))
+
+
+def by_steps(groups: Sequence[Group], models: Sequence[Reward]) -> dict[str, list[list[float]]]:
+    """What process models say of every sample, by how the scores of its steps are combined; 0 where it has no step that could be read."""
+    from pellucid.align.rewards import batch_of
+    from pellucid.align.selection import COMBINE, ProcessReward
+
+    batch, found = batch_of(groups), dict[str, list[list[float]]]()
+    for model in models:
+        assert isinstance(model.function, ProcessReward)
+        steps = model.function.by_step(batch.prompts, batch.completions)
+        for how in (model.function.combine,) if model.function.combine else ("min", "product", "last"):
+            ends = iter(COMBINE[how](s) if s else 0.0 for s in steps)
+            found[f"{model.name} {how}" if len(models) > 1 else how] = [[next(ends) for _ in group.samples] for group in groups]
+    return found
 
 
 def show_budgets(config: Eval, task: Mixture, model: Decoder, tokenizer: Tokenizer) -> None:
@@ -134,6 +159,7 @@ def show_budgets(config: Eval, task: Mixture, model: Decoder, tokenizer: Tokeniz
 
 def evaluate(config: Eval) -> None:
     from pellucid import events, tasks
+    from pellucid.align.reward_specs import model_of
     from pellucid.align.rollout import Rollouts, completions
     from pellucid.engine.opening import open_model
     from pellucid.tokenizers import Tokenizer
@@ -144,6 +170,7 @@ def evaluate(config: Eval) -> None:
         raise BadInput("--waits goes with --budgets", "without a budget a thought has no end that is watched", "give --budgets 64")
     prepare(config)
     task = task_of(config.tasks)
+    judging = [model_of(spec, Tokenizer.load(config.model), config.device) for spec in config.reward_model]
     # As `serve` and `chat` open it: an INT8 folder is measured with its INT8 products.
     model, tokenizer = open_model(config.model, device=config.device, allow_missing=config.allow_missing), Tokenizer.load(config.model)
     rollouts = Rollouts(model, tokenizer, task, max_tokens=config.max_tokens)
@@ -160,7 +187,7 @@ def evaluate(config: Eval) -> None:
         print(f"{name:<12} {row['pass_at_1']:>8.1%} {row['pass_at_k']:>8.1%} {row['format']:>8.1%} "
               f"{row['mean_length']:>8.1f} {row['truncated']:>8.1%}")
     if config.k > 1:
-        show_choices(config, task, groups, tokenizer)
+        show_choices(config, task, groups, judging)
     if config.budgets:
         show_budgets(config, task, model, tokenizer)
     value, size = text_bits(config, model, tokenizer)
