@@ -112,6 +112,31 @@ def test_steps_wait_for_tokens_that_the_host_must_see():
     assert outputs[0] == outputs[1] and outputs[0][0] != outputs[0][1]
 
 
+@pytest.mark.parametrize("ahead", [True, False])
+def test_logits_that_are_no_numbers_end_their_request_alone(ahead):
+    """Also where its next step is on its way already."""
+    model = decoder(DecoderSpec(vocab=280, dim=32, layers=SPECS["grouped"], context=96)).to(DEVICE)
+    with torch.no_grad():
+        model.embed.weight[277], model.head_weight[277] = torch.nan, 0.0
+    found = []
+    for poison in (True, False):
+        engine = Engine(model, config=EngineConfig(cache_tokens=400, block=4, chunk=8))
+        engine.ahead.possible &= ahead
+        some = [Request([3 + i, 5], SamplingParams(max_tokens=8, temperature=1.0, top_k=20, logprobs=0), seed=i) for i in range(3)]
+        lost = [Request([*range(30, 40), 277, 6], SamplingParams(max_tokens=8)), Request([277], SamplingParams(max_tokens=8, logprobs=0))] if poison else []
+        for r in (some[0], *lost, *some[1:]):
+            engine.add(r)
+            engine.step()
+        while engine.busy:
+            engine.step()
+        engine.cache.check()
+        assert engine.cache.available() == engine.cache.blocks
+        assert all((r.output, r.finish_reason, r.fault) == ([], "error", "not_numbers") for r in lost)
+        assert all(engine.cache.match(Request(list(r.prompt), r.params)) == [] for r in lost)
+        found.append([(r.output, [round(x, 3) for x in r.logprobs], r.finish_reason) for r in some])
+    assert found[0] == found[1] and {reason for _, _, reason in found[0]} == {"length"}
+
+
 def test_logits_are_the_twins():
     model = decoder(DecoderSpec(vocab=280, dim=32, layers=SPECS["windows"], context=96)).to(DEVICE)
     seen: list[list[torch.Tensor]] = []

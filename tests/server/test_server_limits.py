@@ -8,15 +8,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
-from served_models import Actor
+import torch
+from served_models import Actor, spec
+from served_models import tokenizer as tiny_tokenizer
 
 from pellucid import events
+from pellucid.engine import LLM
 from pellucid.engine.config import EngineConfig
 from pellucid.errors import BadInput
+from pellucid.nn import Decoder, init_weights
 from pellucid.server import running_server
 from pellucid.server.run import bind, url_of
 
@@ -190,6 +195,37 @@ def test_a_failure_inside_is_told_and_survived(url: str, actor: Actor, monkeypat
     assert streamed.status_code == 200 and "RuntimeError" in streamed.text and "[DONE]" not in streamed.text and "secret" not in streamed.text
     monkeypatch.undo()
     assert ask(url).json()["choices"][0]["message"]["content"] == "fine"
+
+
+def test_logits_that_are_no_numbers_end_one_request_alone():
+    """The embedding of a character is NaN: who sends it hears so, whole, streamed, and of /v1/responses; all others are answered as before."""
+    tokenizer = tiny_tokenizer()
+    model = init_weights(Decoder(replace(spec(), tied=False)), seed=5).eval()
+    (poison,) = set(tokenizer.encode("a~b")) - set(tokenizer.encode("ab"))
+    never = {str(poison): -100}
+    with torch.no_grad():
+        model.embed.weight[poison] = torch.nan
+    with running_server(LLM(model, tokenizer), "actor") as url, ThreadPoolExecutor(8) as pool:
+        def say(text: str, **more: Any) -> httpx.Response:
+            return ask(url, messages=[{"role": "user", "content": text}], logit_bias=never, max_tokens=60, temperature=0, ignore_eos=True, **more)
+
+        texts = [f"one {i}" for i in range(4)]
+        want = [say(text).json()["choices"] for text in texts]
+        running = [(pool.submit(say, text), pool.submit(say, f"{text} a~b", stream=i % 2 == 1)) for i, text in enumerate(texts)]
+        for i, (good, bad) in enumerate(running):
+            assert good.result().json()["choices"] == want[i]
+            answer = bad.result()
+            assert answer.status_code == (200 if i % 2 else 500)
+            error = answer.json() if not i % 2 else json.loads(answer.text.strip().split("data: ")[-1])
+            assert error["error"]["type"] == "server_error" and error["error"]["code"] == "not_numbers" and "not numbers" in error["error"]["message"]
+            assert "[DONE]" not in answer.text
+        body = {"model": "actor", "input": "a~b", "max_output_tokens": 5}
+        assert httpx.post(f"{url}/v1/responses", json=body).status_code == 500
+        failed = httpx.post(f"{url}/v1/responses", json={**body, "stream": True}).text
+        assert "event: response.failed" in failed and "not numbers" in failed and "response.completed" not in failed
+        assert 'finished_reason="error"} 6' in httpx.get(f"{url}/metrics").text
+        until(lambda: pending(url) == 0)
+        assert "vllm:kv_cache_usage_perc{model_name=\"actor\"} 0" in httpx.get(f"{url}/metrics").text
 
 
 def test_shutdown_lets_the_running_answer_end(actor: Actor):

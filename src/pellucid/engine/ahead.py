@@ -19,7 +19,6 @@ import torch
 
 from pellucid.engine.request import Request, State
 from pellucid.engine.runner import Runner
-from pellucid.engine.sampler import no_numbers
 from pellucid.engine.scheduler import Plan
 from pellucid.engine.transfer import Coming, to_device
 
@@ -108,13 +107,17 @@ class Ahead:
         """The tokens take their places."""
         if flight.coming is None:
             return []
-        engine, given = self.engine, []
+        engine = self.engine
+        given: list[tuple[Request, list[int]]] = []
         tokens = flight.coming.read().tolist()
         logprobs = None if flight.logprobs is None else flight.logprobs.read().tolist()
-        if min(tokens) < 0:
-            raise no_numbers()
         for i, r in asked:
             token = tokens[i]
+            if token < 0:
+                r.tokens.pop()
+                engine.fail(r)
+                given.append((r, []))
+                continue
             r.tokens[-1] = token
             if reason := engine._ended(r, token):
                 engine.ended[r] = reason

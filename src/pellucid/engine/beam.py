@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pellucid.engine.core import Engine
 from pellucid.engine.params import MOST_LOGPROBS, SamplingParams
 from pellucid.engine.request import Request
+from pellucid.engine.sampler import no_numbers
 from pellucid.errors import BadInput
 
 
@@ -88,6 +89,8 @@ def run_searches(engine: Engine, searches: Sequence[Search]) -> None:
             if all(other.finish_reason for other in requests):
                 for other in requests:
                     del rounds[other]
+                if any(other.fault for other in requests):
+                    raise no_numbers()
                 search.take(requests)
                 if search.open:
                     begin(search)

@@ -212,7 +212,7 @@ class Engine:
                 r.logprobs += logprobs[at : at + len(tokens)]
                 r.tops += tops[at : at + len(tokens)] if tops else [[]] * len(tokens)
             at += 1 + len(drafts)
-            self.totals["accepted_tokens"] += len(tokens) - 1
+            self.totals["accepted_tokens"] += max(0, len(tokens) - 1)
             for i in range(len(tokens) - 1):
                 self.totals[accepted_at(i)] += 1
             given.append((r, tokens))
@@ -220,16 +220,25 @@ class Engine:
         return given
 
     def _stand(self, r: Request, tokens: list[int]) -> list[int]:
-        """The tokens go behind the request's, up to the one that ends it."""
+        """The tokens go behind the request's, up to the one that ends it, or a place where there is none."""
         for i, token in enumerate(tokens):
+            if token < 0:
+                self.fail(r)
+                return tokens[:i]
             r.tokens.append(token)
             if reason := self._ended(r, token):
                 self.ended[r] = reason
                 return tokens[: i + 1]
         return tokens
 
+    def fail(self, r: Request) -> None:
+        """Its logits are no numbers: it ends with this step, the others go on."""
+        r.fault = "not_numbers"
+        self.ended[r] = "error"
+
     def _draw(self, places: list[Place], logits: Tensor) -> tuple[list[int], list[float], list[list[tuple[int, float]]]]:
-        """One token for each place, logits (N, V); its log-probability and the most probable tokens where somebody asked."""
+        """One token for each place, logits (N, V), -1 where they are no numbers; its log-probability and the most probable tokens
+        where somebody asked."""
         plain, changed = logits, [i for i, (r, _) in enumerate(places) if self.adjuster.changes(r)]
         asked = [i for i in changed if places[i][0].params.top is not None]
         if changed:
@@ -238,11 +247,11 @@ class Engine:
             plain = logits[rows]  # a copy, as the model left them
             self.adjuster(logits, places)
         sampler = self._sampler([r for r, _ in places], logits.device)
-        tokens, logprobs = sampler(logits, torch.tensor([r.generated + j for r, j in places], device=logits.device))
+        tokens, logprobs = sampler(logits, torch.tensor([r.generated + j for r, j in places], device=logits.device), check=False)
         if logprobs is None:
             return tokens.tolist(), [], []
         if asked:
-            logprobs[rows] = sampler.scaled(plain, rows).log_softmax(-1).gather(-1, tokens[rows, None]).squeeze(-1)
+            logprobs[rows] = sampler.scaled(plain, rows).log_softmax(-1).gather(-1, tokens[rows, None].clamp_min(0)).squeeze(-1)
         return tokens.tolist(), logprobs.tolist(), self._tops(places, logits, plain, asked, sampler)
 
     def _tops(self, places: list[Place], logits: Tensor, plain: Tensor, asked: list[int], sampler: Sampler) -> list[list[tuple[int, float]]]:
@@ -284,6 +293,7 @@ class Engine:
             return "stop"
         if r.constraint is not None:
             if not r.constraint.accept(token) or r.constraint.error:  # a form too complex for the library to follow
+                r.fault = "form_lost"
                 return "error"
             if r.constraint.complete:
                 return "stop"

@@ -56,9 +56,9 @@ def check_proposer(spec: DecoderSpec, proposer: str | None, draft: DecoderSpec |
 
 
 def drawn(requests: Sequence[Request], logits: Tensor, ahead: int) -> list[int]:
-    """logits (len(requests), V) of the places `ahead` behind the requests' tokens."""
+    """logits (len(requests), V) of the places `ahead` behind the requests' tokens. -1 where they are no numbers."""
     sampler = Sampler([r.params for r in requests], [r.seed for r in requests], logits.device)
-    return sampler(logits, torch.tensor([r.generated + ahead for r in requests], device=logits.device))[0].tolist()
+    return sampler(logits, torch.tensor([r.generated + ahead for r in requests], device=logits.device), check=False)[0].tolist()
 
 
 class DraftModel:
@@ -89,7 +89,9 @@ class DraftModel:
             if not going:
                 break  # all of them are still reading
             rows = torch.cat([logits[twins[r]][:, : self.same] for r in going])
-            for r, token in zip(going, drawn(going, rows, ahead), strict=True):
+            told = [(r, token) for r, token in zip(going, drawn(going, rows, ahead), strict=True) if token >= 0]
+            going = [r for r, _ in told]
+            for r, token in told:
                 drafts[r].append(token)
                 twins[r].tokens.append(token)
         return [drafts[r] for r in requests]
@@ -184,7 +186,9 @@ class PredictionHead:
             for group in [[r for r in going if len(tokens[r]) == 1], *([r] for r in going if len(tokens[r]) > 1)]:
                 self._run(group, tokens, states)
             logits = self.predictor.logits(torch.cat([states[r] for r in going]))
-            for r, token in zip(going, drawn(going, logits, ahead), strict=True):
+            told = [(r, token) for r, token in zip(going, drawn(going, logits, ahead), strict=True) if token >= 0]
+            going = [r for r, _ in told]
+            for r, token in told:
                 drafts[r].append(token)
                 tokens[r] = [token]
         for r, length in stands.items():

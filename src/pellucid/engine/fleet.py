@@ -312,6 +312,7 @@ class Fleet(Engine):
             if known is None:
                 return []
             events.note(f"a request was refused: {message['what']}", "warning")
+            known[0].fault = "refused"
             self._leave(known[0], "error")
             return [(known[0], [])]
         for number in message.get("running", ()):
@@ -338,6 +339,7 @@ class Fleet(Engine):
         r.prompt_logprobs += row.get("prompt_logprobs", ())
         r.prompt_tops += [[(token, logprob) for token, logprob in top] for top in row.get("prompt_tops", ())]
         if row["reason"]:
+            r.fault = row["fault"]
             self._leave(r, row["reason"])
         return r, row["tokens"]
 

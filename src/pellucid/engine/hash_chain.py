@@ -16,7 +16,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from pellucid.engine.prefix_cache import first_needed
+from pellucid.engine.prefix_cache import first_needed, held
 from pellucid.engine.request import GONE, Request
 
 
@@ -61,12 +61,16 @@ class HashChain:
             raise MemoryError(f"{count} blocks wanted, {len(self.free)} free")
         taken = [self.free.popitem(last=False)[0] for _ in range(count)]
         for b in taken:
-            found, self.key_of[b] = self.key_of[b], None
-            if found is not None:
-                group, key = found
-                del self.block_of[group][key]
+            self._forget(b)
             self.references[b] = 1
         return taken
+
+    def _forget(self, block: int) -> None:
+        """Its key."""
+        found, self.key_of[block] = self.key_of[block], None
+        if found is not None:
+            group, key = found
+            del self.block_of[group][key]
 
     def publish(self, request: Request) -> None:
         keys = self._keys(request, request.computed)
@@ -76,6 +80,10 @@ class HashChain:
                 if b != GONE and self.key_of[b] is None and keys[i] not in known:  # else two computed the same: the first is found
                     self.key_of[b], known[keys[i]] = (group, keys[i]), b
         request.published = len(keys)
+
+    def withdraw(self, request: Request) -> None:
+        for b in held(request.tables):
+            self._forget(b)
 
     def release(self, blocks: list[int]) -> None:
         for b in reversed(blocks):

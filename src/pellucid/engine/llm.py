@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pellucid import events
 from pellucid.engine.adapters import Adapter, read_adapter
 from pellucid.engine.batch import check_length
 from pellucid.engine.beam import Search, run_searches
@@ -29,6 +30,7 @@ from pellucid.engine.opening import common_ids, open_draft, open_model, spec_at
 from pellucid.engine.outputs import Chunk, Completion, RequestOutput
 from pellucid.engine.params import SamplingParams
 from pellucid.engine.request import Request, State
+from pellucid.engine.sampler import no_numbers
 from pellucid.engine.stopping import cut
 from pellucid.errors import BadInput
 from pellucid.models import embed_texts
@@ -150,6 +152,11 @@ class LLM:
         with self._evaluating():
             while engine.busy:
                 engine.step()
+        lost = [r.fault == "not_numbers" for group in groups for r in group]
+        if all(lost):
+            raise no_numbers()
+        if any(lost):
+            events.note(f"{sum(lost)} of {len(lost)} answers broke off, because their logits were not numbers", "warning")
         return [self._output(p, q, group) for p, q, group in zip(ids, each, groups, strict=True)]
 
     def beam_search(
@@ -273,6 +280,8 @@ class LLM:
             for tokens in [tokens for r, tokens in given if r is request]:
                 held += tokens
                 done = request.finish_reason
+                if request.fault == "not_numbers":
+                    raise no_numbers()
                 text += "".join(decoder.add(t) for i, t in enumerate(tokens) if not (done == "stop" and i == len(tokens) - 1 and t in ends))
                 if done:
                     text = cut(text + decoder.finish(), stops)

@@ -55,6 +55,9 @@ class PrefixCache(Protocol):
         """The request's full, computed blocks may be found by others from now on. May replace blocks of the request by equal
         ones that were there before, and notes it in `moved`."""
 
+    def withdraw(self, request: Request) -> None:
+        """What the request's blocks hold is found by nobody any more."""
+
     def release(self, blocks: list[int]) -> None:
         """One reference of each, of a whole request, comes back; the deepest is given away first."""
 
@@ -88,6 +91,9 @@ class NoReuse:
         return taken
 
     def publish(self, request: Request) -> None:
+        pass
+
+    def withdraw(self, request: Request) -> None:
         pass
 
     def release(self, blocks: list[int]) -> None:

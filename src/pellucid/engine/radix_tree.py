@@ -75,6 +75,23 @@ class RadixTree:
                 self.references[b] += 1  # the tree's own
                 self.held[b] = 1
 
+    def withdraw(self, request: Request) -> None:
+        """With all that was computed behind it."""
+        node = next((child for child, _ in self._walk(request.tokens, request.namespace)), None)
+        if node is None or node.blocks[0] not in request.blocks[:1]:  # an equal prefix, which somebody else computed
+            return
+        parent = node.parent
+        assert parent is not None
+        parent.children = {key: child for key, child in parent.children.items() if child is not node}
+        below = [node]
+        while below:
+            node = below.pop()
+            below += node.children.values()
+            for b in node.blocks:
+                self.held[b] = 0
+                self.idle -= self.references[b] == 1
+            self.release(node.blocks)
+
     def _adopt(self, request: Request, place: int, known: int) -> None:
         """The request reads a block of the tree where it computed an equal one itself."""
         mine = request.blocks[place]

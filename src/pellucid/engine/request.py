@@ -55,7 +55,8 @@ class Request:
     published: int = 0  # full blocks that the prefix cache was told of
     keys: list[bytes] = field(default_factory=list)  # of full blocks, for the chain of hashes
     state: State = State.WAITING
-    finish_reason: str | None = None  # "stop" | "length" | "cancelled" | "error" (the form of the answer could not be kept up)
+    finish_reason: str | None = None  # "stop" | "length" | "cancelled" | "error"
+    fault: str = ""  # of an "error": "not_numbers" (its logits), "form_lost" (too complex to follow) | "refused" (by another process)
     hit: int = 0  # tokens that the prefix cache gave at first admission
     preemptions: int = 0
     logprobs: list[float] = field(default_factory=list)  # of the output's tokens, where asked for

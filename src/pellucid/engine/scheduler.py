@@ -141,7 +141,10 @@ class Scheduler:
         if request in self.running:
             self.running.remove(request)
             self._drop_drafts(request)
-            self.cache.publish(request)
+            if request.fault == "not_numbers":  # nor may its entries be
+                self.cache.withdraw(request)
+            else:
+                self.cache.publish(request)
             self._give_back(request)
         elif request in self.waiting:
             self.waiting.remove(request)

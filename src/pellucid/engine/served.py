@@ -97,9 +97,11 @@ class Served:
                 self.drop(r)
 
     def row(self, r: Request, tokens: list[int]) -> dict[str, Any]:
-        row: dict[str, Any] = {"number": self.number_of[r], "at": r.generated - len(tokens), "tokens": tokens, "reason": r.finish_reason, "hit": r.hit, "preemptions": r.preemptions}
+        row: dict[str, Any] = {"number": self.number_of[r], "at": r.generated - len(tokens), "tokens": tokens, "reason": r.finish_reason, "fault": r.fault,
+                               "hit": r.hit, "preemptions": r.preemptions}
         if r.params.top is not None:
-            row["logprobs"], row["tops"] = r.logprobs[-len(tokens) :], r.tops[-len(tokens) :] if r.tops else []
+            known = len(r.logprobs) - len(tokens)
+            row["logprobs"], row["tops"] = r.logprobs[known:], r.tops[known:]
         if r.params.prompt_logprobs is not None and self.told.get(r, 0) < len(r.prompt_logprobs):
             known = self.told.get(r, 0)
             row["prompt_logprobs"], row["prompt_tops"] = r.prompt_logprobs[known:], r.prompt_tops[known:]

@@ -18,6 +18,10 @@ from pellucid.server.reader import AnswerReader, Update
 from pellucid.tokenizers import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
+FAULTS = {"form_lost": "the form that was asked for became too complex to follow",
+          "not_numbers": "the model's logits for this request are not numbers; its weights may be damaged, or have diverged in training",
+          "refused": "a process of the model could not take the request"}
+"""What is told of requests that end by an error of their own (`Request.fault`)."""
 
 
 @dataclass
@@ -158,7 +162,8 @@ async def updates(job: Job) -> AsyncIterator[tuple[int, Update]]:
     """Of the job, as long as all goes well."""
     async for number, update in job:
         if update.finish_reason == "error":
-            raise Refused(500, "the form that was asked for became too complex to follow", "response_format", "form_lost")
+            fault = job.choices[number].request.fault
+            raise Refused(500, FAULTS[fault], "response_format" if fault == "form_lost" else None, fault)
         yield number, update
 
 

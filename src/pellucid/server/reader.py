@@ -46,6 +46,8 @@ class AnswerReader:
 
     def read(self, request: Request, tokens: list[int]) -> Update | None:
         pieces: list[Piece] = []
+        if not tokens and request.finish_reason:  # it failed
+            pieces, self.finish_reason = self.parser.feed(self.decoder.finish()) + self.parser.finish(), request.finish_reason
         for i, token in enumerate(tokens):
             last = request.finish_reason if i == len(tokens) - 1 else None
             if last == "stop" and token in self.ends:

@@ -76,10 +76,13 @@ def keep(head: Array, into: Array, scales: Array, slot: int, kh: int, top: float
     """into[slot, kh] = head (d,), in codes up to `top` where there are scales."""
     row, over = into[slot, kh], np.float32(1)
     if scales.size:
-        largest = np.float32(0)
+        largest, strange = np.float32(0), np.int32(0)
         for i in range(d):
             largest = max(largest, abs(head[i]))
-        scale = narrow(max(largest / np.float32(top), np.float32(TINY)), scales[slot, kh])
+            strange += np.int32(head[i] != head[i])
+        if strange:  # codes cannot hold it, and the largest may pass it over
+            largest = np.float32(np.nan)
+        scale = narrow(largest if strange else max(largest / np.float32(top), np.float32(TINY)), scales[slot, kh])
         scales[slot, kh] = scale
         over = np.float32(1) / wide(scale)
     for i in range(d):
