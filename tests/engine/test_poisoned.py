@@ -19,8 +19,10 @@ from pellucid.engine import LLM, AsyncLLM
 from pellucid.engine.beam import Search, run_searches
 from pellucid.engine.config import EngineConfig
 from pellucid.engine.core import Engine
+from pellucid.engine.hash_chain import HashChain
 from pellucid.engine.opening import open_model
 from pellucid.engine.params import SamplingParams
+from pellucid.engine.radix_tree import RadixTree
 from pellucid.engine.request import Request
 from pellucid.engine.runner import segments_of
 from pellucid.errors import PellucidError
@@ -217,3 +219,30 @@ def test_where_the_next_step_is_on_its_way(poisoned: Decoder, prefix: str):
         assert all(engine.cache.match(Request(list(r.prompt), r.params)) == [] for r in lost)
         found.append(told(some))
     assert found[0] == found[1] == found[2] and {row[3] for row in found[0]} == {"length"}
+
+
+@pytest.mark.parametrize("cache", [RadixTree(20, 2), HashChain(20, 2)], ids=["radix", "chain"])
+def test_what_is_withdrawn_is_found_by_nobody(cache):
+    """Nor is what others hung behind it in a tree; whoever reads it now goes on, and every block comes back."""
+    def run_through(tokens: list[int]) -> Request:
+        r = Request(tokens, SamplingParams())
+        r.tables = [[block for (block,) in cache.match(r)]]
+        cache.claim(r.blocks)
+        r.blocks += cache.allocate(len(tokens) // 2 - len(r.blocks))
+        r.computed = len(tokens)
+        cache.publish(r)
+        return r
+
+    other, longer = run_through([9, 9]), run_through([1, 2, 3, 4, 5, 6])
+    cache.release(longer.blocks)
+    reader, lost = run_through([1, 2, 3, 4, 7, 8]), run_through([1, 2, 3, 4])
+    assert len(cache.match(longer)) == 3
+    cache.withdraw(lost)
+    cache.release(lost.blocks)
+    cache.check()
+    assert cache.match(longer) == cache.match(reader) == [] and len(cache.match(other)) == 1
+    cache.publish(reader)
+    cache.release(reader.blocks)
+    cache.release(other.blocks)
+    cache.check()
+    assert cache.available() == 20
