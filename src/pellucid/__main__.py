@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 bad arguments, 130 interrupted. `pellucid --help
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, field
 
@@ -182,4 +183,10 @@ def _asked_language(argv: list[str]) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if "WORLD_SIZE" in os.environ:
+        from pellucid.cli import processes
+
+        if processes.started_by_others():
+            processes.leave(code)
+    sys.exit(code)

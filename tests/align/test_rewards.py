@@ -693,3 +693,12 @@ def test_a_failing_reward_is_logged_as_json(tmp_path):
     log.close()
     record = next(e for e in map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines()) if e["kind"] == "reward_failed")
     assert record["reward"] == "broken" and record["completions"] == 6 and "ZeroDivisionError" in record["traceback"]
+
+
+def test_a_rewards_weight_multiplies_those_of_its_parts():
+    def parts(completions, **columns):
+        return [{"a": 1.0, "b": 0.0} for _ in completions]
+
+    assert RewardSet([Reward("r", parts, weight=0.5, parts=("a", "b"))]).weights == {"a": 0.5, "b": 0.5}
+    parts.weights = {"a": 3.0}
+    assert RewardSet([Reward("r", parts, weight=0.5, parts=("a", "b"))]).weights == {"a": 1.5, "b": 0.0}

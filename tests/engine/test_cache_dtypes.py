@@ -87,7 +87,7 @@ def test_tokens_do_not_depend_on_schedule_or_hits(pair, name):
 def test_the_same_memory_holds_more_tokens(pair, name, more, monkeypatch):
     """By default half of the free memory: 4 bytes a number become 2, or 1 and a scale of 2 for a head (of 8 entries in these models)."""
     model, _ = pair
-    monkeypatch.setattr("pellucid.engine.core.available_memory_bytes", lambda: 2**20)
+    monkeypatch.setattr("pellucid.engine.config.available_memory_bytes", lambda: 2**20)
     room = {n: choose_room(model, EngineConfig(cache_dtype=n, running=2**10)).value for n in ("f32", name)}
     assert room[name] >= more * room["f32"]
     engine = engine_of(model, name)

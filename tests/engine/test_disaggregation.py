@@ -17,6 +17,7 @@ from pellucid.engine.disaggregation import WINDOW, Decode, Prefill
 from pellucid.engine.params import SamplingParams
 from pellucid.engine.request import Request
 from pellucid.engine.served import message_of
+from pellucid.engine.shared_adapters import AdapterTable
 from pellucid.engine.worker import warm_up
 from pellucid.nn import GDN, MLA, MLP, Attn, Decoder, DecoderSpec, Layer, Rope, init_weights
 from pellucid.parallel import Channel
@@ -37,7 +38,7 @@ class Sides:
             engine = Engine(model, [], cfg)
             warm_up(engine)
             self.drivers.append(Channel(ours))
-            self.sides.append(kind(engine, Channel(theirs), False, {1: Channel(link)}))
+            self.sides.append(kind(engine, Channel(theirs), False, {1: Channel(link)}, AdapterTable(model)))
         self.prefill, self.decode = self.sides
         self.told: dict[int, list] = {}
         self.refused: list[dict] = []

@@ -202,7 +202,7 @@ def test_layers_of_different_shapes_keep_all_tokens_and_say_so():
 
 def test_room_is_counted_by_what_contexts_need(opened, monkeypatch):
     _, model, _, _ = opened
-    monkeypatch.setattr("pellucid.engine.core.available_memory_bytes", lambda: 2**40)
+    monkeypatch.setattr("pellucid.engine.config.available_memory_bytes", lambda: 2**40)
     config = {"running": 3, "budget": 16}
     kept, back = (choose_room(model, EngineConfig(**config, reuse_windows=r)).value for r in (False, True))
     assert kept == 3 * model.spec.context and back < kept
