@@ -26,7 +26,7 @@ from pellucid.align.distill import DistillConfig, DistillLoop
 from pellucid.align.offline import Labelled, OfflineConfig, Pair, PreferenceLoop, UnpairedLoop
 from pellucid.align.online import OnlineConfig, OnlineLoop
 from pellucid.align.preference_config import PreferenceConfig
-from pellucid.align.reward_model import RewardLoop, RewardModel
+from pellucid.align.reward_model import ProcessLoop, RewardLoop, RewardModel, Steps
 from pellucid.align.unpaired import UnpairedConfig
 from pellucid.data.packing import pack_samples
 from pellucid.errors import BadInput, Interrupted, PellucidError
@@ -77,6 +77,9 @@ def given(name, ranks):
         return UnpairedLoop(model, [Labelled(x, i % 3 > 0) for i, x in enumerate(a)], UnpairedConfig(), settings, ranks=ranks)
     if name == "rm":
         return RewardLoop(RewardModel.of(model), pairs, settings, ranks=ranks)
+    if name == "prm":
+        steps = [Steps(x, list(range(len(x.tokens))), [float((i + j) % 3 > 0) for j in range(len(x.tokens))]) for i, x in enumerate(a)]
+        return ProcessLoop(RewardModel.of(model), steps, settings, ranks=ranks)
     rows = pack_samples([(x.prompt + x.tokens, [False] * len(x.prompt) + [True] * len(x.tokens)) for x in a], 16)
     return Loop(model, rows, LoopConfig(steps=3, rows=5, optim=OptimConfig("adamw", lr=1e-3), evaluations=0), ranks=ranks)
 
@@ -97,7 +100,7 @@ def distilled(name, ranks, folder=None):
     return loop
 
 
-GIVEN = ("dpo", "kto", "rm", "sft")
+GIVEN = ("dpo", "kto", "rm", "prm", "sft")
 
 
 def loop_of(name, ranks):
