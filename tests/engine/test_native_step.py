@@ -30,6 +30,7 @@ SPECS = {
     "grouped": spec(*(Attn(6, 2, 16, ROPE, qk_norm=True),) * 2),
     "biases": spec(*(Attn(2, 2, 16, ROPE, qkv_bias=True, out_bias=True),) * 2, bias=True, family="llama", hidden=96),
     "windows": spec(Attn(4, 2, 8, Rope(8), window=5), Attn(2, 1, 8, Rope(8), qk_norm=True), Attn(2, 2, 10, Rope(10), window=33)),
+    "given-back": spec(*(Attn(4, 2, 16, ROPE, qk_norm=True, window=w) for w in (9, None, 9, 33))),  # several tables of blocks
     "partly-turned": spec(*(Attn(3, 1, 20, Rope(8)),) * 2, tied=False, hidden=23, eps=1e-3),
     "wide-heads": spec(Attn(2, 1, 72, Rope(72), qk_norm=True)),
 }
@@ -92,6 +93,11 @@ def test_a_step_is_the_models_step(name: str, threads: int, variant: str):
     assert ours == twin
     largest = max(float(t.abs().max()) for t in exact)
     assert max(float((a - b).abs().max()) for a, b in zip(logits, exact, strict=True)) < 1e-5 * largest
+
+
+def test_windows_that_give_blocks_back_have_tables_of_their_own():
+    engine = Engine(model_of("given-back"), config=EngineConfig(cache_tokens=1200))
+    assert len(engine.groups.value) > 1 and isinstance(engine.runner.compiled, NativeStep)
 
 
 @pytest.mark.parametrize("name", ["grouped", "biases"])

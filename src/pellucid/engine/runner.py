@@ -69,8 +69,7 @@ class Runner:
         self.model = model
         self.device, self.dtype = model.embed.weight.device, model.compute_dtype or model.embed.weight.dtype
         self.pages = Pages(model.spec, blocks, size, places, codes or cache_codes("auto", self.dtype), self.device, groups)
-        several = len(self.pages.groups)
-        native = choose_native_step(model, self.pages) if several == 1 else Choice(None, f"the C++ step reads one table of blocks, not {several}")
+        native = choose_native_step(model, self.pages)
         self.path = choose_path(model, self.pages.codes, native)
         gpu = choose_gpu_step(model, self.pages)
         self.gpu: GpuStep | None = gpu.value
