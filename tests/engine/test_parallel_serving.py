@@ -240,7 +240,7 @@ def test_tokens_that_overtake_others_wait_for_them(fleet_of):
     fleet.scheduler.waiting.append(r)
 
     def row(at, tokens, reason=None):
-        return {"number": 0, "at": at, "tokens": tokens, "logprobs": [-float(t) for t in tokens], "reason": reason, "hit": 0, "preemptions": 0}
+        return {"number": 0, "at": at, "tokens": tokens, "logprobs": [-float(t) for t in tokens], "reason": reason, "fault": None, "hit": 0, "preemptions": 0}
 
     assert fleet._take(1, {"step": [row(1, [11])]}) == [] and r.generated == 0
     assert fleet._take(1, {"step": [row(2, [12, 13])]}) == []
@@ -259,7 +259,7 @@ def test_a_request_stands_once_in_a_step_whatever_was_heard_meanwhile(fleet_of):
         fleet.router.loads[0] += request.limit
         fleet.router.counts[0] += 1
     for number, at, tokens, reason in ((1000, 0, [10], None), (1001, 0, [20], None), (1000, 1, [11, 12], "length"), (1001, 1, [21], None)):
-        fleet.heard.put((0, {"step": [{"number": number, "at": at, "tokens": tokens, "reason": reason, "hit": 0, "preemptions": 0}]}))
+        fleet.heard.put((0, {"step": [{"number": number, "at": at, "tokens": tokens, "reason": reason, "fault": None, "hit": 0, "preemptions": 0}]}))
     given = fleet.step()
     assert given == [(r, [10, 11, 12]), (other, [20, 21])] and r.finish_reason == "length"
     reader = TextReader(tokenizer(), r.params)
