@@ -68,7 +68,7 @@ MUTANTS = [
     (A + "preference.py", "return -torch.expm1((-log_ratio)", "return torch.expm1((log_ratio)", PAIRS),
     (A + "preference.py", "F.logsigmoid(-c) / 2 - F.logsigmoid(-r) / 2", "F.logsigmoid(-r) / 2 - F.logsigmoid(-r) / 2", PAIRS),
     (A + "preference.py", "ratio.sort().values - ref.sort().values", "ratio - ref", PAIRS),
-    (A + "preference.py", "s = (x / cfg.tau).sigmoid()", "s = (x * cfg.tau).sigmoid()", PAIRS),
+    (A + "preference.py", "(F.logsigmoid(x / cfg.tau) - x)", "(F.logsigmoid(x * cfg.tau) - x)", PAIRS),
     (A + "preference.py", "cfg.beta * x - cfg.gamma, cfg.smoothing)", "cfg.beta * (x - cfg.gamma), cfg.smoothing)", PAIRS),
     (A + "unpaired.py", "torch.where(good, cfg.good_weight * (1 - x.sigmoid()), cfg.bad_weight * (1 - (-x).sigmoid()))", "torch.where(good, cfg.good_weight * (1 - x.sigmoid()), cfg.bad_weight * (-x).sigmoid())", PAIRS),
     (A + "unpaired.py", ".mean().clamp(min=0)", ".mean()", PAIRS),

@@ -35,7 +35,7 @@ MUTANTS = [
     (CHAIN, "                    self.free.move_to_end(b, last=False)\n", "                    pass\n", PLANS),
     (CHAIN, "{self.salt}\\0{request.namespace}", "{self.salt}", PLANS),
     (CHAIN, "request.keys[-1] if request.keys else", "request.keys[-1] if False else", PLANS),
-    (CHAIN, "                del self.block_of[group][key]\n", "                pass\n", PLANS),
+    (CHAIN, "            del self.block_of[group][key]\n", "            pass\n", PLANS),
     (CHAIN, "unbroken = [0 if block == GONE else n + 1", "unbroken = [n if block == GONE else n + 1", UNITS),
     (CHAIN, "        full = tokens // self.size\n", "        full = -(-tokens // self.size)\n", PLANS),
     # --- radix tree
