@@ -9,10 +9,11 @@ from fastapi import FastAPI, Request, Response
 from pydantic import Field
 
 from pellucid.errors import BadInput
+from pellucid.server.conversation import Body, Message, Tool
 from pellucid.server.errors import Json, Refused, told
 from pellucid.server.jobs import Desk
 from pellucid.server.metrics import exposition
-from pellucid.server.protocol import Body, Message, TemplateOptions, Tool
+from pellucid.server.protocol import TemplateOptions
 from pellucid.server.registry import Served, VectorModel
 
 

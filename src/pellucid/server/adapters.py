@@ -12,9 +12,9 @@ from fastapi import FastAPI
 from fastapi.responses import PlainTextResponse
 from pydantic import Field
 
+from pellucid.server.conversation import Body
 from pellucid.server.errors import Refused
 from pellucid.server.jobs import Desk
-from pellucid.server.protocol import Body
 
 
 class LoadRequest(Body):

@@ -18,9 +18,9 @@ from fastapi import FastAPI, Request, Response
 from pellucid.engine.job import Job
 from pellucid.server.answers import joined, reader_of, sse, updates, whole
 from pellucid.server.calls import Piece
+from pellucid.server.conversation import FunctionCall, Message, ToolCall
 from pellucid.server.errors import Json, Refused, as_json, refusal_of
 from pellucid.server.jobs import Desk, EventStream, unless_gone
-from pellucid.server.protocol import FunctionCall, Message, ToolCall
 from pellucid.server.responses_body import NamedChoice, ResponsesRequest
 
 KEPT = 512  # conversations

@@ -6,21 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from pellucid.server.conversation import Body, FunctionCall, Message, NamedFunction, NamedTool, Part, Tool, ToolCall
 from pellucid.server.errors import Refused
-from pellucid.server.protocol import (
-    Body,
-    ChatRequest,
-    Effort,
-    FunctionCall,
-    JsonSchema,
-    Message,
-    NamedFunction,
-    NamedTool,
-    Part,
-    ResponseFormat,
-    Tool,
-    ToolCall,
-)
+from pellucid.server.protocol import ChatRequest, Effort, JsonSchema, ResponseFormat
 
 
 class TextPart(Body):

@@ -16,9 +16,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from pellucid.errors import BadInput
+from pellucid.server.conversation import Body
 from pellucid.server.errors import Refused, told
 from pellucid.server.jobs import Desk
-from pellucid.server.protocol import Body
 from pellucid.server.registry import Served, VectorModel
 
 MOST_TEXTS = 2048

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 CLIENT, MORE, PARSER, FORMATS, STREAMED, SEEN, HOSTILE = (f"tests/server/test_{name}.py" for name in (
     "openai_client", "more_openai", "answer_parser", "call_formats", "streamed_calls", "seen_from_outside", "hostile_clients"))
-ANSWERS, READER, PARSE, TAPE, RESPONSES, VECTORS, METRICS, ABOUT, PROTOCOL, JSON_CALLS, TEXT_CALLS = (f"src/pellucid/server/{name}.py" for name in (
-    "answers", "reader", "parser", "tape", "responses", "vectors", "metrics", "about", "protocol", "json_calls", "text_calls"))
+ANSWERS, READER, PARSE, TAPE, RESPONSES, VECTORS, METRICS, ABOUT, PROTOCOL, CONVERSATION, JSON_CALLS, TEXT_CALLS = (f"src/pellucid/server/{name}.py" for name in (
+    "answers", "reader", "parser", "tape", "responses", "vectors", "metrics", "about", "protocol", "conversation", "json_calls", "text_calls"))
 WHOLE, PIECES, CASES = f"{CLIENT} -k chat_is_what or thought_answer or requests_run", f"{MORE} -k streams_of_several", f"{FORMATS} -k a_reader_would or cut_at_every"
 
 MUTANTS = [
@@ -53,5 +53,5 @@ MUTANTS = [
     (ABOUT, "if (body.prompt is None) == (body.messages is None):", "if body.prompt is None and body.messages is None:", f"{MORE} -k tokens_and_back"),
     (ABOUT, "if not 0 <= i < model.vocab]", "if not 0 <= i <= model.vocab]", f"{MORE} -k tokens_and_back"),
     (PROTOCOL, "return schema if parallel else", "return schema if True else", f"{MORE} -k calls_that_must"),
-    (PROTOCOL, 'role = "system" if self.role == "developer" else self.role', "role = self.role", f"{CLIENT} -k developers_role"),
+    (CONVERSATION, 'role = "system" if self.role == "developer" else self.role', "role = self.role", f"{CLIENT} -k developers_role"),
 ]
