@@ -1,4 +1,5 @@
-// See team.h. Threads that find no work give way after some microseconds, and sleep when there has been none for a while.
+// See team.h. Threads that find no work give way after some microseconds, and sleep when there has been none for a while: between
+// two steps, or while the last piece of a long part is at work. Every part wakes those who sleep.
 #include "team.h"
 
 #include <pthread.h>
@@ -21,7 +22,7 @@ namespace pellucid {
 namespace {
 
 constexpr int BUSY = 3000;          // pauses, some 40 microseconds: longer than what one thread does between two parts
-constexpr int YIELDS = BUSY + 500;  // then a helper sleeps until the next job
+constexpr int YIELDS = BUSY + 500;  // then a helper sleeps until the next part
 constexpr uint64_t NONE = 0xffffffff;
 
 struct Patience {
@@ -38,7 +39,7 @@ struct Patience {
 struct Team {
     std::mutex callers, sleep;
     std::condition_variable wake;
-    std::atomic<int64_t> jobs{0};
+    std::atomic<int64_t> parts{0};
     std::atomic<int> sleepers{0};
     int helpers = 0;
     Crew crew{1, nullptr};
@@ -75,6 +76,11 @@ struct Team {
         piece.store(call, std::memory_order_release), about.store(with, std::memory_order_release);
         done.store(0, std::memory_order_relaxed);
         ticket.store(part + 1, std::memory_order_release);  // the next number, piece 0
+        parts++;
+        if (sleepers) {
+            { std::lock_guard<std::mutex> lock(sleep); }  // whoever is about to sleep has seen the part, or sleeps
+            wake.notify_all();
+        }
         while (take(0)) {
         }
         for (Patience p; done.load(std::memory_order_acquire) < uint64_t(n);) p.wait();
@@ -88,9 +94,9 @@ struct Team {
                 p.wait();
             } else {
                 std::unique_lock<std::mutex> lock(sleep);
-                const int64_t seen = jobs.load();
                 sleepers++;
-                if (!take(rank)) wake.wait(lock, [&] { return jobs.load() != seen; });
+                const int64_t seen = parts;
+                if (!take(rank)) wake.wait(lock, [&] { return parts != seen; });
                 sleepers--;
                 p.turns = 0;
             }
@@ -119,13 +125,6 @@ struct Team {
             if (!crew.memory) return size = 0, false;
         }
         crew.threads = hire(threads);
-        if (crew.threads > 1) {
-            jobs++;
-            if (sleepers) {
-                { std::lock_guard<std::mutex> lock(sleep); }  // whoever is about to sleep has looked, or sleeps
-                wake.notify_all();
-            }
-        }
         job(with, crew);
         return true;
     }
