@@ -6,6 +6,7 @@ The poison is real: the embedding of one token is NaN, so that whoever reads it 
 from __future__ import annotations
 
 import asyncio
+import copy
 import shutil
 
 import pytest
@@ -138,9 +139,28 @@ def test_llm_tells_it(poisoned: Decoder):
     for ask in (lambda: llm.generate([[5, POISON]], never), lambda: list(llm.stream([POISON], never)), lambda: llm.beam_search([[POISON, 5]], 2, 3)):
         with pytest.raises(PellucidError, match="not numbers"):
             ask()
-    search = Search([5, 6], 2, 3)
-    run_searches(Engine(poisoned, config=EngineConfig(cache_tokens=100)), [search])
-    assert len(search.done) == 2
+    found, lost = llm.beam_search([[5, 6], [POISON, 5]], 2, 3)
+    assert len(found.outputs) == 2 and [(o.finish_reason, o.token_ids) for o in lost.outputs] == [("error", [])]
+    assert found.outputs == llm.beam_search([[5, 6]], 2, 3)[0].outputs
+
+
+@pytest.mark.parametrize("most", [2, 6])
+def test_a_beam_is_given_up_and_the_others_go_on(poisoned: Decoder, most: int):
+    """The poison is the most probable token behind one prompt: of all that a search opens, what holds it goes no further."""
+    biased = copy.deepcopy(poisoned)
+    with torch.no_grad():
+        biased.head_weight[POISON] = biased.hidden(torch.tensor([[5, 6]]))[0, -1]
+    engine = Engine(biased, config=EngineConfig(cache_tokens=400, block=4))
+    first = Request([5, 6], SamplingParams(max_tokens=1, logprobs=4))
+    engine.add(first)
+    engine.step()
+    assert first.tops[0][0][0] == POISON
+    searches = [Search([5, 6], 4, most), Search([5, 6], 1, most), Search([20, 21, 22], 2, most)]
+    run_searches(engine, searches)
+    assert len(searches[0].done) >= 1 and searches[1].done == [] == searches[1].open, "its only beam was lost"
+    assert all(POISON not in beam.tokens[:-1] and len(beam.tokens) == most for s in searches for beam in s.done)
+    engine.cache.check()
+    assert engine.cache.available() == engine.cache.blocks
 
 
 def test_listeners_hear_of_their_own_alone(poisoned: Decoder):

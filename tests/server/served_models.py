@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +28,15 @@ def spec(context: int = 256) -> DecoderSpec:
 
 def random_llm(context: int = 256) -> LLM:
     return LLM(init_weights(Decoder(spec(context)), seed=5).eval(), tokenizer())
+
+
+def poisoned_llm() -> tuple[LLM, int]:
+    """The embedding of one token, "~", is NaN: whoever reads or draws it computes NaN from there on."""
+    llm = LLM(init_weights(Decoder(replace(spec(), tied=False)), seed=5).eval(), tokenizer())
+    (poison,) = set(llm.tokenizer.encode("a~b")) - set(llm.tokenizer.encode("ab"))
+    with torch.no_grad():
+        llm.model.embed.weight[poison] = torch.nan
+    return llm, poison
 
 
 class Scripted(Decoder):

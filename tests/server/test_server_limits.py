@@ -8,20 +8,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
-import torch
-from served_models import Actor, spec
-from served_models import tokenizer as tiny_tokenizer
+from served_models import Actor, poisoned_llm
 
 from pellucid import events
-from pellucid.engine import LLM
 from pellucid.engine.config import EngineConfig
 from pellucid.errors import BadInput
-from pellucid.nn import Decoder, init_weights
 from pellucid.server import running_server
 from pellucid.server.run import bind, url_of
 
@@ -199,13 +194,9 @@ def test_a_failure_inside_is_told_and_survived(url: str, actor: Actor, monkeypat
 
 def test_logits_that_are_no_numbers_end_one_request_alone():
     """The embedding of a character is NaN: who sends it hears so, whole, streamed, and of /v1/responses; all others are answered as before."""
-    tokenizer = tiny_tokenizer()
-    model = init_weights(Decoder(replace(spec(), tied=False)), seed=5).eval()
-    (poison,) = set(tokenizer.encode("a~b")) - set(tokenizer.encode("ab"))
+    llm, poison = poisoned_llm()
     never = {str(poison): -100}
-    with torch.no_grad():
-        model.embed.weight[poison] = torch.nan
-    with running_server(LLM(model, tokenizer), "actor") as url, ThreadPoolExecutor(8) as pool:
+    with running_server(llm, "actor") as url, ThreadPoolExecutor(8) as pool:
         def say(text: str, **more: Any) -> httpx.Response:
             return ask(url, messages=[{"role": "user", "content": text}], logit_bias=never, max_tokens=60, temperature=0, ignore_eos=True, **more)
 

@@ -29,7 +29,7 @@ from pellucid.engine.batch import check_length
 from pellucid.engine.config import EngineConfig
 from pellucid.engine.core import Engine
 from pellucid.engine.fleet import Fleet
-from pellucid.engine.job import Choice, Job, Reader, TextReader, per_token
+from pellucid.engine.job import Choice, Job, Reader, TextReader, best_first
 from pellucid.engine.latency import Latencies
 from pellucid.engine.llm import LLM, Prompt
 from pellucid.engine.outputs import Chunk, Completion, RequestOutput
@@ -117,7 +117,7 @@ class AsyncLLM:
                 if p.samples == p.n:
                     yield output
             if p.samples > p.n:
-                order = sorted(range(p.samples), key=lambda i: -per_token(job.choices[i].request))[: p.n]
+                order = sorted(range(p.samples), key=lambda i: best_first(job.choices[i].request))[: p.n]
                 output.outputs = [replace(output.outputs[i], index=rank) for rank, i in enumerate(order)]
                 yield output
         finally:

@@ -2,7 +2,8 @@
 
 A round is one token: each beam is a request of the engine whose prompt is the prefix; what it needs are the most probable
 next tokens. Beams share blocks through the prefix cache: a round computes the tokens behind a prefix's last full block.
-Searches, and whatever else the engine runs, go on side by side. The rules are transformers': an ended candidate counts if
+Searches, and whatever else the engine runs, go on side by side. A beam whose logits are no numbers is given up, the others go on; a
+search that has lost all of them ends with nothing `done`. The rules are transformers': an ended candidate counts if
 it is among the n best of its round; scores are sums of log-probabilities over (length ** length_penalty); a search is done
 when no open beam, scored at its present length, can beat the worst of n ended ones.
 """
@@ -15,7 +16,6 @@ from dataclasses import dataclass
 from pellucid.engine.core import Engine
 from pellucid.engine.params import MOST_LOGPROBS, SamplingParams
 from pellucid.engine.request import Request
-from pellucid.engine.sampler import no_numbers
 from pellucid.errors import BadInput
 
 
@@ -49,7 +49,8 @@ class Search:
 
     def take(self, answered: Sequence[Request]) -> None:
         """answered: the requests of this round, in order, each with its most probable tokens."""
-        found = [(beam.logprob + logprob, i, token) for i, (beam, r) in enumerate(zip(self.open, answered, strict=True)) for token, logprob in r.tops[0]]
+        found = [(beam.logprob + logprob, i, token) for i, (beam, r) in enumerate(zip(self.open, answered, strict=True))
+                 if not r.fault for token, logprob in r.tops[0]]
         found.sort(key=lambda f: -f[0])
         length, going = len(self.open[0].tokens) + 1, list[Beam]()
         for rank, (logprob, i, token) in enumerate(found[: self.candidates]):
@@ -66,7 +67,7 @@ class Search:
     def _settled(self, going: list[Beam], length: int) -> bool:
         if len(self.done) < self.beams:
             return False
-        return self.early_stopping or going[0].logprob / length**self.length_penalty <= self.done[-1].score
+        return self.early_stopping or not going or going[0].logprob / length**self.length_penalty <= self.done[-1].score
 
 
 def run_searches(engine: Engine, searches: Sequence[Search]) -> None:
@@ -89,8 +90,6 @@ def run_searches(engine: Engine, searches: Sequence[Search]) -> None:
             if all(other.finish_reason for other in requests):
                 for other in requests:
                     del rounds[other]
-                if any(other.fault for other in requests):
-                    raise no_numbers()
                 search.take(requests)
                 if search.open:
                     begin(search)

@@ -103,6 +103,11 @@ def per_token(request: Request) -> float:
     return sum(request.logprobs) / max(1, len(request.logprobs))
 
 
+def best_first(request: Request) -> tuple[bool, float]:
+    """What the samples of a prompt are sorted by where only the best are returned: those that broke off come last."""
+    return request.finish_reason == "error", -per_token(request)
+
+
 class TextReader:
     """Tokens as `Chunk`s of text; a stop text ends the answer and is not part of it."""
 

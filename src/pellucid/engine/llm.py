@@ -25,6 +25,7 @@ from pellucid.engine.config import EngineConfig, choose_room, drafts_of
 from pellucid.engine.core import Engine
 from pellucid.engine.drafting import check_proposer
 from pellucid.engine.fleet import Fleet
+from pellucid.engine.job import best_first
 from pellucid.engine.layout import Layout
 from pellucid.engine.opening import common_ids, open_draft, open_model, spec_at
 from pellucid.engine.outputs import Chunk, Completion, RequestOutput
@@ -152,27 +153,25 @@ class LLM:
         with self._evaluating():
             while engine.busy:
                 engine.step()
-        lost = [r.fault == "not_numbers" for group in groups for r in group]
-        if all(lost):
-            raise no_numbers()
-        if any(lost):
-            events.note(f"{sum(lost)} of {len(lost)} answers broke off, because their logits were not numbers", "warning")
+        tell_lost([r.fault == "not_numbers" for group in groups for r in group])
         return [self._output(p, q, group) for p, q, group in zip(ids, each, groups, strict=True)]
 
     def beam_search(
         self, prompts: Prompt | Sequence[Prompt], beams: int = 4, max_tokens: int = 256, *, n: int | None = None, length_penalty: float = 1.0,
         early_stopping: bool = False, ignore_eos: bool = False,
     ) -> list[RequestOutput]:
-        """The `n` (default: all) best of the continuations that a search with so many beams finds, the best first; see engine/beam.py."""
+        """The `n` (default: all) best of the continuations that a search with so many beams finds, the best first; see engine/beam.py.
+        Where several prompts are searched for, one that lost all its beams has a single output, of the finish_reason "error"."""
         ids = self._all_ids(prompts)
         for p in ids:
             check_length(len(p), max_tokens, self.context)
         searches = [Search(p, beams, max_tokens, () if ignore_eos else self.tokenizer.eos_ids, length_penalty, early_stopping) for p in ids]
         with self._evaluating():
             run_searches(self.engine(sum((len(p) + max_tokens + 32) * beams for p in ids), running=max(1, len(ids) * beams)), searches)
+        tell_lost([not s.done for s in searches])
         return [RequestOutput(s.prompt, [
-            Completion(i, self._text(b.tokens, b.reason == "stop"), b.tokens, None, b.reason, score=b.score) for i, b in enumerate(s.done[:n])])
-            for s in searches]
+            Completion(i, self._text(b.tokens, b.reason == "stop"), b.tokens, None, b.reason, score=b.score)
+            for i, b in enumerate(s.done[:n])] or [Completion(0, "", [], None, "error")]) for s in searches]
 
     def score(
         self, first: Prompt | Sequence[Prompt], second: Sequence[Prompt], *, how: str = "yes-no", instruction: str = TASK, batch_size: int = 64,
@@ -332,7 +331,7 @@ class LLM:
 
     def _output(self, ids: list[int], params: SamplingParams, group: list[Request]) -> RequestOutput:
         if params.best_of is not None:
-            group = sorted(group, key=lambda r: -sum(r.logprobs) / max(1, len(r.logprobs)))[: params.n]
+            group = sorted(group, key=best_first)[: params.n]
         first = group[0]
         asked = params.prompt_logprobs is not None
         return RequestOutput(ids, [self._completion(i, r, params) for i, r in enumerate(group)],
@@ -347,6 +346,14 @@ class LLM:
     def _text(self, tokens: list[int], ended: bool) -> str:
         """ended: the last token is what ended it."""
         return self.tokenizer.decode(tokens[:-1] if ended else tokens)
+
+
+def tell_lost(lost: list[bool]) -> None:
+    """Which answers broke off because their logits were no numbers: an error where nobody is answered, else a warning."""
+    if lost and all(lost):
+        raise no_numbers()
+    if any(lost):
+        events.note(f"{sum(lost)} of {len(lost)} answers broke off, because their logits were not numbers", "warning")
 
 
 def is_one(prompts: Prompt | Sequence[Prompt]) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from pellucid.engine.job import Job, per_token
+from pellucid.engine.job import Job, best_first
 from pellucid.engine.request import Request
 from pellucid.server.calls import Piece
 from pellucid.server.errors import Refused, as_json
@@ -159,12 +159,24 @@ async def whole(job: Job) -> list[list[Piece]]:
 
 
 async def updates(job: Job) -> AsyncIterator[tuple[int, Update]]:
-    """Of the job, as long as all goes well."""
+    """Of the job, as long as anything may come of it. Where all its samples broke off, the request has failed."""
+    lost = 0
     async for number, update in job:
-        if update.finish_reason == "error":
-            fault = job.choices[number].request.fault
-            raise Refused(500, FAULTS[fault], "response_format" if fault == "form_lost" else None, fault)
+        lost += update.finish_reason == "error"
+        if lost == len(job.choices):
+            raise failure(job, number)
         yield number, update
+
+
+def failure(job: Job, number: int) -> Refused:
+    """Why the sample broke off."""
+    fault = job.choices[number].request.fault
+    return Refused(500, FAULTS[fault], "response_format" if fault == "form_lost" else None, fault)
+
+
+def broken_off(job: Job, number: int, reason: str | None) -> dict[str, Any]:
+    """What the choice of a sample that broke off holds beside its finish_reason "error"; the others are answered."""
+    return failure(job, number).body if reason == "error" else {}
 
 
 def joined(pieces: list[Piece], kind: str) -> str:
@@ -188,7 +200,7 @@ async def chat_answer(job: Job, envelope: Envelope) -> dict[str, Any]:
             message["tool_calls"] = calls
         logprobs = chat_logprobs(envelope.tokenizer, job.choices[number].request, said(job, number))
         reason = finish_reason(reader_of(job, number).finish_reason, len(calls))
-        choices.append({"index": number, "message": message, "logprobs": logprobs, "finish_reason": reason})
+        choices.append({"index": number, "message": message, "logprobs": logprobs, "finish_reason": reason, **broken_off(job, number, reason)})
     body = envelope.body(choices, usage_of(job))
     told = prompt_logprobs(envelope.tokenizer, job.choices[0].request)
     return body if told is None else body | {"prompt_logprobs": told}
@@ -201,11 +213,11 @@ async def text_answer(job: Job, envelope: Envelope, body: CompletionRequest, ech
     choices: list[dict[str, Any]] = []
     for prompt in range(len(job.prompts)):
         numbers = range(prompt * drawn, (prompt + 1) * drawn)
-        for number in numbers if n == drawn else sorted(numbers, key=lambda i: -per_token(job.choices[i].request))[:n]:
-            text = "" if no_text else joined(pieces[number], "content")
+        for number in numbers if n == drawn else sorted(numbers, key=lambda i: best_first(job.choices[i].request))[:n]:
+            text, reason = "" if no_text else joined(pieces[number], "content"), reader_of(job, number).finish_reason
             choices.append({"index": len(choices), "text": (echo[prompt] if echo else "") + text,
                             "logprobs": echoed_logprobs(job, number, envelope, bool(echo), no_text),
-                            "finish_reason": reader_of(job, number).finish_reason})
+                            "finish_reason": reason, **broken_off(job, number, reason)})
             if body.prompt_logprobs is not None:
                 choices[-1]["prompt_logprobs"] = prompt_logprobs(envelope.tokenizer, job.choices[number].request)
     return envelope.body(choices, usage_of(job))
@@ -229,7 +241,7 @@ def echoed_logprobs(job: Job, number: int, envelope: Envelope, echo: bool, no_te
 async def chat_events(job: Job, envelope: Envelope, options: StreamOptions) -> AsyncIterator[bytes]:
     """Every choice, piece by piece."""
     def event(number: int, delta: dict[str, Any], reason: str | None = None, logprobs: dict[str, Any] | None = None) -> bytes:
-        choice = {"index": number, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        choice = {"index": number, "delta": delta, "logprobs": logprobs, "finish_reason": reason, **broken_off(job, number, reason)}
         return sse(envelope.body([choice], usage_of(job) if options.continuous_usage_stats else None, ".chunk"))
 
     for number in range(len(job.choices)):
@@ -255,7 +267,7 @@ async def chat_events(job: Job, envelope: Envelope, options: StreamOptions) -> A
 
 async def text_events(job: Job, envelope: Envelope, options: StreamOptions, echo: list[str] | None, no_text: bool) -> AsyncIterator[bytes]:
     def event(number: int, text: str, reason: str | None = None, logprobs: dict[str, Any] | None = None) -> bytes:
-        choice = {"index": number, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        choice = {"index": number, "text": text, "logprobs": logprobs, "finish_reason": reason, **broken_off(job, number, reason)}
         return sse(envelope.body([choice], usage_of(job) if options.continuous_usage_stats else None))
 
     drawn = len(job.choices) // len(job.prompts)

@@ -7,6 +7,7 @@ CLIENT, MORE, PARSER, FORMATS, STREAMED, SEEN, HOSTILE = (f"tests/server/test_{n
 ANSWERS, READER, PARSE, TAPE, RESPONSES, VECTORS, METRICS, ABOUT, PROTOCOL, CONVERSATION, JSON_CALLS, TEXT_CALLS = (f"src/pellucid/server/{name}.py" for name in (
     "answers", "reader", "parser", "tape", "responses", "vectors", "metrics", "about", "protocol", "conversation", "json_calls", "text_calls"))
 WHOLE, PIECES, CASES = f"{CLIENT} -k chat_is_what or thought_answer or requests_run", f"{MORE} -k streams_of_several", f"{FORMATS} -k a_reader_would or cut_at_every"
+BROKEN = "tests/server/test_broken_samples.py"
 
 MUTANTS = [
     # --- what is counted
@@ -21,7 +22,10 @@ MUTANTS = [
     (ANSWERS, "            logprobs = None  # told once\n", "", PIECES),
     (ANSWERS, 'offsets[number] += sum(map(len, logprobs["tokens"]))', "offsets[number] += 0", PIECES),
     (ANSWERS, "offsets[number] = len(echo[number // drawn])", "offsets[number] = 0", PIECES),
-    (ANSWERS, "key=lambda i: -per_token", "key=lambda i: per_token", f"{MORE} -k best_of_several"),
+    (ANSWERS, "key=lambda i: best_first(job.choices[i].request)", "key=lambda i: i", f"{MORE} -k best_of_several"),
+    (ANSWERS, "if lost == len(job.choices):", "if lost:", BROKEN),
+    (ANSWERS, 'return failure(job, number).body if reason == "error" else {}', "return {}", BROKEN),
+    ("src/pellucid/engine/job.py", 'return request.finish_reason == "error", -per_token(request)', "return False, -per_token(request)", BROKEN),
     (ANSWERS, 'joined(pieces, "content") or (None if calls else "")', 'joined(pieces, "content")', f"{CLIENT} -k tool_call_and"),
     (READER, "range(self._told, self.said)", "range(0, self.said)", PIECES),
     (READER, 'if last == "stop" and token in self.ends:', "if False:", f"{MORE} -k bias_penalties"),
