@@ -20,7 +20,16 @@ CACHES = {
     "none, windows": lambda blocks, size: NoReuse(blocks, size, windows=(3, None, 6)),
     "chain, window": lambda blocks, size: HashChain(blocks, size, windows=(4,)),
     "chain, windows": lambda blocks, size: HashChain(blocks, size, windows=(3, 3, None)),
+    "radix, window": lambda blocks, size: strided(RadixTree(blocks, size, windows=(4,))),
+    "radix, windows": lambda blocks, size: strided(RadixTree(blocks, size, windows=(3, None, 6), half_life=3)),
+    "radix-cost, windows": lambda blocks, size: RadixTree(blocks, size, "cost", half_life=5, windows=(None, 5)),
 }
+
+
+def strided(tree: RadixTree) -> RadixTree:
+    """At once, not some tokens at a time: gives more to go wrong in these small caches."""
+    tree.stride = 1
+    return tree
 
 
 class Machine:
@@ -62,7 +71,7 @@ class Machine:
                 assert self.slots.get(place) == (g, r.namespace, *r.tokens[: i + 1]), "it reads somebody else's cache"
             for (_, window), table in zip(self.groups, r.tables, strict=True):
                 most = part.start + part.count if window is None else window - 1 + part.count
-                assert len(table) - table.count(GONE) <= -(-most // size) + 1, "a window holds more than it reads"
+                assert len(table) - table.count(GONE) <= -(-most // size) + self.s.cache.stride, "a window holds more than it reads"
         for (g, r, i), place in zip(new, writes, strict=True):
             self.slots[place] = (g, r.namespace, *r.tokens[: i + 1])
         done = [p.request for p in plan.parts if p.samples]
@@ -131,6 +140,10 @@ def test_random_schedules(data):
         elif action < 0.42 and alive:
             machine.s.finish(rng.choice(alive), "cancelled")
             machine.s.cache.check()
+        elif action < 0.45:
+            cache = machine.s.cache
+            cache.release(cache.allocate(rng.randrange(cache.available() + 1)))  # whatever is available can be had
+            cache.check()
         else:
             machine.step()
     machine.finish_all()

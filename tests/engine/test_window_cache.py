@@ -37,6 +37,7 @@ CONFIGS = {
     "pressure": {"cache_tokens": 0}, "swap": {"cache_tokens": 0, "swap": True}, "pressure, none": {"cache_tokens": 0, "prefix": "none"},
     "speculation": {"drafts": 3, "cache_tokens": 300},
     "block of 1": {"block": 1, "chunk": 7}, "radix": {"prefix": "radix"}, "kept": {"reuse_windows": False},
+    "radix, pressure": {"cache_tokens": 0, "prefix": "radix-cost"}, "radix, swap, drafts": {"cache_tokens": 0, "prefix": "radix", "swap": True, "drafts": 2},
 }
 
 
@@ -44,14 +45,14 @@ CONFIGS = {
 def test_greedy_tokens_several_windows_long(opened, name):
     which, model, prompts, want = opened
     config = EngineConfig(**{"cache_tokens": 1000, "block": 4, "budget": 512, **CONFIGS[name]})
-    if not config.cache_tokens:  # hardly more than the longest needs
-        config = replace(config, cache_tokens={"window": 24, "gemma3": 64, "gpt-oss": 84, "qwen2-window": 84}[which],
+    if not config.cache_tokens:  # hardly more than the longest needs; trees let go of some tokens at a time
+        config = replace(config, cache_tokens={"window": 24, "gemma3": 64, "gpt-oss": 84, "qwen2-window": 84}[which] + 8 * config.prefix.startswith("radix"),
                          budget=8 if which == "window" else 16)
     engine = Engine(model, config=config)
     if name not in ("whole prompts", "chunks of 7", "swap"):  # kernels are compiled for a few
         engine.runner.compiled = None
     assert greedy(engine, prompts, NEW) == want, which
-    shared = name in ("radix", "kept")
+    shared = name == "kept"
     assert (len(engine.groups.value) > 1 or engine.groups.value[0].window == WINDOW) != shared
     assert ("keep all tokens" in engine.groups.reason) == shared == (engine.cache.windows == (None,))
     if config.cache_tokens < 100:
@@ -80,6 +81,30 @@ def test_blocks_that_are_held_do_not_grow_with_the_context(opened):
             most[i] = max(most[i], len(table) - table.count(GONE))
     for window, held_blocks in zip(engine.cache.windows, most, strict=True):
         assert held_blocks >= 47 if window is None else held_blocks <= -(-WINDOW // 4) + 1
+
+
+@pytest.mark.parametrize("prefix", ["chain", "radix"])
+def test_more_talks_are_found_again_in_the_same_memory(opened, prefix):
+    """Talks of 60 tokens, of which one after the other is had; then they go on, the latest first. Figures of these models, in the memory
+    of 300 tokens in every layer: the tree keeps the windows' blocks where hits end, and loses those in between."""
+    which, model, _, _ = opened
+    hits = []
+    for reuse in (False, True):
+        engine = Engine(model, config=EngineConfig(cache_tokens=300, block=4, budget=64, prefix=prefix, reuse_windows=reuse))
+        engine.runner.compiled = None
+        talks = [Request([5 + i, *range(6, 57)], SamplingParams(max_tokens=9)) for i in range(16)]
+        for r in talks:
+            run(engine, [r])
+        again = [Request([*r.tokens, 4], SamplingParams(max_tokens=1)) for r in talks]
+        for r in reversed(again):
+            run(engine, [r])
+        hits.append(sum(r.hit >= 52 for r in again))
+    kept, back = hits
+    assert 3 <= kept <= 5
+    if prefix == "radix":
+        assert back >= {"window": 15, "gemma3": 9, "gpt-oss": 6, "qwen2-window": 6}[which], hits
+    else:
+        assert back >= kept - 1, hits
 
 
 def fits(model, **options) -> int:

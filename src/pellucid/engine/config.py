@@ -39,7 +39,7 @@ class EngineConfig:
     """How the cache keeps numbers: auto (as the model computes), f32, bf16, fp8, int8 (the last two with a scale a token and head, see
     ops/cache_codes.py). States of linear attention stay as they are computed."""
     reuse_windows: bool = True
-    """Layers that read a window of the last tokens give back what falls behind it (not with radix trees).
+    """Layers that read a window of the last tokens give back what falls behind it.
     `cache_tokens` counts tokens in every layer: of longer ones, more fit."""
     prefix: str = "chain"
     """Prefix cache: chain (hashes of blocks), radix (a tree, exact to the token), radix-cost (evicts what is cheapest to lose), none."""
@@ -73,7 +73,7 @@ def make_cache(kind: str, model: Decoder, blocks: int, size: int, windows: tuple
     if kind == "chain":
         return HashChain(blocks, size, windows=windows)
     if kind in ("radix", "radix-cost"):
-        return RadixTree(blocks, size, "cost" if kind == "radix-cost" else "lru")
+        return RadixTree(blocks, size, "cost" if kind == "radix-cost" else "lru", windows=windows)
     raise BadInput(f"prefix cache {kind!r} is not known", next="use one of chain, radix, radix-cost, none")
 
 
@@ -89,8 +89,7 @@ def codes_for(model: Decoder, config: EngineConfig) -> CacheCodes:
 
 
 def groups_for(model: Decoder, config: EngineConfig) -> Choice:
-    """A radix tree keeps whole paths: it has one table for all layers."""
-    return layer_groups(model.spec, config.reuse_windows and not config.prefix.startswith("radix"))
+    return layer_groups(model.spec, config.reuse_windows)
 
 
 def choose_room(model: Decoder, config: EngineConfig, draft: Decoder | None = None) -> Choice:

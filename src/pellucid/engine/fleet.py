@@ -195,9 +195,9 @@ class Fleet(Engine):
         leads = [ready[rank] for rank in self.layout.leads]
         self.cache: Any = Figures(sum(r["blocks"] for r in leads), leads[0]["size"])
         self.totals = dict.fromkeys((name for r in leads for name in r["totals"]), 0)
-        most = min(r["blocks"] for r in leads)
-        c = self.config
-        self.scheduler = Scheduler(NoReuse(most, leads[0]["size"], tuple(leads[0]["windows"])), budget=c.budget, places=c.running, chunk=c.chunk, context=self.model.spec.limit)
+        first, c = leads[0], self.config
+        like = NoReuse(min(r["blocks"] for r in leads), first["size"], tuple(first["windows"]), first["stride"])
+        self.scheduler = Scheduler(like, budget=c.budget, places=c.running, chunk=c.chunk, context=self.model.spec.limit)
 
     def close(self) -> None:
         """Everything ends; nothing where it was done."""

@@ -23,6 +23,8 @@ from pellucid.engine.request import GONE, Request
 class HashChain:
     """A `PrefixCache` whose hits are whole blocks.  salt: secret, so that timing tells nobody what others asked."""
 
+    stride = 1
+
     def __init__(self, blocks: int, size: int, salt: str = "", windows: tuple[int | None, ...] = (None,)):
         self.blocks, self.size, self.salt, self.windows = blocks, size, salt, windows
         self.free: OrderedDict[int, None] = OrderedDict.fromkeys(range(blocks))  # a doubly linked list: O(1) in the middle

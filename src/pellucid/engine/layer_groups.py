@@ -37,7 +37,7 @@ def one_group(spec: DecoderSpec) -> list[Group]:
 
 
 def layer_groups(spec: DecoderSpec, apart: bool = True) -> Choice:
-    """The groups of a model's layers, and why.  apart False: windows keep all tokens, whoever asks for it says why."""
+    """The groups of a model's layers, and why.  apart False: windows keep all tokens."""
     kinds: dict[int | None, list[int]] = {}
     for i, layer in enumerate(spec.layers):
         if cache_shapes(layer.mixer):
@@ -45,7 +45,7 @@ def layer_groups(spec: DecoderSpec, apart: bool = True) -> Choice:
     if not any(kinds):
         return Choice(one_group(spec), "no layer has a window that is shorter than the context")
     if not apart:
-        return Choice(one_group(spec), "layers with a window keep all tokens: only the chain of hashes, or no prefix cache, can give theirs back")
+        return Choice(one_group(spec), "layers with a window keep all tokens: so it was asked")
     if len({tuple(cache_shapes(spec.layers[i].mixer)) for layers in kinds.values() for i in layers}) > 1:
         return Choice(one_group(spec), "layers with a window keep all tokens: the layers' entries differ in shape, and could not share blocks")
     total = sum(map(len, kinds.values()))

@@ -37,6 +37,8 @@ class PrefixCache(Protocol):
     """How many there are."""
     windows: tuple[int | None, ...]
     """Of the groups of layers: how far back each reads."""
+    stride: int
+    """Blocks that fall behind a window before a request gives them back."""
 
     def match(self, request: Request, most: int | None = None) -> list[tuple[int, ...]]:
         """Blocks, one a group, that hold the longest known prefix of the request's first `most` tokens; GONE where a group does not need
@@ -68,8 +70,8 @@ class PrefixCache(Protocol):
 class NoReuse:
     """Blocks and nothing else: for models whose state is not in blocks (linear attention), and as the twin to compare with."""
 
-    def __init__(self, blocks: int, size: int, windows: tuple[int | None, ...] = (None,)):
-        self.blocks, self.size, self.windows = blocks, size, windows
+    def __init__(self, blocks: int, size: int, windows: tuple[int | None, ...] = (None,), stride: int = 1):
+        self.blocks, self.size, self.windows, self.stride = blocks, size, windows, stride
         self.free = list(range(blocks - 1, -1, -1))
         self.references = [0] * blocks
 

@@ -300,7 +300,7 @@ class Scheduler:
             last = first_needed(window, request.computed) // self.cache.size
             while last and table[last - 1] != GONE:
                 behind.append((table, last := last - 1))
-        if behind:
+        if len(behind) >= self.cache.stride:
             self.cache.publish(request)
             self.cache.release([table[i] for table, i in behind])
             for table, i in behind:
@@ -316,7 +316,7 @@ class Scheduler:
     def _most_blocks(self, tokens: int) -> int:
         """That a request of so many tokens holds at a time: of a window's group, what it reads and what a step adds."""
         whole = self._blocks(tokens)
-        return sum(whole if window is None else min(whole, self._blocks(window - 1 + self.budget) + 1) for window in self.cache.windows)
+        return sum(whole if window is None else min(whole, self._blocks(window - 1 + self.budget) + self.cache.stride) for window in self.cache.windows)
 
     @staticmethod
     def _drop_drafts(request: Request) -> None:

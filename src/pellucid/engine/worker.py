@@ -154,7 +154,7 @@ class Worker:
     def lead(self, served: Served, about: dict[str, Any], began: float) -> None:
         engine = served.engine
         warm_up(engine)
-        more = {"blocks": engine.cache.blocks, "size": engine.cache.size, "windows": engine.cache.windows, "totals": engine.totals}
+        more = {"blocks": engine.cache.blocks, "size": engine.cache.size, "windows": engine.cache.windows, "stride": engine.cache.stride, "totals": engine.totals}
         self.driver.send({"opened": self.memory(about, engine.runner, began) | more})
         try:
             served.loop()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 PLANS, FAIR, ENGINE = (f"tests/engine/test_{name}.py" for name in ("scheduler", "fairness", "engine"))
-WINDOWS = "tests/engine/test_window_cache.py"
+WINDOWS, NODES = "tests/engine/test_window_cache.py", "tests/engine/test_radix_tree.py"
 UNITS = f"{WINDOWS} -k hit_shrinks or all_groups or known_models or shapes"
 SCHEDULER, CHAIN, TREE, POOL, GROUPS = (
     f"src/pellucid/engine/{name}.py" for name in ("scheduler", "hash_chain", "radix_tree", "prefix_cache", "layer_groups"))
@@ -24,7 +24,7 @@ MUTANTS = [
     (SCHEDULER, "            self.cache.publish(request)\n            self.cache.release([table", "            self.cache.release([table", f"{WINDOWS} -k was_generated"),
     (SCHEDULER, "for name in here - before:", "for name in ():", FAIR),
     (SCHEDULER, "self.served.get(r.namespace, 0), r.number))", "r.number))", FAIR),
-    (SCHEDULER, "self._blocks(window - 1 + self.budget) + 1)", "self._blocks(window - 1))", f"{WINDOWS} -k what_only_fits or room_is"),
+    (SCHEDULER, "self._blocks(window - 1 + self.budget) + self.cache.stride)", "self._blocks(window - 1))", f"{WINDOWS} -k what_only_fits or room_is"),
     # --- what a window needs
     (POOL, "max(0, computed - window + 1)", "max(0, computed - window + 2)", PLANS),
     (POOL, "max(0, computed - window + 1)", "max(0, computed - window)", f"{WINDOWS} -k hit_shrinks"),
@@ -40,10 +40,29 @@ MUTANTS = [
     (CHAIN, "        full = tokens // self.size\n", "        full = -(-tokens // self.size)\n", PLANS),
     # --- radix tree
     (TREE, "                self._split(child, count)\n", "                pass\n", PLANS),
-    (TREE, "self.references[node.blocks[-1]] == 1", "True", PLANS),
+    (TREE, "b == GONE or self.references[b] == 1 for b in (node.tables[g][-1] for g in self.lasting))", "True for _ in self.lasting)", PLANS),
     (TREE, "            self.idle -= self.references[b] == 1 and self.held[b]\n", "", PLANS),
-    (TREE, "return float(node.used)", "return -float(node.used)", PLANS),
-    (TREE, "chance = (1 + node.hits) *", "chance = 1 *", PLANS),
-    (TREE, "            request.moved = min(request.moved, place)\n", "", f"{ENGINE} -k adopts"),
-    (TREE, "found[: most // self.size]", "found", PLANS),
+    (TREE, "age = node.used / self.half_life - stale", "age = -node.used / self.half_life - stale", PLANS),
+    (TREE, "math.log2((1 + node.hits) * cell)", "math.log2(cell)", PLANS),
+    (TREE, "math.log2((1 + node.hits) * cell)", "math.log((1 + node.hits) * cell)", NODES),
+    (TREE, "node.depth + len(node.tokens) / 2)", "node.depth)", NODES),
+    (TREE, "node.used / self.half_life - stale", "node.used / self.half_life", NODES),
+    (TREE, "            if self.rank(node, stale) > rank:\n", "            if False:\n", NODES),
+    (TREE, "            if freed:\n", "            if True:\n", f"{NODES} -k least_worth"),
+    (TREE, "        self._look_again()\n        request.published = full\n", "        request.published = full\n", NODES),
+    (TREE, "            if not self.queue and not looked:\n", "            if False:\n", NODES),
+    (TREE, "child.hits += done >= request.published", "child.hits += 1", NODES),
+    (TREE, "done == request.published != prompt)", "done == request.published)", NODES),
+    (TREE, "done == request.published != prompt)", "False)", NODES),
+    (TREE, "        for stop in (prompt, full):", "        for stop in (full,):", NODES),
+    (TREE, "            found = min(broken)", "            found = max(broken)", NODES),
+    (TREE, "                    table[i] = own\n                    self._hold(own)\n", "                    pass\n", NODES),
+    (TREE, "if table[i] != GONE and self.references[table[i]] == 1:", "if table[i] != GONE:", f"{PLANS} {NODES}"),
+    (TREE, "self._stale(node, g) if stale else len(table))[::-1]", "self._stale(node, g) if stale else 0)[::-1]", NODES),
+    (TREE, "        while full and all(table[full - 1] == GONE", "        while False and all(table[full - 1] == GONE", f"{PLANS} {NODES}"),
+    (TREE, "            while node.tables[0] and all(table[-1] == GONE", "            while False and all(table[-1] == GONE", f"{PLANS} {NODES}"),
+    (TREE, "            del self.roots[above.key]\n", "            pass\n", f"{NODES} -k can_be_had"),
+    (SCHEDULER, "if len(behind) >= self.cache.stride:", "if behind:", NODES),
+    (TREE, "                    request.moved = min(request.moved, done + i)\n", "", f"{ENGINE} -k adopts"),
+    (TREE, "min(len(tables[0]), most // self.size)", "len(tables[0])", PLANS),
 ]
