@@ -57,6 +57,43 @@ inline float sum(vf x) {
     return total;
 #endif
 }
+
+// The sums of four vectors, each in the order of `sum`, at 1.5 times the cost of one.
+inline void sums_of_four(const vf* x, float* out) {
+#if defined(__AVX512F__)
+    const __m512 a = (__m512)x[0], b = (__m512)x[1], c = (__m512)x[2], d = (__m512)x[3];
+    __m512 ab = _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xee);  // halves of each: 8 sums of a, 8 of b
+    __m512 cd = _mm512_shuffle_f32x4(c, d, 0x44) + _mm512_shuffle_f32x4(c, d, 0xee);
+    __m512 all = _mm512_shuffle_f32x4(ab, cd, 0x88) + _mm512_shuffle_f32x4(ab, cd, 0xdd);  // 4 of each
+    all += _mm512_permute_ps(all, 0x4e);
+    all += _mm512_permute_ps(all, 0xb1);
+    const __m512i firsts = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0);
+    _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, all)));
+#else
+    for (int i = 0; i < 4; i++) out[i] = sum(x[i]);
+#endif
+}
+
+// W rows of W numbers, as columns: out[i * stride + j] = rows[j][i].
+template <class T>
+inline void transpose(const T* const* rows, float* out, i64 stride) {
+#if defined(__AVX512F__)
+    const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0), high = low + _mm512_set1_epi32(8);
+    __m512 x[W], y[W];
+    for (int i = 0; i < W; i++) x[i] = (__m512)load(rows[i]);
+    for (int round = 0; round < 4; round++) {  // each shuffles the first half of the vectors with the second, as cards
+        for (int i = 0; i < W / 2; i++) {
+            y[2 * i] = _mm512_permutex2var_ps(x[i], low, x[i + W / 2]);
+            y[2 * i + 1] = _mm512_permutex2var_ps(x[i], high, x[i + W / 2]);
+        }
+        for (int i = 0; i < W; i++) x[i] = y[i];
+    }
+    for (int i = 0; i < W; i++) store(out + i * stride, (vf)x[i]);
+#else
+    for (int i = 0; i < W; i++)
+        for (int j = 0; j < W; j++) out[i * stride + j] = wide(rows[j][i]);
+#endif
+}
 inline vf larger(vf a, vf b) { return a > b ? a : b; }
 
 // e^x: 2^n times a polynomial, wrong by at most 2e-7 (1 + |x| / 4) of its value; it stays at e^-87 below and at e^88 above.

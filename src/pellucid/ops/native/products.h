@@ -143,11 +143,18 @@ inline void row_tile(const Matrix& m, const char* x, i64 x_stride, i64 n, i64 r,
             EACH(j, NR) sums[i][j] = dot(sums[i][j], mine, columns[j], (const T*)nullptr);
         }
     }
-    EACH(i, M) EACH(j, NR) {
-        float total = sum(sums[i][j]);
-        for (i64 l = k; l < m.k; l++) total += wide(rows[i][l]) * wide(w[j * m.k + l]);
-        if (m.bias) total += m.bias_half ? wide(((const bf16*)m.bias)[n + j]) : ((const float*)m.bias)[n + j];
-        to.y[(r + i) * to.stride + n + j] = total;
+    EACH(i, M) {
+        float* y = to.y + (r + i) * to.stride + n;
+        if constexpr (NR == 4) {
+            sums_of_four(sums[i], y);
+        } else {
+            EACH(j, NR) y[j] = sum(sums[i][j]);
+        }
+        if (k == m.k && !m.bias) continue;
+        EACH(j, NR) {
+            for (i64 l = k; l < m.k; l++) y[j] += wide(rows[i][l]) * wide(w[j * m.k + l]);
+            if (m.bias) y[j] += m.bias_half ? wide(((const bf16*)m.bias)[n + j]) : ((const float*)m.bias)[n + j];
+        }
     }
 }
 

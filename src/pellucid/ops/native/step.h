@@ -42,7 +42,7 @@ struct Room {  // where a step's intermediate results lie in the shared memory
     i64 qkv_width, attended_width, hidden, per_thread, widest;
 };
 
-constexpr i64 KEYS = 64, QUERIES = 64;  // of a tile of attention for many tokens
+constexpr i64 KEYS = 64, QUERIES = 128;  // of a tile of attention for many tokens
 constexpr i64 AT_ONCE = 4;              // heads of one token that read the same keys
 constexpr i64 FEW = 8;                  // tokens of one request that are too few for tiles
 
@@ -248,6 +248,35 @@ inline void add_product(const float* const* a, i64 rows, i64 n, const float* b, 
     }
 }
 
+// Keys of n slots -> columns (d, KEYS); what lies behind the last one is never used, but must be a number.
+template <class T>
+inline void read_keys(const Layer& l, const i64* slots, i64 n, i64 h, float* columns) {
+    const i64 d = l.head_dim;
+    for (i64 j = 0; j < KEYS; j += W) {
+        const T* rows[W];
+        for (i64 i = 0; i < W; i++) rows[i] = (const T*)l.keys + slots[j + i < n ? j + i : 0] * l.slot_stride + h * l.head_stride;
+        i64 i = 0;
+        for (; i + W <= d; i += W) {
+            transpose(rows, columns + i * KEYS + j, KEYS);
+            for (const T*& row : rows) row += W;
+        }
+        for (i64 rest = 0; i + rest < d; rest++)
+            for (i64 r = 0; r < W; r++) columns[(i + rest) * KEYS + j + r] = wide(rows[r][rest]);
+    }
+}
+
+// Values of n slots -> values (n, width), filled up with zeros.
+template <class T>
+inline void read_values(const Layer& l, const i64* slots, i64 n, i64 h, i64 width, float* values) {
+    const i64 d = l.head_dim;
+    for (i64 j = 0; j < n; j++) {
+        const T* v = (const T*)l.values + slots[j] * l.slot_stride + h * l.head_stride;
+        i64 i = 0;
+        for (; i + W <= d; i += W) store(values + j * width + i, load(v + i));
+        for (; i < width; i++) values[j * width + i] = i < d ? wide(v[i]) : 0;
+    }
+}
+
 // Tokens first..last of one request, in tiles of KEYS keys with running maxima (online softmax, arXiv 2205.14135).
 template <class T>
 inline void attend_tiles(const Step& s, const Layer& l, const Room& b, i64 first, i64 last, i64 h, float* memory) {
@@ -264,12 +293,8 @@ inline void attend_tiles(const Step& s, const Layer& l, const Room& b, i64 first
     const i64 least = s.positions[first] + 1, end = s.positions[last - 1] + 1;
     for (i64 start = l.window && least > l.window ? least - l.window : 0; start < end; start += KEYS) {
         const i64 n = end - start < KEYS ? end - start : KEYS;
-        for (i64 j = 0; j < KEYS; j++) {  // what lies behind the last key is never used, but must be a number
-            const i64 slot = slots[start + (j < n ? j : 0)];
-            const T *k = (const T*)l.keys + slot * l.slot_stride + h * l.head_stride, *v = (const T*)l.values + slot * l.slot_stride + h * l.head_stride;
-            for (i64 i = 0; i < d; i++) columns[i * KEYS + j] = wide(k[i]);
-            for (i64 i = 0; i < width; i++) values[j * width + i] = i < d ? wide(v[i]) : 0;
-        }
+        read_keys<T>(l, slots + start, n, h, columns);
+        read_values<T>(l, slots + start, n, h, width, values);
         memset(scores, 0, rows * KEYS * 4);
         add_product(q, rows, d, columns, KEYS, KEYS, scores, KEYS);
         for (i64 r = 0; r < rows; r++) {
