@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import pellucid
 from pellucid.errors import BadInput
-from pellucid.models import save
+from pellucid.models import save, weights
 from pellucid.models.families import find
 from pellucid.models.names import Piece, targets
 from pellucid.models.weights import Weights
@@ -215,10 +215,14 @@ def test_missing_and_unused_may_be_let_through_but_not_shapes(folder, capsys):
         pellucid.load(folder, allow_missing=True)
 
 
-def test_weights_are_this_process_own(folder):
-    """A parameter that stands on the file's mapped pages can be trained, and the file stays as it is."""
+@pytest.mark.parametrize("mapped_from", [0, 2**28])
+def test_weights_are_this_process_own(folder, mapped_from, monkeypatch):
+    """A parameter that stands on the file's mapped pages can be trained, and the file stays as it is. Those of small files are copied:
+    they begin with a cache line."""
+    monkeypatch.setattr(weights, "MAPPED_FROM", mapped_from)
     before = (folder / "model.safetensors").read_bytes()
     model = pellucid.load(folder)
+    assert mapped_from == 0 or all(p.data_ptr() % 64 == 0 for p in model.parameters())
     with torch.no_grad():
         for p in model.parameters():
             p.add_(1)
