@@ -225,7 +225,7 @@ def test_completions_leave_tags_alone(stage: openai.OpenAI, actor: Actor):
     ({"max_tokens": 3, "max_completion_tokens": 4}, openai.BadRequestError, "differ"),
     ({"top_p": 0}, openai.BadRequestError, "top_p"),
     ({"n": True}, openai.BadRequestError, "n: "),
-    ({"stop": ["a"] * 5}, openai.BadRequestError, "at most 4"),
+    ({"stop": ["a"] * 17}, openai.BadRequestError, "at most 16"),
     ({"tools": [{"type": "function"}]}, openai.BadRequestError, "tools.0.function"),
     ({"extra_body": {"typo_field": 1}}, openai.BadRequestError, "typo_field"),
     ({"logit_bias": {"480": 1}}, openai.BadRequestError, "480, which is no token"),

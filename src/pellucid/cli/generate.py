@@ -92,7 +92,7 @@ def generate(config: Generate) -> None:
                             min_p=config.min_p, repetition_penalty=config.repetition_penalty, seed=config.seed, stop=config.stop,
                             structured=form)
     llm = LLM(config.model, config=EngineConfig(running=512, budget=2048, **config.proposing()), **config.opening())
-    ids = [llm.chat_ids([{"role": "user", "content": p}]) if config.chat else llm.tokenizer.encode(p) for p in prompts]
+    ids = [llm.chat_ids([{"role": "user", "content": p}]) if config.chat else llm.prompt_ids(p) for p in prompts]
     if len(ids) == config.n == 1 and not config.json:
         for chunk in llm.stream(ids[0], params):
             print(_shown(chunk.text), end="", flush=True)

@@ -28,6 +28,8 @@ add({
     "serve.ready": ("{name}: weights loaded in {loaded} s, first pass in {warm} s", "{name}：加载权重 {loaded} 秒，首次前向 {warm} 秒"),
     "serve.cache": ("{name}: cache of {tokens} tokens in {dtype} ({why}); attention: {path} ({reason})",
                     "{name}：缓存 {tokens} 个词元，格式 {dtype}（{why}）；注意力：{path}（{reason}）"),
+    "serve.defaults": ("{name}: where a request says nothing, as generation_config.json recommends: {text} (--sampling openai: without)",
+                       "{name}：请求未指定时采用 generation_config.json 的推荐值：{text}（--sampling openai 则不采用）"),
     "serve.stop": ("Ctrl-C: stop", "Ctrl-C 停止"),
     "serve.open": ("warning: everybody who reaches {host}:{port} can use this model",
                    "警告：凡能访问 {host}:{port} 者均可使用此模型"),
@@ -120,6 +122,9 @@ class Serve(RunsModel):
     """How the model writes tool calls: hermes, qwen3-coder, deepseek, deepseek-dsml, llama-json, pythonic, mistral, harmony; by default
     what its chat template shows.
     模型书写工具调用的格式；默认由对话模板判断。"""
+    sampling: Literal["model", "openai"] = "model"
+    """Temperature and the like where a client gives none: as the model's generation_config.json recommends, or OpenAI's (1, nothing cut off).
+    客户端未指定温度等参数时：取模型 generation_config.json 的推荐值，或 OpenAI 的默认值（温度 1，不截断）。"""
     watch: bool = False
     """Show queue, batch, blocks and prefix tree live in the terminal.
     在终端实时显示队列、批次、缓存块与前缀树。"""
@@ -163,9 +168,10 @@ def serve(config: Serve) -> None:
         models = {name: opened(name, path, config, engine) for name, path in zip(names, config.models)}
         app = create_app(models, api_key=keys, waiting=config.waiting, engine=engine, max_tokens=config.max_tokens, timeout=config.timeout,
                          max_body=config.max_body, form=config.tool_format, tracing=config.otel, adapters=config.adapters,
-                         cors=config.cors)
+                         cors=config.cors, recommended=config.sampling == "model")
         for served in app.state.desk.registry.engines:
             tell_cache(served.name, served.engine)
+        tell_defaults(app.state.desk.registry)
         url = url_of(listener)
         emit(Serving(f"{url}/v1", ", ".join(names), bool(keys)))
         print(f"{', '.join(names)}: {url}/v1   ({say('serve.stop')})\n  {example(url, names[0], bool(keys))}", file=sys.stderr)
@@ -197,6 +203,13 @@ def tell_cache(name: str, engine: Any) -> None:
     if runner := getattr(engine, "runner", None):  # of this process
         note(say("serve.cache", name=name, tokens=f"{engine.room.value:,}", why=engine.room.reason, dtype=runner.pages.codes.name,
                  path=runner.path.value, reason=runner.path.reason))
+
+
+def tell_defaults(registry: Any) -> None:
+    """Which settings a model's requests have where they say nothing, if they are not the usual ones."""
+    for name, model in registry.models.items():
+        if text := str(getattr(model, "defaults", None) or ""):
+            note(say("serve.defaults", name=name, text=text))
 
 
 @contextlib.contextmanager

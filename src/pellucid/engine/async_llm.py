@@ -16,6 +16,7 @@ import os
 import secrets
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -165,6 +166,12 @@ class AsyncLLM:
     def pending(self) -> int:
         """Jobs that run or wait."""
         return len(self._open)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request that could run, alone: as many as the context has, or the cache holds."""
+        scheduler = self.engine.scheduler
+        return bisect_right(range(1, self.llm.context + 1), scheduler.cache.blocks, key=scheduler._most_blocks)
 
     @property
     def totals(self) -> dict[str, int]:

@@ -30,6 +30,7 @@ from pellucid.engine.layout import Layout
 from pellucid.engine.opening import common_ids, open_draft, open_model, spec_at
 from pellucid.engine.outputs import Chunk, Completion, RequestOutput
 from pellucid.engine.params import SamplingParams
+from pellucid.engine.past_calls import past_calls
 from pellucid.engine.request import Request, State
 from pellucid.engine.sampler import no_numbers
 from pellucid.engine.stopping import cut
@@ -189,7 +190,7 @@ class LLM:
             raise BadInput(f"{len(firsts)} first texts but {len(second)} second ones", next="give one first text, or as many as second ones")
         pairs = list(zip(firsts, second, strict=True))
         if how == "likelihood":
-            return self._likelihoods([(self._ids(a), self._ids(b)) for a, b in pairs])
+            return self._likelihoods([(self._ids(a), self._ids(b, behind=True)) for a, b in pairs])
         texts = [tuple(t if isinstance(t, str) else self.tokenizer.decode(t) for t in pair) for pair in pairs]
         if how == "yes-no":
             return self._yes(texts, instruction)
@@ -250,9 +251,15 @@ class LLM:
     def _thinks(self) -> bool:
         return any("<think>" in template for template in self.tokenizer.source.templates.values())
 
-    def chat_ids(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, thinking: bool | None = None) -> list[int]:
-        """The prompt of the next assistant turn; nothing that a message says can become a special token."""
-        return self.tokenizer.encode_chat(messages, tools=tools, thinking=thinking, add_generation_prompt=True)[0]
+    def chat_ids(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, thinking: bool | None = None,
+                 **variables: Any) -> list[int]:
+        """The prompt of the next assistant turn; nothing that a message says can become a special token.  variables: what the chat
+        template reads besides."""
+        return self.tokenizer.encode_chat(past_calls(self.tokenizer, messages, tools), tools, thinking, True, **variables)[0]
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """A plain text as a prompt, behind what the tokenizer puts before one (the begin token of Llama, Gemma, DeepSeek)."""
+        return [*self.tokenizer.prefix_ids, *self.tokenizer.encode(text)]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Chunk]:
         """The answer piece by piece. Closing the iterator stops the work. What is wrong with the request raises here."""
@@ -294,8 +301,9 @@ class LLM:
     def _all_ids(self, prompts: Prompt | Sequence[Prompt]) -> list[list[int]]:
         return [self._ids(p) for p in ([prompts] if is_one(prompts) else prompts)]  # type: ignore[arg-type, list-item]
 
-    def _ids(self, prompt: Prompt) -> list[int]:
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    def _ids(self, prompt: Prompt, behind: bool = False) -> list[int]:
+        """behind: it is no prompt, but what follows one."""
+        ids = list(prompt) if not isinstance(prompt, str) else self.tokenizer.encode(prompt) if behind else self.prompt_ids(prompt)
         for i in ids:
             if not 0 <= i < self.model.spec.vocab:
                 raise BadInput(f"the prompt holds {i}, which is no token of this model",

@@ -8,13 +8,16 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from pydantic import Field
 
+import pellucid
+from pellucid.engine.past_calls import past_calls
 from pellucid.errors import BadInput
 from pellucid.server.conversation import Body, Message, Tool
 from pellucid.server.errors import Json, Refused, told
-from pellucid.server.jobs import Desk
+from pellucid.server.jobs import Desk, check_variables
 from pellucid.server.metrics import exposition
 from pellucid.server.protocol import TemplateOptions
 from pellucid.server.registry import Served, VectorModel
+from pellucid.tokenizers.chat import variables as template_variables
 
 
 class TokenizeRequest(Body):
@@ -49,6 +52,11 @@ class Text(Body):
 def add_about(app: FastAPI, desk: Desk) -> None:
     registry = desk.registry
 
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": pellucid.__version__}
+
+    @app.get("/ping", include_in_schema=False)
     @app.get("/health")
     async def health() -> dict[str, Any]:
         return {"status": "ok", "model": next(iter(registry.models)), "pending": registry.pending}
@@ -83,9 +91,11 @@ def add_about(app: FastAPI, desk: Desk) -> None:
 def tokens_of(model: Served | VectorModel, body: TokenizeRequest) -> dict[str, Any]:
     if body.messages is not None:
         tools = [t.model_dump(exclude_none=True) for t in body.tools] if body.tools else None
-        thinking = body.chat_template_kwargs.enable_thinking if body.chat_template_kwargs else None
+        options = body.chat_template_kwargs or TemplateOptions()
         try:
-            ids = model.tokenizer.encode_chat([m.plain() for m in body.messages], tools, thinking, body.add_generation_prompt)[0]
+            check_variables(options.model_extra or {}, template_variables(model.tokenizer.template(tools)))
+            messages = past_calls(model.tokenizer, [m.plain() for m in body.messages], tools)
+            ids = model.tokenizer.encode_chat(messages, tools, options.switch, body.add_generation_prompt, **options.model_extra or {})[0]
         except BadInput as error:
             raise told(error, "messages") from error
     else:

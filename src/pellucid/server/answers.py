@@ -32,6 +32,8 @@ class Envelope:
     object: str
     prefix: str
     tokenizer: Tokenizer
+    ids: bool = False  # tell the tokens too (return_token_ids)
+    silent: int = 0  # tokens before a prompt that its echoed text does not show
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -102,8 +104,8 @@ def chat_logprobs(tokenizer: Tokenizer, request: Request, places: range) -> dict
     return {"content": content, "refusal": None}
 
 
-def text_logprobs(tokenizer: Tokenizer, places: list[tuple[int, float | None, list[tuple[int, float]]]], offset: int = 0) -> dict[str, Any]:
-    """As completions tell them. offset: of the first token in the text."""
+def text_logprobs(tokenizer: Tokenizer, places: list[tuple[int, float | None, list[tuple[int, float]]]], offset: int = 0, silent: int = 0) -> dict[str, Any]:
+    """As completions tell them. offset: of the first token in the text.  silent: tokens before it that the text does not show."""
     def text(token: int) -> str:
         return tokenizer.token_bytes(token).decode("utf-8", "replace")
 
@@ -114,7 +116,7 @@ def text_logprobs(tokenizer: Tokenizer, places: list[tuple[int, float | None, li
         best = {text(t): finite(p) for t, p in tops} if logprob is not None else None
         found["top_logprobs"].append(best if best is None else best | {text(token): finite(logprob)})  # type: ignore[arg-type]
         found["text_offset"].append(offset)
-        offset += len(text(token))
+        offset += len(text(token)) if len(found["tokens"]) > silent else 0
     return found
 
 
@@ -174,13 +176,19 @@ def failure(job: Job, number: int) -> Refused:
     return Refused(500, FAULTS[fault], "response_format" if fault == "form_lost" else None, fault)
 
 
-def broken_off(job: Job, number: int, reason: str | None) -> dict[str, Any]:
-    """What the choice of a sample that broke off holds beside its finish_reason "error"; the others are answered."""
-    return failure(job, number).body if reason == "error" else {}
+def ending(job: Job, number: int, reason: str | None) -> dict[str, Any]:
+    """How a choice ends: why, and by which text or token (vLLM's field). One that broke off says so; the others are answered."""
+    told = {"finish_reason": reason, "stop_reason": reader_of(job, number).stop_reason if reason else None}
+    return told | failure(job, number).body if reason == "error" else told
 
 
 def joined(pieces: list[Piece], kind: str) -> str:
     return "".join(p.text for p in pieces if p.kind == kind)
+
+
+def thought(text: str) -> dict[str, Any]:
+    """A thought by both names that clients look for: DeepSeek's, and vLLM's and OpenRouter's."""
+    return {"reasoning_content": text, "reasoning": text} if text else {}
 
 
 def said(job: Job, number: int) -> range:
@@ -193,17 +201,19 @@ async def chat_answer(job: Job, envelope: Envelope) -> dict[str, Any]:
     choices = []
     for number, pieces in enumerate(await whole(job)):
         calls = [tool_call(p) for p in pieces if p.kind == "tool_call"]
-        message: dict[str, Any] = {"role": "assistant", "content": joined(pieces, "content") or (None if calls else ""), "refusal": None}
-        if reasoning := joined(pieces, "reasoning"):
-            message["reasoning_content"] = reasoning
+        message: dict[str, Any] = {"role": "assistant", "content": joined(pieces, "content") or (None if calls else ""), "refusal": None,
+                                   **thought(joined(pieces, "reasoning"))}
         if calls:
             message["tool_calls"] = calls
         logprobs = chat_logprobs(envelope.tokenizer, job.choices[number].request, said(job, number))
         reason = finish_reason(reader_of(job, number).finish_reason, len(calls))
-        choices.append({"index": number, "message": message, "logprobs": logprobs, "finish_reason": reason, **broken_off(job, number, reason)})
+        choices.append({"index": number, "message": message, "logprobs": logprobs, **ending(job, number, reason)})
+        if envelope.ids:
+            choices[-1]["token_ids"] = reader_of(job, number).tokens
     body = envelope.body(choices, usage_of(job))
-    told = prompt_logprobs(envelope.tokenizer, job.choices[0].request)
-    return body if told is None else body | {"prompt_logprobs": told}
+    if (told := prompt_logprobs(envelope.tokenizer, job.choices[0].request)) is not None:
+        body["prompt_logprobs"] = told
+    return body | {"prompt_token_ids": job.choices[0].request.prompt} if envelope.ids else body
 
 
 async def text_answer(job: Job, envelope: Envelope, body: CompletionRequest, echo: list[str] | None) -> dict[str, Any]:
@@ -217,7 +227,9 @@ async def text_answer(job: Job, envelope: Envelope, body: CompletionRequest, ech
             text, reason = "" if no_text else joined(pieces[number], "content"), reader_of(job, number).finish_reason
             choices.append({"index": len(choices), "text": (echo[prompt] if echo else "") + text,
                             "logprobs": echoed_logprobs(job, number, envelope, bool(echo), no_text),
-                            "finish_reason": reason, **broken_off(job, number, reason)})
+                            **ending(job, number, reason)})
+            if envelope.ids:
+                choices[-1] |= {"token_ids": reader_of(job, number).tokens, "prompt_token_ids": job.choices[number].request.prompt}
             if body.prompt_logprobs is not None:
                 choices[-1]["prompt_logprobs"] = prompt_logprobs(envelope.tokenizer, job.choices[number].request)
     return envelope.body(choices, usage_of(job))
@@ -232,7 +244,7 @@ def echoed_logprobs(job: Job, number: int, envelope: Envelope, echo: bool, no_te
         places += prompt_places(request)
     if not no_text:
         places += places_of(request, said(job, number))
-    return text_logprobs(envelope.tokenizer, places)
+    return text_logprobs(envelope.tokenizer, places, silent=envelope.silent if echo else 0)
 
 
 # --- streams ------------------------------------------------------------------------------------------------------------
@@ -240,52 +252,60 @@ def echoed_logprobs(job: Job, number: int, envelope: Envelope, echo: bool, no_te
 
 async def chat_events(job: Job, envelope: Envelope, options: StreamOptions) -> AsyncIterator[bytes]:
     """Every choice, piece by piece."""
-    def event(number: int, delta: dict[str, Any], reason: str | None = None, logprobs: dict[str, Any] | None = None) -> bytes:
-        choice = {"index": number, "delta": delta, "logprobs": logprobs, "finish_reason": reason, **broken_off(job, number, reason)}
-        return sse(envelope.body([choice], usage_of(job) if options.continuous_usage_stats else None, ".chunk"))
+    def event(number: int, delta: dict[str, Any], reason: str | None = None, logprobs: dict[str, Any] | None = None,
+              tokens: list[int] | None = None, first: bool = False) -> bytes:
+        choice = {"index": number, "delta": delta, "logprobs": logprobs, **ending(job, number, reason)}
+        choice |= {"token_ids": tokens} if tokens else {}
+        body = envelope.body([choice], usage_of(job) if options.continuous_usage_stats else None, ".chunk")
+        return sse(body | {"prompt_token_ids": job.choices[0].request.prompt} if first and envelope.ids else body)
 
     for number in range(len(job.choices)):
-        yield event(number, {"role": "assistant", "content": ""})
+        yield event(number, {"role": "assistant", "content": ""}, first=number == 0)
     calls = [CallDeltas() for _ in job.choices]
     async for number, update in updates(job):
         logprobs = chat_logprobs(envelope.tokenizer, job.choices[number].request, update.places)
+        tokens = update.tokens if envelope.ids else None
         for piece in update.pieces:
             if piece.kind == "tool_call":
                 if (call := calls[number](piece)) is None:
                     continue
                 delta: dict[str, Any] = {"tool_calls": [call]}
             else:
-                delta = {"reasoning_content" if piece.kind == "reasoning" else "content": piece.text}
-            yield event(number, delta, logprobs=logprobs)
-            logprobs = None  # told once
+                delta = {"content": piece.text} if piece.kind == "content" else thought(piece.text)
+            yield event(number, delta, None, logprobs, tokens)
+            logprobs = tokens = None  # told once
         if update.finish_reason:
-            yield event(number, {}, finish_reason(update.finish_reason, calls[number].ended), logprobs)
+            yield event(number, {}, finish_reason(update.finish_reason, calls[number].ended), logprobs, tokens)
     if options.include_usage:
         yield sse(envelope.body([], usage_of(job), part=".chunk"))
     yield DONE
 
 
 async def text_events(job: Job, envelope: Envelope, options: StreamOptions, echo: list[str] | None, no_text: bool) -> AsyncIterator[bytes]:
-    def event(number: int, text: str, reason: str | None = None, logprobs: dict[str, Any] | None = None) -> bytes:
-        choice = {"index": number, "text": text, "logprobs": logprobs, "finish_reason": reason, **broken_off(job, number, reason)}
+    def event(number: int, text: str, reason: str | None = None, logprobs: dict[str, Any] | None = None, tokens: list[int] | None = None) -> bytes:
+        choice = {"index": number, "text": text, "logprobs": logprobs, **ending(job, number, reason)}
+        if envelope.ids:
+            choice |= {"token_ids": tokens or []} | ({} if number in told else {"prompt_token_ids": job.choices[number].request.prompt})
+            told.add(number)
         return sse(envelope.body([choice], usage_of(job) if options.continuous_usage_stats else None))
 
     drawn = len(job.choices) // len(job.prompts)
     offsets = [0] * len(job.choices)
-    begun: set[int] = set()
+    begun, told = set[int](), set[int]()  # choices whose prompt's text, and whose prompt's tokens, were told
     async for number, update in updates(job):
         if echo and number not in begun:  # its prompt has been read by now
             begun.add(number)
-            told = text_logprobs(envelope.tokenizer, prompt_places(job.choices[number].request)) if reader_of(job, number).with_logprobs else None
+            own: Any = prompt_places(job.choices[number].request) if reader_of(job, number).with_logprobs else None
+            own = None if own is None else text_logprobs(envelope.tokenizer, own, silent=envelope.silent)
             offsets[number] = len(echo[number // drawn])
-            yield event(number, echo[number // drawn], logprobs=told)
+            yield event(number, echo[number // drawn], logprobs=own)
         text = "" if no_text else joined(update.pieces, "content")
         logprobs = None
         if update.places and not no_text:
             places: Any = places_of(job.choices[number].request, update.places)
             logprobs = text_logprobs(envelope.tokenizer, places, offsets[number])
             offsets[number] += sum(map(len, logprobs["tokens"]))
-        yield event(number, text, update.finish_reason, logprobs)
+        yield event(number, text, update.finish_reason, logprobs, update.tokens)
     if options.include_usage:
         yield sse(envelope.body([], usage_of(job)))
     yield DONE

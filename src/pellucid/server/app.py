@@ -43,6 +43,7 @@ def create_app(
     llm: Models, name: str = "model", *, api_key: str | Sequence[str] | None = None, waiting: int = 16,
     max_body: int = 4 << 20, max_tokens: int | None = None, timeout: float | None = None, engine: EngineConfig | None = None,
     form: str | None = None, tracing: bool = False, adapters: Path | None = None, cors: Sequence[str] = (),
+    recommended: bool = True,
 ) -> FastAPI:
     """An ASGI application that serves `llm` under the model name `name`, or several by their names.
 
@@ -51,11 +52,12 @@ def create_app(
     max_tokens, timeout: tokens and seconds of one answer.  engine: how many run at a time, the cache, and so on.
     form: of tool calls; by default what the chat template shows.  tracing: OpenTelemetry spans.
     adapters: folder whose LoRA adapters are served, those that lie there now and those that clients ask to load later.
+    recommended: settings that a request leaves out are those of the checkpoint's generation_config.json, if it has any (server/defaults.py).
     cors: origins (https://example.org) whose pages in browsers may call the server; "*", with an API key only: any.
     """
     check_origins(cors, bool(api_key))
     limits = Limits(waiting, max_body, max_tokens, timeout)
-    desk = Desk(Registry(dict(llm) if isinstance(llm, Mapping) else {name: llm}, waiting, engine, form), limits)
+    desk = Desk(Registry(dict(llm) if isinstance(llm, Mapping) else {name: llm}, waiting, engine, form, recommended), limits)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -85,7 +87,7 @@ def add_completions(app: FastAPI, desk: Desk) -> None:
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         model, job = await desk.chat(body, request)
-        envelope = Envelope(body.model, "chat.completion", "chatcmpl", model.tokenizer)
+        envelope = Envelope(body.model, "chat.completion", "chatcmpl", model.tokenizer, bool(body.return_token_ids))
         if body.stream:
             return EventStream(chat_events(job, envelope, body.stream_options or StreamOptions()), job)
         return Json(await unless_gone(chat_answer(job, envelope), job, request))
@@ -93,18 +95,20 @@ def add_completions(app: FastAPI, desk: Desk) -> None:
     @app.post("/v1/completions")
     async def complete(body: CompletionRequest, request: Request) -> Response:
         model = desk.registry.find(body.model)
-        prompts = await asyncio.to_thread(lambda: [prompt_ids(model, prompt) for prompt in body.prompts])
+        prompts = await asyncio.to_thread(lambda: [prompt_ids(model, prompt, body.add_special_tokens is not False) for prompt in body.prompts])
         job = await desk.start(model, body, prompts, request, {"plain": True, "stops": body.stops})
-        envelope = Envelope(body.model, "text_completion", "cmpl", model.tokenizer)
-        echo = [model.tokenizer.decode(ids) for ids in prompts] if body.echo else None
+        silent = len(model.tokenizer.prefix_ids) if isinstance(body.prompts[0], str) and body.add_special_tokens is not False else 0
+        envelope = Envelope(body.model, "text_completion", "cmpl", model.tokenizer, bool(body.return_token_ids), silent)
+        echo = [prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt) for prompt in body.prompts] if body.echo else None
         if body.stream:
             return EventStream(text_events(job, envelope, body.stream_options or StreamOptions(), echo, body.max_tokens == 0), job)
         return Json(await unless_gone(text_answer(job, envelope, body, echo), job, request))
 
 
-def prompt_ids(model: Served, prompt: str | list[int]) -> list[int]:
+def prompt_ids(model: Served, prompt: str | list[int], special: bool = True) -> list[int]:
+    """special: a text stands behind what the tokenizer puts before one."""
     if isinstance(prompt, str):
-        return model.encode(prompt)
+        return model.encode(prompt, special)
     if wrong := [i for i in prompt if not 0 <= i < model.llm.model.spec.vocab]:
         most = model.llm.model.spec.vocab - 1
         raise Refused(400, f"{wrong[0]} is no token of this model (0 to {most})", "prompt", "invalid_value")

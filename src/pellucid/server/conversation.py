@@ -44,6 +44,7 @@ class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Annotated[Part | Refusal, Field(discriminator="type")]] | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None  # the same by vLLM's name
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     name: str | None = None
@@ -66,8 +67,8 @@ class Message(Body):
         text = self.content if not isinstance(self.content, list) else "".join(p.text if isinstance(p, Part) else p.refusal for p in parts)
         role = "system" if self.role == "developer" else self.role
         message: dict[str, Any] = {"role": role, "content": text or ""}
-        if self.reasoning_content is not None:
-            message["reasoning_content"] = self.reasoning_content
+        if (thought := self.reasoning if self.reasoning_content is None else self.reasoning_content) is not None:
+            message["reasoning_content"] = thought
         if self.tool_calls:
             message["tool_calls"] = [call.model_dump(exclude={"index"}) for call in self.tool_calls]
         if self.tool_call_id is not None:

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pellucid.server.errors import Refused
 
-OPEN_PATHS = {"/health"}
+OPEN_PATHS = {"/health", "/ping"}
 READING = 60  # seconds that a body may take to arrive
 
 

@@ -20,7 +20,7 @@ from pellucid.server.answers import sse
 from pellucid.server.errors import Refused, refusal_of, told
 from pellucid.server.parser import AnswerParser
 from pellucid.server.protocol import ChatRequest, Sampling
-from pellucid.server.reader import AnswerReader, ForcedCalls, Parser
+from pellucid.server.reader import AnswerReader, ForcedCalls, OneCall, Parser
 from pellucid.server.registry import Registry, Served
 
 T = TypeVar("T")
@@ -60,9 +60,13 @@ class Desk:
 
     async def chat(self, body: ChatRequest, request: Request) -> tuple[Served, Job]:
         model = self.registry.find(body.model)
-        messages, tools, thinking = body.for_template()
+        messages, tools, thinking, variables = body.for_template()
         try:
-            ids = await asyncio.to_thread(model.chat_ids, messages, tools, thinking)
+            read = await asyncio.to_thread(model.read_by_template, tools)
+            check_variables(variables, read)
+            if body.reasoning_effort is not None and "reasoning_effort" in read:
+                variables = {"reasoning_effort": body.reasoning_effort, **variables}
+            ids = await asyncio.to_thread(lambda: model.chat_ids(messages, tools, thinking, **variables))
         except BadInput as error:
             raise told(error, "messages") from error
         opens = model.tokenizer.decode(ids[-8:]).rstrip().endswith(model.form.think[0])
@@ -80,8 +84,9 @@ class Desk:
             if forced is not None:
                 parser: Parser = ForcedCalls(forced, AnswerParser(**options | {"tools": False, "stops": ()}), live)
             else:
-                parser = AnswerParser(**options, live=live)
-            return AnswerReader(model, parser, p, body.asked_logprobs is not None)
+                parser = AnswerParser(**options, keeps_stop=bool(body.include_stop_str_in_output), live=live)
+                parser = OneCall(parser) if isinstance(body, ChatRequest) and body.parallel_tool_calls is False else parser
+            return AnswerReader(model, parser, p, body.asked_logprobs is not None, body.skip_special_tokens is False)
 
         state = request.scope["state"]
         try:
@@ -99,7 +104,7 @@ class Desk:
         if most is not None and (body.limit() or 0) > most:
             raise Refused(400, f"max_tokens is {body.limit()}; this server allows {most}", "max_tokens", "invalid_value")
         try:
-            each = [body.params(min(max(1, context - len(ids)), most or context), thinking) for ids in prompts]
+            each = [body.params(min(max(1, min(context, model.engine.longest) - len(ids)), most or context), thinking, model.defaults) for ids in prompts]
         except BadInput as error:
             raise told(error, None, "invalid_value") from error
         if wrong := [t for t in each[0].logit_bias or () if t >= model.llm.model.spec.vocab]:
@@ -110,6 +115,17 @@ class Desk:
         except BadInput as error:
             raise told(error, "messages" if isinstance(body, ChatRequest) else "prompt", "context_length_exceeded") from error
         return each
+
+
+OUR_OWN = {"messages", "tools", "add_generation_prompt"}
+
+
+def check_variables(given: dict[str, Any], read: frozenset[str]) -> None:
+    """What a client gives to the template must be read there, and be nothing that stands in other fields."""
+    if wrong := [name for name in given if name not in read or name in OUR_OWN]:
+        others = ", ".join(sorted({"enable_thinking", *read} - OUR_OWN))
+        raise Refused(400, f"chat_template_kwargs: {wrong[0]!r} is nothing that can be given to this model's chat template; it reads {others}",
+                      f"chat_template_kwargs.{wrong[0]}", "unsupported_field")
 
 
 def namespace_of(model: Served, body: Sampling, tenant: str) -> str:

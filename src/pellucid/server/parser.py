@@ -46,12 +46,14 @@ class AnswerParser:
     thinking: the prompt ends inside a thought (some templates write `<think>` themselves).  tools: look for calls.
     plain: look for nothing but stop texts.  form: the family's format.  schemas: of the tools offered, None where none were.
     live: tell calls as they are written.
-    `stopped` turns True when a stop text has ended the answer: nothing more will come.  deaf: stop texts do not count yet.
+    `stopped` turns True when a stop text has ended the answer, `stopped_by`: nothing more will come.  deaf: stop texts do not count yet.
+    keeps_stop: the stop text is part of the answer.
     """
 
     def __init__(self, thinking: bool = False, tools: bool = True, stops: Sequence[str] = (), plain: bool = False,
-                 form: Format = HERMES, schemas: Schemas | None = None, live: bool = False):
-        self.stops, self.stopped, self.deaf = tuple(stops), False, False
+                 form: Format = HERMES, schemas: Schemas | None = None, live: bool = False, keeps_stop: bool = False):
+        self.stops, self.stopped, self.deaf, self.keeps_stop = tuple(stops), False, False, keeps_stop
+        self.stopped_by: str | None = None
         self._held = ""  # content that may be the beginning of a stop text
         self._parts: Parts
         if form.channels and not plain:
@@ -84,9 +86,9 @@ class AnswerParser:
         for piece in pieces:
             if piece.kind == "content":
                 text = self._held + piece.text
-                first = min((i for i in (text.find(s) for s in self.stops) if i >= 0), default=-1)
-                self.stopped = first >= 0
-                end = first if self.stopped else len(text) - unfinished(text, self.stops)
+                first, found = min(((i, s) for s in self.stops if (i := text.find(s)) >= 0), default=(-1, ""))
+                self.stopped, self.stopped_by = first >= 0, found or None
+                end = first + len(found) * self.keeps_stop if self.stopped else len(text) - unfinished(text, self.stops)
                 self._held = "" if self.stopped else text[end:]
                 kept += [Piece("content", text[:end])] if end else []
                 if self.stopped:

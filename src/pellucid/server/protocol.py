@@ -1,7 +1,9 @@
 """What clients may ask: OpenAI's chat completions and completions, each field honoured or refused, never ignored.
 
 Beyond OpenAI's own fields, as vLLM has them: `top_k`, `min_p`, `typical_p`, `repetition_penalty`, `min_tokens`, `stop_token_ids`,
-`ignore_eos`, `structured_outputs`, `priority`, `cache_salt`, `prompt_logprobs`, and `chat_template_kwargs: {"enable_thinking": bool}`.
+`ignore_eos`, `structured_outputs`, `priority`, `cache_salt`, `prompt_logprobs`, `add_special_tokens`, `return_token_ids`,
+`skip_special_tokens`, `include_stop_str_in_output`, and `chat_template_kwargs` (`enable_thinking`, and what else the template reads).
+What is not given is as the checkpoint recommends (server/defaults.py), else as OpenAI has it.
 `user`, `metadata`, `prompt_cache_key` and `safety_identifier` are the client's own notes.
 """
 
@@ -14,10 +16,13 @@ from pydantic import AliasChoices, ConfigDict, Field, field_validator, model_val
 from pellucid.engine import SamplingParams
 from pellucid.engine.params import StructuredOutput
 from pellucid.server.conversation import Body, Message, NamedTool, Tool
+from pellucid.server.defaults import NOTHING, Defaults
 
 MOST_CHOICES = 128
-DEFAULT_TOKENS = 512
+SHORT = 16
+"""Tokens of a completion where nobody says how many, as OpenAI and vLLM have it; all other answers may take what the context leaves."""
 MOST_LOGPROBS = 20
+MOST_STOPS = 16  # OpenAI takes 4, vLLM any number
 
 
 class StreamOptions(Body):
@@ -69,6 +74,9 @@ class Sampling(Body):
     logit_bias: dict[str, float] | None = Field(None, max_length=1024)
     structured_outputs: Structured | None = None
     prompt_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    return_token_ids: bool | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
     priority: int = Field(0, ge=-(2**31), lt=2**31)
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
     user: str | None = None
@@ -89,8 +97,8 @@ class Sampling(Body):
     @classmethod
     def few_texts(cls, value: Any) -> Any:
         texts = [value] if isinstance(value, str) else value or []
-        if len(texts) > 4 or not all(texts):
-            raise ValueError("give at most 4 texts, none of them empty")
+        if len(texts) > MOST_STOPS or not all(texts):
+            raise ValueError(f"give at most {MOST_STOPS} texts, none of them empty")
         return value
 
     @field_validator("logit_bias")
@@ -115,6 +123,10 @@ class Sampling(Body):
 
     def limit(self) -> int | None:
         return self.max_tokens
+
+    def usual_limit(self, defaults: Defaults) -> int | None:
+        """Most tokens where the request does not say; None: what the context leaves."""
+        return defaults.max_tokens
 
     @property
     def samples(self) -> int:
@@ -141,21 +153,27 @@ class Sampling(Body):
         """What the answer must be, as `StructuredOutput` takes it: json_schema, json_object, regex, choice or grammar."""
         return None if self.structured_outputs is None else self.structured_outputs.model_dump(exclude_none=True)
 
-    def params(self, room: int, thinking: bool = False) -> SamplingParams:
+    def params(self, room: int, thinking: bool = False, defaults: Defaults = NOTHING) -> SamplingParams:
         """For a prompt that leaves `room` tokens. Stop texts are not among them: the parser looks for those.
         thinking: the form that is asked for holds behind a thought."""
-        most = self.limit()
-        form = self.constraint()
+        form, most = self.constraint(), self.limit()
+        if most is None:
+            most = min(room, self.usual_limit(defaults) or room)
+
+        def chosen(name: str, usual: Any = None) -> Any:
+            return next((v for v in (getattr(self, name), getattr(defaults, name)) if v is not None), usual)
+
+        top_k = chosen("top_k", 0)
         asked: dict[str, Any] = {
-            "temperature": 1.0 if self.temperature is None else self.temperature, "top_k": self.top_k if (self.top_k or 0) > 0 else None,
-            "top_p": self.top_p, "min_p": self.min_p, "typical_p": self.typical_p, "seed": self.seed, "n": self.samples,
+            "temperature": chosen("temperature", 1.0), "top_k": top_k if top_k > 0 else None, "top_p": chosen("top_p"), "min_p": chosen("min_p"),
+            "typical_p": self.typical_p, "seed": self.seed, "n": self.samples,
             "stop_token_ids": tuple(self.stop_token_ids or ()), "ignore_eos": bool(self.ignore_eos), "min_tokens": self.min_tokens or 0,
             "frequency_penalty": self.frequency_penalty or 0.0, "presence_penalty": self.presence_penalty or 0.0,
-            "repetition_penalty": self.repetition_penalty or 1.0,
+            "repetition_penalty": chosen("repetition_penalty", 1.0),
             "logit_bias": {int(token): bias for token, bias in self.logit_bias.items()} if self.logit_bias else None,
             "logprobs": self.needed_logprobs, "prompt_logprobs": self.needed_prompt_logprobs,
             "structured": None if form is None else StructuredOutput(**form, thinking=thinking)}
-        return SamplingParams(min(room, DEFAULT_TOKENS) if most is None else max(1, most), **asked)
+        return SamplingParams(max(1, most), **asked)
 
 
 class JsonSchema(Body):
@@ -183,8 +201,15 @@ class ResponseFormat(Body):
 
 
 class TemplateOptions(Body):
+    """What else the template reads may be given too; see `Desk.chat`."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
     enable_thinking: bool | None = None
     thinking: bool | None = None  # DeepSeek's word for it
+
+    @property
+    def switch(self) -> bool | None:
+        return self.thinking if self.enable_thinking is None else self.enable_thinking
 
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
@@ -252,15 +277,15 @@ class ChatRequest(Sampling):
             return {"json_schema": forced_schema(self.schemas, self.forced, self.parallel_tool_calls is not False)}
         return super().constraint() or (self.response_format.constraint() if self.response_format else None)
 
-    def for_template(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None, bool | None]:
-        """(messages, tools, thinking)"""
+    def for_template(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None, bool | None, dict[str, Any]]:
+        """(messages, tools, thinking, what else is given to the template)"""
         tools = self.tools if self.tools and self.reads_calls else None
         schemas = None if tools is None else [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in tools]
         options = self.chat_template_kwargs or TemplateOptions()
-        thinking = options.enable_thinking if options.enable_thinking is not None else options.thinking
+        thinking = options.switch
         if thinking is None and self.reasoning_effort is not None:
             thinking = self.reasoning_effort != "none"
-        return [message.plain() for message in self.messages], schemas, thinking
+        return [message.plain() for message in self.messages], schemas, thinking, dict(options.model_extra or {})
 
 
 def forced_schema(schemas: dict[str, dict[str, Any]], name: str, parallel: bool) -> dict[str, Any]:
@@ -276,6 +301,7 @@ def forced_schema(schemas: dict[str, dict[str, Any]], name: str, parallel: bool)
 class CompletionRequest(Sampling):
     prompt: str | list[int] | list[str] | list[list[int]]
     max_tokens: int | None = Field(None, ge=0)
+    add_special_tokens: bool | None = None
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     best_of: int | None = Field(None, ge=1, le=MOST_CHOICES)
@@ -293,6 +319,9 @@ class CompletionRequest(Sampling):
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens 0 asks for nothing, without echo")
         return self
+
+    def usual_limit(self, defaults: Defaults) -> int:
+        return SHORT
 
     @property
     def samples(self) -> int:

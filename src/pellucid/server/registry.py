@@ -26,9 +26,11 @@ from pellucid.models.embedding import Recipe, read_recipe
 from pellucid.models.hub import local_folder, read_config, shape_of, spec_of
 from pellucid.nn import Encoder
 from pellucid.parallel import RankDied
+from pellucid.server.defaults import NOTHING, Defaults, read_defaults
 from pellucid.server.errors import Refused
 from pellucid.server.formats import FORMATS, Format, format_of
 from pellucid.tokenizers import Tokenizer
+from pellucid.tokenizers.chat import variables as template_variables
 
 MOST_NAMES = 256
 
@@ -43,6 +45,7 @@ class Served:
     adapter: Adapter | None = None
     parent: str | None = None
     root: str = ""
+    defaults: Defaults = NOTHING
     namespace: str = ""  # of cached prefixes: an adapter's differ from its model's, and from those of its last version
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -67,13 +70,18 @@ class Served:
         """Whether the chat template knows thoughts."""
         return self.form.channels or any(self.form.think[0] in t for t in self.tokenizer.source.templates.values())
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """special: behind what the tokenizer puts before a text."""
         with self._lock:
-            return self.tokenizer.encode(text)
+            return self.llm.prompt_ids(text) if special else self.tokenizer.encode(text)
 
-    def chat_ids(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, thinking: bool | None) -> list[int]:
+    def chat_ids(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, thinking: bool | None, **variables: Any) -> list[int]:
         with self._lock:
-            return self.llm.chat_ids(messages, tools, thinking)
+            return self.llm.chat_ids(messages, tools, thinking, **variables)
+
+    def read_by_template(self, tools: list[dict[str, Any]] | None) -> frozenset[str]:
+        """Names of what the chat template reads."""
+        return template_variables(self.tokenizer.template(tools))
 
     @property
     def context(self) -> int:
@@ -156,7 +164,8 @@ def about(model: Served | VectorModel) -> dict[str, Any]:
 class Registry:
     """`find(name)`, and the engines behind the names."""
 
-    def __init__(self, models: dict[str, LLM | VectorModel], waiting: int = 16, config: EngineConfig | None = None, form: str | None = None):
+    def __init__(self, models: dict[str, LLM | VectorModel], waiting: int = 16, config: EngineConfig | None = None, form: str | None = None,
+                 recommended: bool = True):
         if form is not None and form not in FORMATS:
             raise BadInput(f"no format of tool calls is called {form!r}", next=f"use one of {', '.join(FORMATS)}")
         self.models: dict[str, Served | VectorModel] = {}
@@ -168,9 +177,10 @@ class Registry:
                 llm.name = name
                 self.models[name] = llm
                 continue
+            defaults = read_defaults(llm.folder) if recommended else NOTHING  # first: it may be refused
             engine = AsyncLLM(llm, config=self.config, waiting=waiting, name=name)
             templates = " ".join(llm.tokenizer.source.templates.values())
-            self.models[name] = Served(name, engine, FORMATS[form] if form else format_of(templates), root=str(llm.folder or ""))
+            self.models[name] = Served(name, engine, FORMATS[form] if form else format_of(templates), root=str(llm.folder or ""), defaults=defaults)
 
     @property
     def engines(self) -> list[AsyncLLM]:
@@ -201,7 +211,7 @@ class Registry:
             raise Refused(400, f"{MOST_NAMES} models and adapters are loaded; unload one first", "lora_name", "invalid_value")
         parent = self.find(base or next(m.name for m in self.models.values() if isinstance(m, Served)))
         adapter = parent.llm.load_adapter(path, name)
-        served = Served(name, parent.engine, parent.form, adapter, parent.name, str(path), f"{name}#{next(self._versions)}")
+        served = Served(name, parent.engine, parent.form, adapter, parent.name, str(path), parent.defaults, f"{name}#{next(self._versions)}")
         self.models = {**self.models, name: served}  # others may be looking through the old ones
         return served
 

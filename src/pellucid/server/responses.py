@@ -19,6 +19,7 @@ from pellucid.engine.job import Job
 from pellucid.server.answers import joined, reader_of, sse, updates, whole
 from pellucid.server.calls import Piece
 from pellucid.server.conversation import FunctionCall, Message, ToolCall
+from pellucid.server.defaults import NOTHING, Defaults
 from pellucid.server.errors import Json, Refused, as_json, refusal_of
 from pellucid.server.jobs import Desk, EventStream, unless_gone
 from pellucid.server.responses_body import NamedChoice, ResponsesRequest
@@ -74,6 +75,7 @@ class Envelope:
     """The response object in its states: `in_progress` before, `completed` or `incomplete` at the end."""
 
     request: ResponsesRequest
+    defaults: Defaults = NOTHING  # of the model
     id: str = field(default_factory=lambda: f"resp_{secrets.token_hex(24)}")
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -86,13 +88,18 @@ class Envelope:
             "incomplete_details": {"reason": reason} if reason else None, "instructions": r.instructions, "max_output_tokens": r.max_output_tokens,
             "model": r.model, "output": output, "parallel_tool_calls": r.parallel_tool_calls is not False, "previous_response_id": r.previous_response_id,
             "reasoning": {name: getattr(r.reasoning, name, None) for name in ("effort", "summary")}, "store": r.store is not False,
-            "temperature": 1.0 if r.temperature is None else r.temperature, "top_p": 1.0 if r.top_p is None else r.top_p, "text": {"format": form},
+            "temperature": first_of(r.temperature, self.defaults.temperature), "top_p": first_of(r.top_p, self.defaults.top_p), "text": {"format": form},
             "tool_choice": choice, "tools": [t.model_dump() | {"strict": bool(t.strict)} for t in r.tools or []], "truncation": "disabled",
             "usage": usage, "user": r.user, "metadata": r.metadata or {}, "service_tier": "default"}
 
     def final(self, job: Job, output: list[dict[str, Any]]) -> dict[str, Any]:
         cut = reader_of(job, 0).finish_reason == "length"
         return self.body("incomplete" if cut else "completed", output, usage_of(job), "max_output_tokens" if cut else None)
+
+
+def first_of(*values: float | None) -> float:
+    """What is asked for, else what the checkpoint recommends, else 1."""
+    return next((v for v in values if v is not None), 1.0)
 
 
 def usage_of(job: Job) -> dict[str, Any]:
@@ -236,8 +243,8 @@ def add_responses(app: FastAPI, desk: Desk) -> None:
     async def respond(body: ResponsesRequest, request: Request) -> Response:
         tenant = request.scope["state"].get("tenant", "")
         before = conversations.find(body.previous_response_id, tenant).messages if body.previous_response_id else []
-        _, job = await desk.chat(body.as_chat(before), request)
-        envelope = Envelope(body)
+        model, job = await desk.chat(body.as_chat(before), request)
+        envelope = Envelope(body, model.defaults)
 
         def keep(final: dict[str, Any]) -> None:
             if body.store is not False:

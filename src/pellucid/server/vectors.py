@@ -86,10 +86,13 @@ def add_vectors(app: FastAPI, desk: Desk) -> None:
     async def embeddings(body: EmbeddingRequest, request: Request) -> dict[str, Any]:
         return await desk.limited(embedded(found(desk, body.model, request), body), request)
 
+    @app.post("/rerank", include_in_schema=False)  # vLLM's and Cohere's other addresses
+    @app.post("/v2/rerank", include_in_schema=False)
     @app.post("/v1/rerank")
     async def rerank(body: RerankRequest, request: Request) -> dict[str, Any]:
         return await desk.limited(ranked(found(desk, body.model, request), body), request)
 
+    @app.post("/score", include_in_schema=False)
     @app.post("/v1/score")
     async def scores(body: ScoreRequest, request: Request) -> dict[str, Any]:
         return await desk.limited(scored(found(desk, body.model, request), body), request)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.meta
 import jinja2.nodes
 from jinja2.ext import Extension, loopcontrols
 
@@ -166,6 +167,13 @@ def plain(value: Any) -> Any:
 def has_generation(source: str) -> bool:
     """Whether the template says itself what the assistant writes."""
     return re.search(r"\{%[-+]?\s*generation\b", source) is not None
+
+
+@lru_cache(maxsize=32)
+def variables(source: str) -> frozenset[str]:
+    """The names that the template reads, of those that it is given."""
+    environment = compile_template(source, False).environment
+    return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source))) - set(environment.globals)
 
 
 @lru_cache(maxsize=32)

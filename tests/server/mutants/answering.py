@@ -7,6 +7,7 @@ CLIENT, MORE, PARSER, FORMATS, STREAMED, SEEN, HOSTILE = (f"tests/server/test_{n
 ANSWERS, READER, PARSE, TAPE, RESPONSES, VECTORS, METRICS, ABOUT, PROTOCOL, CONVERSATION, JSON_CALLS, TEXT_CALLS = (f"src/pellucid/server/{name}.py" for name in (
     "answers", "reader", "parser", "tape", "responses", "vectors", "metrics", "about", "protocol", "conversation", "json_calls", "text_calls"))
 WHOLE, PIECES, CASES = f"{CLIENT} -k chat_is_what or thought_answer or requests_run", f"{MORE} -k streams_of_several", f"{FORMATS} -k a_reader_would or cut_at_every"
+VLLM, DEFAULTS, TEMPLATES = (f"tests/server/test_{name}.py" for name in ("vllm_fields", "defaults", "template_fields"))
 BROKEN = "tests/server/test_broken_samples.py"
 
 MUTANTS = [
@@ -19,18 +20,28 @@ MUTANTS = [
     # --- how it ends, and in which pieces
     (ANSWERS, 'if calls and reason == "stop"', "if calls", f"{CLIENT} -k cut_off_behind"),
     (ANSWERS, 'return {"index": self.begun - 1, "function"', 'return {"index": 0, "function"', STREAMED),
-    (ANSWERS, "            logprobs = None  # told once\n", "", PIECES),
+    (ANSWERS, "            logprobs = tokens = None  # told once\n", "            tokens = None\n", PIECES),
+    (ANSWERS, "            logprobs = tokens = None  # told once\n", "            logprobs = None\n", VLLM),
+    (ANSWERS, 'if len(found["tokens"]) > silent else 0', "", DEFAULTS),
+    (READER, "self.tokens[given:]", "self.tokens[given + 1 :]", VLLM),
+    (READER, "token if token in self.asked_ends else None", "token", VLLM),
+    (READER, "or self._open == (piece.part != \"lost\")", "or self._open", VLLM),
+    (PROTOCOL, "most = min(room, self.usual_limit(defaults) or room)", "most = room", DEFAULTS),
+    (PROTOCOL, "for v in (getattr(self, name), getattr(defaults, name))", "for v in (getattr(defaults, name), getattr(self, name))", DEFAULTS),
+    ("src/pellucid/engine/past_calls.py", "PROBE in asked(tokenizer, PROBE, tools)", "True", TEMPLATES),
+    ("src/pellucid/engine/past_calls.py", "or not asked(tokenizer, json.loads(PROBE), tools)", "", TEMPLATES),
+    ("src/pellucid/engine/llm.py", "self.tokenizer.encode(prompt) if behind else", "self.prompt_ids(prompt) if behind else", DEFAULTS),
     (ANSWERS, 'offsets[number] += sum(map(len, logprobs["tokens"]))', "offsets[number] += 0", PIECES),
     (ANSWERS, "offsets[number] = len(echo[number // drawn])", "offsets[number] = 0", PIECES),
     (ANSWERS, "key=lambda i: best_first(job.choices[i].request)", "key=lambda i: i", f"{MORE} -k best_of_several"),
     (ANSWERS, "if lost == len(job.choices):", "if lost:", BROKEN),
-    (ANSWERS, 'return failure(job, number).body if reason == "error" else {}', "return {}", BROKEN),
+    (ANSWERS, 'return told | failure(job, number).body if reason == "error" else told', "return told", BROKEN),
     ("src/pellucid/engine/job.py", 'return request.finish_reason == "error", -per_token(request)', "return False, -per_token(request)", BROKEN),
     (ANSWERS, 'joined(pieces, "content") or (None if calls else "")', 'joined(pieces, "content")', f"{CLIENT} -k tool_call_and"),
     (READER, "range(self._told, self.said)", "range(0, self.said)", PIECES),
     (READER, 'if last == "stop" and token in self.ends:', "if False:", f"{MORE} -k bias_penalties"),
     (READER, "self.parser.deaf = self.said < self.least", "self.parser.deaf = False", f"{MORE} -k bias_penalties"),
-    (READER, 'self.finish_reason = "stop" if self.parser.stopped else last', "self.finish_reason = last", f"{HOSTILE} -k cut_off_ends"),
+    (READER, "            if self.parser.stopped:\n                self.finish_reason", "            if self.parser.stopped and not last:\n                self.finish_reason", f"{HOSTILE} -k cut_off_ends"),
     # --- parts of the text
     (PARSE, "else len(text) - unfinished(text, self.stops)", "else len(text)", PARSER),
     (PARSE, 'self._trim, self._gap = rest, "content", found[-1].kind == "tool_call", ""', 'self._trim, self._gap = rest, "content", False, ""', PARSER),

@@ -8,11 +8,13 @@ GUARD, ERRORS, JOBS, RUN, RESPONSES, ADAPTERS, REGISTRY, ACCESS = (f"src/pelluci
 BODIES, KEYS, TIMES = f"{LIMITS} -k broken_bodies or without_its_length", f"{LIMITS} -k needs_no_key", f"{SEEN} -k tokens_and_time"
 ODD, KEPT, END, SALTS = (f"{HOSTILE} -k {name}" for name in ("types_of_body or just_the_size", "kept_responses", "grace or ask_nothing", "no_salt"))
 
+VLLM, DEFAULTS, TEMPLATES = (f"tests/server/test_{name}.py" for name in ("vllm_fields", "defaults", "template_fields"))
+
 MUTANTS = [
     # --- who may ask, and how much
     (GUARD, 'if scheme.lower() != b"bearer" or not any(fits):', "if not any(fits):", KEYS),
     (GUARD, "hmac.compare_digest(given.strip(), key)", "key.startswith(given.strip())", KEYS),
-    (GUARD, 'OPEN_PATHS = {"/health"}', 'OPEN_PATHS = {"/health", "/v1/models"}', KEYS),
+    (GUARD, 'OPEN_PATHS = {"/health", "/ping"}', 'OPEN_PATHS = {"/health", "/ping", "/v1/models"}', KEYS),
     (GUARD, "str(fits.index(True))", '"0"', f"{SEEN} -k keys_share"),
     (GUARD, 'message.get("more_body", False) and size <= self.max_body', 'message.get("more_body", False)', BODIES),
     (GUARD, "        if size > self.max_body:\n", "        if size >= self.max_body:\n", ODD),
@@ -31,7 +33,10 @@ MUTANTS = [
     (ERRORS, "parse_constant=finite, ", "", BODIES),
     # --- limits of answers
     (JOBS, "(body.limit() or 0) > most:", "(body.limit() or 0) >= most:", TIMES),
-    (JOBS, "min(max(1, context - len(ids)), most or context)", "max(1, context - len(ids))", TIMES),
+    (JOBS, "min(max(1, min(context, model.engine.longest) - len(ids)), most or context)", "max(1, min(context, model.engine.longest) - len(ids))", TIMES),
+    (JOBS, "min(context, model.engine.longest) - len(ids)", "context - len(ids)", DEFAULTS),
+    (JOBS, "if name not in read or name in OUR_OWN]", "if name not in read]", TEMPLATES),
+    (JOBS, "is False else parser\n", "is None else parser\n", VLLM),
     (JOBS, "if await request.is_disconnected():", "if False:", f"{LIMITS} -k hangs_up or leaves_the_queue"),
     (JOBS, "            await super().__call__(scope, receive, send)\n        finally:\n            self.job.cancel()", "            await super().__call__(scope, receive, send)\n        finally:\n            pass",
      f"{LIMITS} -k leaves_a_stream"),
