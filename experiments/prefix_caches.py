@@ -25,12 +25,13 @@ from typing import Any
 
 from pellucid.engine.hash_chain import HashChain
 from pellucid.engine.ordering import Planned
+from pellucid.engine.orders import first_come, longest_hit
 from pellucid.engine.params import SamplingParams
 from pellucid.engine.planning import depth_first
 from pellucid.engine.prefix_cache import NoReuse, PrefixCache
 from pellucid.engine.radix_tree import RadixTree
 from pellucid.engine.request import Request
-from pellucid.engine.scheduler import Scheduler, first_come, longest_hit
+from pellucid.engine.scheduler import Scheduler
 
 Trace = list[tuple[int, list[int], int]]
 

@@ -5,12 +5,13 @@ import random
 import pytest
 from test_scheduler import Machine, request
 
-from pellucid.engine import scheduler
+from pellucid.engine import orders
 from pellucid.engine.hash_chain import HashChain
+from pellucid.engine.orders import Fair, first_come, longest_hit
 from pellucid.engine.prefix_cache import NoReuse
 from pellucid.engine.radix_tree import RadixTree
 from pellucid.engine.request import State
-from pellucid.engine.scheduler import Fair, Scheduler, first_come, longest_hit
+from pellucid.engine.scheduler import Scheduler
 
 
 def machine(blocks: int = 200, **options) -> Machine:
@@ -82,7 +83,7 @@ def test_who_comes_back_is_not_owed_the_time_away():
 
 def test_namespaces_that_are_gone_are_forgotten(monkeypatch):
     """Every request may have a salt of its own: neither the order nor the tree keeps something for each that ever came."""
-    monkeypatch.setattr(scheduler, "REMEMBERED", 20)
+    monkeypatch.setattr(orders, "REMEMBERED", 20)
     m = machine(places=2, order=Fair())
     for i in range(200):
         m.s.add(request([1, 2, 3], 2, namespace=f"salt {i}"))

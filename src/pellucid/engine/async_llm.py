@@ -16,7 +16,6 @@ import os
 import secrets
 import threading
 import time
-from bisect import bisect_right
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -169,9 +168,8 @@ class AsyncLLM:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest request that could run, alone: as many as the context has, or the cache holds."""
-        scheduler = self.engine.scheduler
-        return bisect_right(range(1, self.llm.context + 1), scheduler.cache.blocks, key=scheduler._most_blocks)
+        """Tokens of the longest request that can run, alone."""
+        return self.engine.scheduler.longest
 
     @property
     def totals(self) -> dict[str, int]:

@@ -11,10 +11,10 @@ from pellucid.engine.drafting import is_stateful
 from pellucid.engine.hash_chain import HashChain
 from pellucid.engine.layer_groups import layer_groups
 from pellucid.engine.ordering import Planned
+from pellucid.engine.orders import Fair, Order, first_come, longest_hit
 from pellucid.engine.planning import depth_first
 from pellucid.engine.prefix_cache import NoReuse, PrefixCache
 from pellucid.engine.radix_tree import RadixTree
-from pellucid.engine.scheduler import Fair, Order, first_come, longest_hit
 from pellucid.errors import BadInput
 from pellucid.nn import Decoder, DecoderSpec, prediction_spec
 from pellucid.nn.count import cache_bytes

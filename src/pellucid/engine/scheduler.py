@@ -2,19 +2,21 @@
 
 A step has a budget of tokens. Running requests come first, each with as many tokens as it is behind: those that are writing
 (one token each, so that nobody waits for another's prompt), then those whose prompts are not read yet, by priority and
-arrival; then waiting ones are admitted while budget, places and blocks last. `pace` can bound a step's time as well. A request is admitted only if the blocks of
-its first part are there, and starts behind what the prefix cache holds of it. When blocks run out, the last of the running
-ones gives way: its blocks go back, it waits at the head of the queue and is computed again (or its blocks' content is kept
-in host memory: `swap`).
+arrival; then waiting ones are admitted, in the order that orders.py gives, while budget, places and blocks last. `pace` can
+bound a step's time as well. A request is admitted only if the blocks of its first part are there, and starts behind what the
+prefix cache holds of it. When blocks run out, the last of the running ones gives way: its blocks go back, it waits at the
+head of the queue and is computed again (or its blocks' content is kept in host memory: `swap`).
 
 Pure Python: no tensor, no model. (vLLM's idea; see engine/request.py for what the two counters express.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
+from bisect import bisect_right
+from collections.abc import Container
 from dataclasses import dataclass, field
 
+from pellucid.engine.orders import Fair, Order, first_come
 from pellucid.engine.pace import Pace
 from pellucid.engine.prefix_cache import PrefixCache, first_needed, held
 from pellucid.engine.request import GONE, Request, State
@@ -48,52 +50,6 @@ class Plan:
     @property
     def tokens(self) -> int:
         return sum(part.count for part in self.parts)
-
-
-Order = Callable[[list[Request], PrefixCache], Iterable[Request]]
-
-
-def first_come(waiting: list[Request], cache: PrefixCache) -> Iterable[Request]:
-    """By priority, then arrival; who was preempted keeps its place."""
-    return sorted(waiting, key=lambda r: (r.priority, r.number))
-
-
-def longest_hit(waiting: list[Request], cache: PrefixCache) -> Iterable[Request]:
-    """By priority, then by how much of the prompt the cache holds now (SGLang's longest prefix match)."""
-    return sorted(waiting, key=lambda r: (r.priority, -len(cache.match(r)), r.number))
-
-
-REMEMBERED = 10_000
-"""Namespaces whose service is known; of more, those that are not here are forgotten."""
-
-
-class Fair:
-    """By priority, then the namespace that was served the fewest tokens so far, then arrival.
-
-    Who comes back, or comes first, starts level with the one served least of those who are here: otherwise it could keep all
-    others waiting until it had caught up with their whole past (virtual token counters, arXiv 2401.00588). Between two
-    namespaces that always have somebody waiting, what they were served differs by at most what all places hold.
-    """
-
-    def __init__(self) -> None:
-        self.served: dict[str, int] = {}
-        self.waiting: set[str] = set()  # namespaces, at the last look
-        self.running: set[str] = set()
-
-    def __call__(self, waiting: list[Request], cache: PrefixCache) -> Iterable[Request]:
-        before, here = self.waiting | self.running, {r.namespace for r in waiting}
-        level = min((self.served.get(name, 0) for name in before), default=0)
-        for name in here - before:
-            self.served[name] = max(self.served.get(name, 0), level)
-        if len(self.served) > REMEMBERED:  # every request may have a salt of its own
-            self.served = {name: self.served[name] for name in before | here if name in self.served}
-        self.waiting = here
-        return sorted(waiting, key=lambda r: (r.priority, self.served.get(r.namespace, 0), r.number))
-
-    def count(self, plan: Plan) -> None:
-        self.running = {part.request.namespace for part in plan.parts}
-        for part in plan.parts:
-            self.served[part.request.namespace] = self.served.get(part.request.namespace, 0) + part.count
 
 
 class Scheduler:
@@ -158,15 +114,15 @@ class Scheduler:
         if self.pace:
             self.pace.begin((r.computed, r.behind) for r in self.running if r.writing)
         for request in sorted(self.running, key=lambda r: (not r.writing, r.priority, r.number)):
-            if left and request.state is State.RUNNING and request not in without and (count := min(left, request.behind) if request.writing
-                                                            else self._chunk(request.computed, request.behind, left)):
-                if request.drafts and count < request.behind:  # no budget for guesses
-                    self._drop_drafts(request)
-                    count = min(request.behind, left)
-                if self._make_room(request, count, plan):
-                    plan.parts.append(Part(request, request.computed, count))
-                    left -= count
-                    self._take(plan.parts[-1])
+            gave_way = request.state is not State.RUNNING
+            if gave_way or request in without or not (count := self._share(request, left)):
+                continue
+            if request.drafts and count < request.behind:  # no budget for guesses
+                self._drop_drafts(request)
+                count = min(request.behind, left)
+            if self._make_room(request, count, plan):
+                self._compute(request, request.computed, count, plan)
+                left -= count
         if not plan.preempted:
             self._admit(plan, left)
         return plan
@@ -187,14 +143,20 @@ class Scheduler:
         if isinstance(self.order, Fair):
             self.order.count(plan)
 
+    def _share(self, request: Request, left: int) -> int:
+        """Tokens of a running request that are computed in this step, of a budget that has so many left."""
+        return min(left, request.behind) if request.writing else self._chunk(request.computed, request.behind, left)
+
     def _chunk(self, start: int, behind: int, left: int) -> int:
         """Tokens of a prompt that this step has time for."""
         most = min(behind, left, self.chunk)
         return self.pace.largest(start, most) if self.pace and most else most
 
-    def _take(self, part: Part) -> None:
-        if self.pace and not part.request.writing:
-            self.pace.take(part.start, part.count)
+    def _compute(self, request: Request, start: int, count: int, plan: Plan) -> None:
+        """These tokens are part of the step, and of its time."""
+        plan.parts.append(Part(request, start, count))
+        if self.pace and not request.writing:
+            self.pace.take(start, count)
 
     def _make_room(self, request: Request, count: int, plan: Plan) -> bool:
         """Blocks for `count` more tokens; others, of lower priority or later, give way. False if the request itself had to."""
@@ -250,8 +212,7 @@ class Scheduler:
         if request.preemptions == 0:
             request.hit = hit
         self._run(request, plan)
-        plan.parts.append(Part(request, hit, count))
-        self._take(plan.parts[-1])
+        self._compute(request, hit, count, plan)
         return left - count
 
     def _swap_in(self, request: Request, plan: Plan, left: int) -> int:
@@ -264,8 +225,7 @@ class Scheduler:
         plan.swapped_in.append((request, [list(table) for table in request.tables]))
         self._run(request, plan)
         if count:
-            plan.parts.append(Part(request, request.computed, count))
-            self._take(plan.parts[-1])
+            self._compute(request, request.computed, count, plan)
         return left - count
 
     def _run(self, request: Request, plan: Plan) -> None:
@@ -293,8 +253,8 @@ class Scheduler:
                 del table[blocks:]
 
     def _let_go(self, request: Request) -> None:
-        """Blocks that fell behind their group's window go back at once, the oldest to be given away first; until then what they hold
-        can be found."""
+        """Blocks that fell behind their group's window go back, some at a time where the cache wants it so (`stride`), the oldest to be
+        given away first; until then what they hold can be found."""
         behind: list[tuple[list[int], int]] = []
         for window, table in zip(self.cache.windows, request.tables, strict=True):
             last = first_needed(window, request.computed) // self.cache.size
@@ -312,6 +272,11 @@ class Scheduler:
 
     def _no_blocks(self) -> list[list[int]]:
         return [[] for _ in self.cache.windows]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request that can run, alone: as many as the context has, or the cache holds."""
+        return bisect_right(range(1, self.context + 1), self.cache.blocks, key=self._most_blocks)
 
     def _most_blocks(self, tokens: int) -> int:
         """That a request of so many tokens holds at a time: of a window's group, what it reads and what a step adds."""

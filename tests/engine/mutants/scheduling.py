@@ -8,12 +8,14 @@ UNITS = f"{WINDOWS} -k hit_shrinks or all_groups or known_models or shapes"
 SCHEDULER, CHAIN, TREE, POOL, GROUPS = (
     f"src/pellucid/engine/{name}.py" for name in ("scheduler", "hash_chain", "radix_tree", "prefix_cache", "layer_groups"))
 
+ORDERS = "src/pellucid/engine/orders.py"
+
 MUTANTS = [
     # --- scheduler
     (SCHEDULER, "key=lambda r: (not r.writing, r.priority, r.number)", "key=lambda r: (r.writing, r.priority, r.number)", FAIR),
     (SCHEDULER, "last = max(self.running, key=lambda r: (r.priority, r.number))", "last = max(self.running, key=lambda r: r.number)", FAIR),
     (SCHEDULER, "last = max(self.running, key=lambda r: (r.priority, r.number))", "last = max(self.running, key=lambda r: r.priority)", FAIR),
-    (SCHEDULER, "sorted(waiting, key=lambda r: (r.priority, r.number))", "sorted(waiting, key=lambda r: r.number)", FAIR),
+    (ORDERS, "sorted(waiting, key=lambda r: (r.priority, r.number))", "sorted(waiting, key=lambda r: r.number)", FAIR),
     (SCHEDULER, "            if request.state is not State.RUNNING:  # no room", "            if False:  # no room", FAIR),
     (SCHEDULER, "r.computed = min(part.start + part.count, len(r.tokens) - 1)", "r.computed = part.start + part.count", ENGINE),
     (SCHEDULER, "min(len(request.tokens) - 1, request.reusable)", "len(request.tokens)", PLANS),
@@ -22,8 +24,8 @@ MUTANTS = [
     (SCHEDULER, "            self._shorten(r, self._blocks(r.computed + 1))\n", "", f"{ENGINE} -k refused_drafts"),
     (SCHEDULER, "                self._let_go(r)\n", "                pass\n", f"{WINDOWS} -k blocks_that_are_held"),
     (SCHEDULER, "            self.cache.publish(request)\n            self.cache.release([table", "            self.cache.release([table", f"{WINDOWS} -k was_generated"),
-    (SCHEDULER, "for name in here - before:", "for name in ():", FAIR),
-    (SCHEDULER, "self.served.get(r.namespace, 0), r.number))", "r.number))", FAIR),
+    (ORDERS, "for name in here - before:", "for name in ():", FAIR),
+    (ORDERS, "self.served.get(r.namespace, 0), r.number))", "r.number))", FAIR),
     (SCHEDULER, "self._blocks(window - 1 + self.budget) + self.cache.stride)", "self._blocks(window - 1))", f"{WINDOWS} -k what_only_fits or room_is"),
     # --- what a window needs
     (POOL, "max(0, computed - window + 1)", "max(0, computed - window + 2)", PLANS),
