@@ -18,9 +18,13 @@ from tiny_splits import tokenizer, write_adapter
 from pellucid.engine.adapters import Adapter, read_adapter
 from pellucid.engine.config import EngineConfig
 from pellucid.engine.core import Engine
+from pellucid.engine.fleet import Fleet
+from pellucid.engine.layout import Layout
 from pellucid.engine.opening import open_model
 from pellucid.engine.request import Request
 from pellucid.errors import BadInput
+from pellucid.models.hub import read_config, spec_of
+from pellucid.parallel import Processes
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LATENT = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"]
@@ -63,6 +67,7 @@ def alone(folders, adapters):
 
 @pytest.mark.parametrize(("kind", "family", "config"), [
     ("tensor", "llama", TIGHT), ("tensor", "deepseek-v3", ROOMY), ("replicas", "llama", ROOMY), ("disaggregated", "llama", TIGHT),
+    ("attention", "llama", TIGHT), ("attention", "deepseek-v3", ROOMY),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in (
         ("tensor", "gpt2", ROOMY), ("tensor", "qwen3-next", ROOMY), ("disaggregated", "deepseek-v3", ROOMY),
         ("tensor", "llama", EngineConfig(cache_tokens=128, block=4, budget=16, running=4, swap=True)),
@@ -132,9 +137,46 @@ def test_what_cannot_be_used_is_refused_and_the_engine_lives_on(fleet_of, adapte
     with pytest.raises(BadInput, match="in this process alone"):
         fleet.add(mixed(own, own)[1])
     same(run(fleet, requests()), run(Engine(open_model(folders("llama")), [], ROOMY, tokenizer()), requests()))
-    fleet.close()
-    with pytest.raises(BadInput, match="do not go with --dp-attention"):
-        fleet_of("deepseek-v3", "attention").load_adapter(first)
+
+
+def test_a_process_without_requests_adds_its_part_of_an_adapter(fleet_of, adapters, alone):
+    """All requests are in one process; then all without an adapter in one and all with one in the other: passes of different adapters
+    are the same in both."""
+    fleet = fleet_of("llama", "attention", TIGHT)
+    loaded = [fleet.load_adapter(path) for path in adapters("llama")]
+    for place in (lambda r: 1, lambda r: int(r.adapter is None), lambda r: int(r.adapter is loaded[0])):
+        fleet.router.choose = place  # type: ignore[method-assign]
+        same(run(fleet, mixed(*loaded)), alone("llama"))
+        fleet.router.loads = [0, 0]
+    some = mixed(*loaded)
+    for r in some:
+        fleet.add(r)
+    for _ in range(4):
+        fleet.step()
+    for r in some:  # an adapter goes with the last request that has it, under those of the other process
+        if r.adapter is loaded[0]:
+            fleet.cancel(r)
+    fleet.drop_adapter(loaded[0])
+    while fleet.busy:
+        fleet.step()
+    kept = [i for i, r in enumerate(some) if r.adapter is not loaded[0]]
+    same([some[i] for i in kept], [alone("llama")[i] for i in kept])
+
+
+@pytest.mark.slow
+def test_groups_that_share_feed_forwards_take_adapters_and_draft_by_themselves(folders, adapters, alone):
+    """Attention's parts of an adapter are cut in two, those of feed-forwards in four."""
+    layout, folder = Layout(tp=2, dp_attention=2), folders("llama")
+    processes = Processes("pellucid.engine.worker", layout.processes, layout.links, threads=1)
+    try:
+        fleet = Fleet(folder, layout, spec_of(read_config(folder)), tokenizer(), TIGHT, processes=processes)
+        loaded = [fleet.load_adapter(path) for path in adapters("llama")]
+        same(run(fleet, mixed(*loaded)), alone("llama"))
+        fleet.router.choose = lambda r: 1  # type: ignore[method-assign]
+        same(run(fleet, mixed(*loaded)), alone("llama"))
+        fleet.close()
+    finally:
+        processes.close()
 
 
 def test_matrices_that_are_multiplied_in_parts_take_no_adapter(folders, tmp_path):

@@ -17,8 +17,12 @@ import pellucid
 from pellucid.engine import LLM, SamplingParams
 from pellucid.engine.config import EngineConfig
 from pellucid.engine.core import Engine
+from pellucid.engine.fleet import Fleet
+from pellucid.engine.layout import Layout
 from pellucid.engine.opening import open_model
+from pellucid.models.hub import read_config, spec_of
 from pellucid.nn import Decoder, init_weights
+from pellucid.parallel import Processes
 from pellucid.quant import bits_named
 
 PLAIN = EngineConfig(cache_tokens=800, block=4)
@@ -85,7 +89,7 @@ def test_sampled_answers_are_those_of_one_process_too(fleet_of, folders):
 
 
 @pytest.mark.parametrize(("kind", "config"), [
-    ("tensor", TIGHT), pytest.param("replicas", DRAFTED, marks=pytest.mark.slow), pytest.param("disaggregated", DRAFTED, marks=pytest.mark.slow)])
+    ("tensor", TIGHT), ("attention", TIGHT), pytest.param("replicas", DRAFTED, marks=pytest.mark.slow), pytest.param("disaggregated", DRAFTED, marks=pytest.mark.slow)])
 def test_the_models_own_prediction_layer_proposes(kind, config, fleet_of, ahead):
     """Under tensor parallelism it is cut as the other layers are, and its passes are shared: it proposes what the whole one proposes."""
     config = replace(config, proposer="mtp", prefix="none")
@@ -99,6 +103,34 @@ def test_the_models_own_prediction_layer_proposes(kind, config, fleet_of, ahead)
         assert figures(fleet) == figures(one)
         assert fleet.ready[0]["weights"] == fleet.ready[1]["weights"]
     same(run(fleet, requests()), want)  # twins of the first ones have left everywhere
+
+
+@pytest.mark.parametrize("place", [lambda r: 1, lambda r: int(len(r.prompt) > 20)], ids=["one", "long"])
+def test_who_has_nothing_to_propose_takes_part_where_feed_forwards_are_shared(place, fleet_of, ahead):
+    """All requests in one process; and the longer ones apart: the two make different numbers of passes."""
+    config = replace(DRAFTED, proposer="mtp", prefix="none")
+    one = Engine(open_model(ahead), [], config, tokenizer())
+    fleet = fleet_of(ahead, "attention", config)
+    fleet.router.choose = place  # type: ignore[method-assign]
+    same(run(fleet, requests()), run(one, requests()))
+    assert figures(fleet) == figures(one) and figures(one)[1] > 10
+
+
+@pytest.mark.slow
+def test_groups_that_share_feed_forwards_propose_by_themselves(ahead):
+    layout = Layout(tp=2, dp_attention=2)
+    processes = Processes("pellucid.engine.worker", layout.processes, layout.links, threads=1)
+    config = replace(TIGHT, proposer="mtp", prefix="none")
+    want = run(Engine(open_model(ahead), [], config, tokenizer()), requests())
+    try:
+        fleet = Fleet(ahead, layout, spec_of(read_config(ahead)), tokenizer(), config, processes=processes)
+        for _ in range(2):
+            same(run(fleet, requests()), want)
+            assert figures(fleet)[1] > 10
+            fleet.router.choose = lambda r: 0  # type: ignore[method-assign]
+        fleet.close()
+    finally:
+        processes.close()
 
 
 def test_a_prediction_layer_that_nobody_asks_for_is_not_held(fleet_of, ahead):

@@ -333,8 +333,6 @@ def test_what_cannot_be_spread_is_refused_before_a_process_starts(folders):
     llm = LLM(folder, tp=2, quantize="int4")
     with pytest.raises(BadInput, match="INT4 weights cannot be cut over 2 processes"):
         llm.engine()
-    with pytest.raises(BadInput, match="prediction layer"):
-        Fleet(folder, Layout(dp_attention=2), spec_of(read_config(folder)), tokenizer(), EngineConfig(proposer="mtp"))
 
 
 def test_what_a_process_refuses_is_told_here(folders, tmp_path):

@@ -113,7 +113,7 @@ class Engine:
         if draft is not None:
             return DraftModel(draft.eval(), self.model.spec, tokens, c.running, same)
         if c.proposer == "mtp":  # whose passes are shared where the runner's are
-            return PredictionHead(self.model, tokens, c.running, getattr(self.runner, "predictor", None))
+            return PredictionHead(self.model, tokens, c.running, self.runner.predictor)
         return PromptLookup()
 
     @property

@@ -98,7 +98,7 @@ class Fleet(Engine):
         layout.check(spec)
         self.layout, self.config, self.tokenizer = layout, config or EngineConfig(), tokenizer
         self.model: Any = blank(spec)  # without memory: for those who ask what it is
-        refuse_what_is_not_shared(self.model, local_folder(model), self.config, layout, device, quantize)
+        refuse_what_is_not_shared(self.model, local_folder(model), layout, device, quantize)
         self.drafts = drafts_of(self.config, draft is not None)
         self.eos, self.stop, self.grammars = set(tokenizer.eos_ids), StopTexts(tokenizer), None
         self.own = processes is None
@@ -243,9 +243,6 @@ class Fleet(Engine):
     def load_adapter(self, path: str | os.PathLike[str], name: str = "") -> Adapter:
         """From any thread; see `read_adapter`."""
         self._living()
-        if self.layout.together:
-            raise BadInput("adapters do not go with --dp-attention", "requests of different adapters meet in the shared feed-forwards",
-                           "use --dp or --tp")
         return self.adapters.load(path, name)
 
     def drop_adapter(self, adapter: Adapter) -> None:
@@ -371,7 +368,7 @@ def once_each(given: list[tuple[Request, list[int]]]) -> list[tuple[Request, lis
     return list(merged.items())
 
 
-def refuse_what_is_not_shared(model: Any, folder: Path, config: EngineConfig, layout: Layout, device: str, quantize: str | None) -> None:
+def refuse_what_is_not_shared(model: Any, folder: Path, layout: Layout, device: str, quantize: str | None) -> None:
     """BadInput for what cannot be spread so.  model: on the meta device."""
     bits = bits_to_run(folder, bits_named(quantize), device)
     if layout.kind not in ("tensor", "attention"):
@@ -379,8 +376,5 @@ def refuse_what_is_not_shared(model: Any, folder: Path, config: EngineConfig, la
     if bits is None and choose_device(device).value.type == "cuda" and torch.cuda.device_count() < layout.processes:
         raise BadInput(f"{layout.processes} processes and {torch.cuda.device_count()} GPU(s)", "each of them needs one of its own",
                        f"use at most {torch.cuda.device_count()}, or --device cpu")
-    if config.proposer == "mtp" and layout.together:
-        raise BadInput("drafts by the model's own prediction layer do not go with --dp-attention", "all processes would have to meet in each of its passes",
-                       "use the proposer lookup, a draft model, or --tp")
     if bits == 4:
         check_groups(model, Slice(0, *layout.sharing))

@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pellucid.engine.adapters import applied
+from pellucid.engine.adapters import Adapter, applied
 from pellucid.engine.decode import unsuited
 from pellucid.engine.gpu_step import GpuStep, choose_gpu_step
 from pellucid.engine.layer_groups import Group
 from pellucid.engine.native_step import NativeStep, choose_native_step
 from pellucid.engine.paged_cache import Pages, Rows, Saved
 from pellucid.engine.paged_step import READABLE, PagedBatch, PagedStep
+from pellucid.engine.predictor import Predictor
 from pellucid.engine.request import Request
 from pellucid.engine.sampler import best
 from pellucid.engine.scheduler import Part, Plan
@@ -61,7 +62,7 @@ class Runner:
     default the numbers that the model computes with.
 
     path: 'compiled', 'triton' or 'flat', and why: whether steps run by compiled kernels on a CPU, by Triton's on a GPU, or through the
-    model alone. With 'compiled', long prompts and adapters take the flat pass in any case.
+    model alone. With 'compiled', adapters take the flat pass in any case, and with numba's kernels long prompts.
     """
 
     def __init__(self, model: Decoder, blocks: int, size: int, places: int, codes: CacheCodes | None = None,
@@ -118,8 +119,8 @@ class Runner:
         of an adapter run apart, in one pass for each adapter, through the model itself."""
         order: list[Part] = []
         states: list[Tensor] = []
-        for adapter in dict.fromkeys(part.request.adapter for part in parts):
-            groups = segments_of([part for part in parts if part.request.adapter is adapter])
+        for adapter, own in self._apart(parts):
+            groups = segments_of(own)
             mine = [part for group in groups for part in group]
             with applied(self.model, adapter):
                 if self.gpu is not None:
@@ -133,6 +134,15 @@ class Runner:
         if len(states) > 1:
             return order, torch.cat(states), None
         return order, states[0], None if self.gpu is None else self.gpu.logits
+
+    def _apart(self, parts: Sequence[Part]) -> Iterator[tuple[Adapter | None, list[Part]]]:
+        """The parts of each adapter, and those without."""
+        for adapter in dict.fromkeys(part.request.adapter for part in parts):
+            yield adapter, [part for part in parts if part.request.adapter is adapter]
+
+    def predictor(self, blocks: int, size: int, places: int) -> Predictor:
+        """What makes the passes of the model's own prediction layer."""
+        return Predictor(self.model, blocks, size, places)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """hidden (N, D) -> (N, V); with compiled kernels a buffer that the next call writes over."""

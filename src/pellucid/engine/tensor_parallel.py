@@ -89,8 +89,8 @@ class LeadRunner(Runner):
 class LeadPredictor(Predictor):
     """A prediction layer whose passes the others compute too."""
 
-    def __init__(self, model: Decoder, blocks: int, size: int, places: int, *, others: Sequence[Channel]):
-        super().__init__(model, blocks, size, places)
+    def __init__(self, model: Decoder, blocks: int, size: int, places: int, *, others: Sequence[Channel], **more: Any):
+        super().__init__(model, blocks, size, places, **more)
         self.others, self.mirror = others, Mirror()
         tell(others, {"do": "begin_prediction", "blocks": blocks, "size": size, "places": places})
 
@@ -168,7 +168,7 @@ class Follower:
         self.lead.send(self.adapters.load(message["number"], message["path"], message["name"]))
 
     def begin_prediction(self, message: dict[str, Any], _: list[Tensor]) -> None:
-        self.predictor = Predictor(self.runner.model, message["blocks"], message["size"], message["places"])
+        self.predictor = self.runner.predictor(message["blocks"], message["size"], message["places"])
         self.twins = Mirrored()
 
     def predict(self, message: dict[str, Any], tensors: list[Tensor]) -> None:

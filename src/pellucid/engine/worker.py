@@ -112,7 +112,7 @@ class Worker:
             draft = open_draft(job["draft"], job["dtype"], str(device), job["allow_missing"], bits_named(job["quantize"]))
         engine = Engine(model, tokenizer.eos_ids, self.roomy(model, config, layout, draft), tokenizer, draft=draft, same=job["same"], runner=runner)
         role = disaggregation.ROLES[self.rank] if layout.disaggregate else Served
-        adapters = AdapterTable(model, list(self.links.values()) if layout.kind == "tensor" else ())
+        adapters = AdapterTable(model, () if layout.disaggregate else list(self.links.values()))
         return partial(self.lead, role(engine, self.driver, layout.together, self.links, adapters), about)
 
     def device(self, name: str) -> torch.device:
@@ -149,10 +149,15 @@ class Worker:
         kind: Callable[..., Runner] = partial(SharingRunner if make else Runner, **make)
         runner = kind(model, message["blocks"], message["size"], message["places"], codes_for(model, config), groups)
         self.driver.send({"opened": self.memory(about, runner, began)})
-        Follower(runner, lead).run()
+        follower = Follower(runner, lead)
+        if isinstance(runner, SharingRunner):
+            runner.adapters = follower.adapters
+        follower.run()
 
     def lead(self, served: Served, about: dict[str, Any], began: float) -> None:
         engine = served.engine
+        if isinstance(engine.runner, SharingRunner):
+            engine.runner.adapters = served.adapters
         warm_up(engine)
         more = {"blocks": engine.cache.blocks, "size": engine.cache.size, "windows": engine.cache.windows, "stride": engine.cache.stride, "totals": engine.totals}
         self.driver.send({"opened": self.memory(about, engine.runner, began) | more})
