@@ -7,9 +7,9 @@ from test_scheduler import Machine, request
 from test_window_cache import served
 
 from pellucid.engine.hash_chain import HashChain
-from pellucid.engine.prefix_cache import first_needed
+from pellucid.engine.prefix_cache import first_needed, held
 from pellucid.engine.radix_tree import Node, RadixTree
-from pellucid.engine.request import GONE, State
+from pellucid.engine.request import GONE, Request, State
 from pellucid.engine.scheduler import Scheduler
 
 
@@ -174,3 +174,65 @@ def test_blocks_behind_a_window_are_given_back_some_at_a_time():
             back.append(r.tables[0].count(GONE) - before)
             assert r.tables[0].count(GONE) == first_needed(5, r.computed)
     assert back and set(back) == {tree.stride}
+
+
+def standing(tree: RadixTree, tokens: list[int], prompt: int | None = None) -> Request:
+    """A request that has computed and published these, and holds all their blocks."""
+    r = request(tokens[:prompt])
+    r.tokens, r.computed = list(tokens), len(tokens)
+    r.tables = [tree.allocate(len(tokens) // tree.size) for _ in tree.windows]
+    tree.publish(r)
+    return r
+
+
+def gone(tree: RadixTree, r: Request) -> None:
+    tree.release(held(r.tables))
+
+
+def test_who_was_in_use_when_its_turn_came_has_another_one():
+    """A request that is swapped out leaves without a word to the tree."""
+    tree = RadixTree(20, 1)
+    old = standing(tree, [1, 2, 3])
+    gone(tree, standing(tree, [5, 6, 7]))
+    tree._evict(1)
+    assert len(found(tree, [1, 2, 3])) == 3 and len(found(tree, [5, 6, 7])) == 2, "the older one is in use"
+    gone(tree, old)
+    gone(tree, standing(tree, [8, 9]))
+    tree._evict(1)
+    assert len(found(tree, [1, 2, 3])) == 2 and len(found(tree, [5, 6, 7])) == 2
+    last = standing(tree, [1, 2])
+    tree._evict(tree.idle)
+    gone(tree, last)
+    tree.release(tree.allocate(20))
+    tree.check()
+    assert not tree.roots and not tree.aside
+
+
+def test_a_prompts_end_is_a_nodes_end_also_where_a_chunk_runs_over_it():
+    """As when a request that gave way is computed again, its answer with it."""
+    tree = RadixTree(40, 2, windows=(None, 4))
+    gone(tree, standing(tree, list(range(10, 19)), prompt=5))
+    assert [(node.depth, node.tokens) for node in tree.nodes()] == [(0, [10, 11, 12, 13]), (4, [14, 15, 16, 17])]
+
+
+def test_what_requests_read_stays_in_the_tree():
+    tree = RadixTree(60, 1, windows=(None, 3))
+    reader = standing(tree, list(range(10, 20)))
+    other = standing(tree, list(range(30, 40)))
+    tree.release(reader.tables[1][:8])
+    reader.tables[1][:8] = [GONE] * 8
+    gone(tree, other)
+    tree._evict(tree.idle)
+    tree.check()
+    assert len(found(tree, [*range(10, 20), 5])) == 10 and not found(tree, range(30, 40))
+    assert tree.available() == 60 - len(held(reader.tables))
+
+
+def test_a_leaf_never_ends_in_what_was_given_back():
+    """Blocks of 4 and a window of 3: of 7 tokens the first block is behind it, the second is not full."""
+    tree = RadixTree(10, 4, windows=(3,))
+    r = request(range(10, 17))
+    r.computed, r.tables = 7, [[GONE, *tree.allocate(1)]]
+    tree.publish(r)
+    tree.check()
+    assert not tree.roots

@@ -148,7 +148,7 @@ def request(prompt, new=3, **fields) -> Request:
     return Request(list(prompt), SamplingParams(max_tokens=new), **fields)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_random_schedules(data):
     rng = random.Random(data.draw(st.integers(0, 2**20)))

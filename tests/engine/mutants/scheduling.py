@@ -57,7 +57,6 @@ MUTANTS = [
     (TREE, "done == request.published != prompt)", "done == request.published)", NODES),
     (TREE, "done == request.published != prompt)", "False)", NODES),
     (TREE, "        for stop in (prompt, full):", "        for stop in (full,):", NODES),
-    (TREE, "            found = min(broken)", "            found = max(broken)", NODES),
     (TREE, "                    table[i] = own\n                    self._hold(own)\n", "                    pass\n", NODES),
     (TREE, "if table[i] != GONE and self.references[table[i]] == 1:", "if table[i] != GONE:", f"{PLANS} {NODES}"),
     (TREE, "self._stale(node, g) if stale else len(table))[::-1]", "self._stale(node, g) if stale else 0)[::-1]", NODES),
