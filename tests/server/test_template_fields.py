@@ -10,7 +10,8 @@ from typing import Any
 
 import httpx
 import pytest
-from served_models import random_llm
+from served_models import Actor, random_llm
+from test_openai_client import ASK
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from pellucid.engine import LLM
@@ -69,7 +70,7 @@ def test_what_is_no_object_is_left_to_the_template(llm: LLM):
 def url(llm: LLM) -> Iterator[str]:
     template = TURN.replace("ARGUMENTS", WAYS["qwen2.5, llama3"][0])
     effort = "{% if style is defined %}({{ style }}){% endif %}{% if reasoning_effort is defined %}<{{ reasoning_effort }}>{% endif %}"
-    with running_server({"plain": with_template(llm, template), "effort": with_template(llm, effort + template)}) as url:
+    with running_server({"plain": with_template(llm, template), "effort": with_template(llm, effort + template), "marked": llm}) as url:
         yield url
 
 
@@ -84,6 +85,33 @@ def test_the_server_gives_them_so(url: str):
     assert 'so:{"expression": "1+2", "deep"' in prompt_of(url, "plain")
     told = httpx.post(f"{url}/tokenize", json={"model": "plain", "messages": messages(WRITTEN)}).json()["tokens"]
     assert httpx.post(f"{url}/detokenize", json={"model": "plain", "tokens": told}).json()["prompt"] == prompt_of(url, "plain")
+
+
+def test_an_answer_that_was_begun_goes_on(url: str, llm: LLM):
+    """Prompts equal to transformers' (continue_final_message), by templates that mark the assistant's text and those that do not."""
+    plain = TURN.replace("ARGUMENTS", WAYS["qwen2.5, llama3"][0])
+    begun = [*ASK, {"role": "assistant", "content": "It is 1+"}]
+    for model, template in (("plain", plain), ("marked", llm.tokenizer.template())):
+        want = render_jinja_template([begun], chat_template=template, continue_final_message=True)[0][0]
+        assert want.endswith("It is 1+")
+        told = prompt_of(url, model, messages=begun, continue_final_message=True, add_generation_prompt=False)
+        assert told == want
+        closed = prompt_of(url, model, messages=begun, add_generation_prompt=False)
+        assert closed == render_jinja_template([begun], chat_template=template)[0][0]
+        assert len(closed) > len(want) or model == "plain"
+    for wrong in ({"messages": ASK}, {"add_generation_prompt": True}, {"messages": messages("{}")[:2]}):
+        answer = httpx.post(f"{url}/v1/chat/completions", json={"model": "plain", "messages": begun, "continue_final_message": True, **wrong})
+        assert answer.status_code == 400 and "continue_final_message" in answer.text
+
+
+def test_a_thought_that_was_begun_goes_on():
+    actor = Actor()
+    with running_server(actor.llm, "actor") as url:
+        for begun, said, thought, content in (("<think>\nso", " it is\n</think>\n\nthree", "it is", "three"), ("It", " is three", None, " is three")):
+            actor.say(said)
+            body = {"model": "actor", "messages": [*ASK, {"role": "assistant", "content": begun}], "continue_final_message": True}
+            message = httpx.post(f"{url}/v1/chat/completions", json=body).json()["choices"][0]["message"]
+            assert (message.get("reasoning_content"), message["content"]) == (thought, content)
 
 
 def test_variables_of_the_template(url: str):

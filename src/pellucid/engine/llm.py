@@ -252,10 +252,20 @@ class LLM:
         return any("<think>" in template for template in self.tokenizer.source.templates.values())
 
     def chat_ids(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, thinking: bool | None = None,
+                 add_generation_prompt: bool = True, **variables: Any) -> list[int]:
+        """The prompt of the next assistant turn; nothing that a message says can become a special token.  add_generation_prompt: with
+        what opens this turn.  variables: what the chat template reads besides."""
+        return self.tokenizer.encode_chat(past_calls(self.tokenizer, messages, tools), tools, thinking, add_generation_prompt, **variables)[0]
+
+    def open_ids(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, thinking: bool | None = None,
                  **variables: Any) -> list[int]:
-        """The prompt of the next assistant turn; nothing that a message says can become a special token.  variables: what the chat
-        template reads besides."""
-        return self.tokenizer.encode_chat(past_calls(self.tokenizer, messages, tools), tools, thinking, True, **variables)[0]
+        """The same for a last message that is the assistant's own and goes on: it is left open."""
+        ids, own = self.tokenizer.encode_chat(past_calls(self.tokenizer, messages, tools), tools, thinking, **variables)
+        ends = {*self.tokenizer.eos_ids, self.tokenizer.end_of_turn_id}
+        ids = ids[: len(own) - own[::-1].index(True)] if any(own) else []
+        while ids and ids[-1] in ends:
+            ids.pop()
+        return ids
 
     def prompt_ids(self, text: str) -> list[int]:
         """A plain text as a prompt, behind what the tokenizer puts before one (the begin token of Llama, Gemma, DeepSeek)."""

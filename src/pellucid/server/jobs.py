@@ -66,12 +66,18 @@ class Desk:
             check_variables(variables, read)
             if body.reasoning_effort is not None and "reasoning_effort" in read:
                 variables = {"reasoning_effort": body.reasoning_effort, **variables}
-            ids = await asyncio.to_thread(lambda: model.chat_ids(messages, tools, thinking, **variables))
+            if body.add_generation_prompt is False and not body.goes_on:
+                variables = {**variables, "add_generation_prompt": False}
+            ids = await asyncio.to_thread(lambda: model.chat_ids(messages, tools, thinking, body.goes_on, **variables))
         except BadInput as error:
             raise told(error, "messages") from error
-        opens = model.tokenizer.decode(ids[-8:]).rstrip().endswith(model.form.think[0])
+        think, shut = model.form.think
+        if body.goes_on:
+            opens = messages[-1]["content"].rfind(think) > messages[-1]["content"].rfind(shut)
+        else:
+            opens = model.tokenizer.decode(ids[-8:]).rstrip().endswith(think)
         options = {"thinking": opens, "tools": body.reads_calls, "stops": body.stops, "form": model.form, "schemas": body.schemas or None}
-        return model, await self.start(model, body, [ids], request, options, opens or (model.thinks and thinking is not False))
+        return model, await self.start(model, body, [ids], request, options, opens or (model.thinks and thinking is not False and not body.goes_on))
 
     async def start(self, model: Served, body: Sampling, prompts: list[list[int]], request: Request, options: dict[str, Any],
               thinking: bool = False) -> Job:
@@ -117,7 +123,7 @@ class Desk:
         return each
 
 
-OUR_OWN = {"messages", "tools", "add_generation_prompt"}
+OUR_OWN = {"messages", "tools", "add_generation_prompt", "goes_on"}
 
 
 def check_variables(given: dict[str, Any], read: frozenset[str]) -> None:

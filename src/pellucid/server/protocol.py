@@ -2,7 +2,7 @@
 
 Beyond OpenAI's own fields, as vLLM has them: `top_k`, `min_p`, `typical_p`, `repetition_penalty`, `min_tokens`, `stop_token_ids`,
 `ignore_eos`, `structured_outputs`, `priority`, `cache_salt`, `prompt_logprobs`, `add_special_tokens`, `return_token_ids`,
-`skip_special_tokens`, `include_stop_str_in_output`, and `chat_template_kwargs` (`enable_thinking`, and what else the template reads).
+`skip_special_tokens`, `include_stop_str_in_output`, `continue_final_message`, and `chat_template_kwargs` (`enable_thinking`, and what else the template reads).
 What is not given is as the checkpoint recommends (server/defaults.py), else as OpenAI has it.
 `user`, `metadata`, `prompt_cache_key` and `safety_identifier` are the client's own notes.
 """
@@ -226,6 +226,20 @@ class ChatRequest(Sampling):
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     chat_template_kwargs: TemplateOptions | None = None
     reasoning_effort: Effort | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+    @model_validator(mode="after")
+    def last_message_fits(self) -> ChatRequest:
+        last = self.messages[-1]
+        if self.goes_on and (last.role != "assistant" or last.tool_calls or self.add_generation_prompt):
+            raise ValueError("continue_final_message needs a last message of the assistant without tool_calls, and no add_generation_prompt")
+        return self
+
+    @property
+    def goes_on(self) -> bool:
+        """The last message is the beginning of the answer."""
+        return bool(self.continue_final_message)
 
     @model_validator(mode="after")
     def agree(self) -> ChatRequest:

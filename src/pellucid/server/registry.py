@@ -75,9 +75,11 @@ class Served:
         with self._lock:
             return self.llm.prompt_ids(text) if special else self.tokenizer.encode(text)
 
-    def chat_ids(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, thinking: bool | None, **variables: Any) -> list[int]:
+    def chat_ids(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, thinking: bool | None, goes_on: bool = False,
+                 **variables: Any) -> list[int]:
+        """goes_on: the last message is the assistant's, and is left open."""
         with self._lock:
-            return self.llm.chat_ids(messages, tools, thinking, **variables)
+            return (self.llm.open_ids if goes_on else self.llm.chat_ids)(messages, tools, thinking, **variables)
 
     def read_by_template(self, tools: list[dict[str, Any]] | None) -> frozenset[str]:
         """Names of what the chat template reads."""
