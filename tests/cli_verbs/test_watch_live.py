@@ -14,9 +14,10 @@ from rich.console import Console
 sys.path.append(str(Path(__file__).parents[1] / "server"))
 from served_models import random_llm
 
-from pellucid.cli.watch import Watch, look_at, panel, strip
+from pellucid.cli.watch import Watch, look_at, panel, rates, strip
 from pellucid.engine import AsyncLLM, SamplingParams
 from pellucid.engine.config import EngineConfig
+from pellucid.engine.core import EngineStep
 from pellucid.messages import set_language
 
 
@@ -62,6 +63,16 @@ def test_an_engine_that_has_ended_is_no_failure():
     with Watch(SimpleNamespace(engines=[engine]), Console(file=io.StringIO(), width=100), rate=20.0) as watch:
         engine.close()
         watch.render()
+
+
+def test_several_engines_are_counted_together():
+    step = EngineStep(1, 8, 4, 9, 9, 0, 0, 0, 0, 1, 9, 0.0, 0.1)  # of one of them, when it stepped last
+    engines = [SimpleNamespace(scheduler=SimpleNamespace(running=[0] * r, waiting=[0] * w), cache=SimpleNamespace(available=lambda a=a: a, blocks=100))
+               for r, w, a in ((3, 1, 20), (2, 0, 80))]
+    console = Console(width=300)
+    with console.capture() as capture:
+        console.print(rates([step], engines))
+    assert "running=5 waiting=1" in capture.get() and "cache 50% of 200 blocks" in capture.get()
 
 
 def test_the_strip_shows_the_busiest_of_each_share():

@@ -59,7 +59,7 @@ class EngineLines:
 
 
 def line(step: Any, sums: dict[str, int], seconds: float) -> str:
-    """step: the latest event; sums: over the steps of the last `seconds`."""
+    """step: the latest event, or all engines together; sums: over the steps of the last `seconds`."""
     used = 1 - step.available / step.blocks
     hits = f"{sums['hit'] / sums['prompt']:.0%}" if sums["prompt"] else "-"
     return (f"engine  running={step.running} waiting={step.waiting}  prompt {(sums['tokens'] - sums['generated']) / seconds:.1f} "
@@ -125,7 +125,7 @@ class Watch:
             while self.steps and self.steps[0].time < clock.time() - SPAN:
                 self.steps.popleft()
             steps = list(self.steps)
-        zones: list[RenderableType] = [rates(steps)]
+        zones: list[RenderableType] = [rates(steps, [engine.engine for engine in self.registry.engines])]
         for engine in self.registry.engines:
             asked = self._asked.get(engine.name)
             if asked is not None and asked.done() and asked.exception() is None:
@@ -161,7 +161,17 @@ def tree(cache: Any, decode: Callable[[list[int]], str]) -> list[tuple[int, str,
     return rows
 
 
-def rates(steps: list[Any]) -> RenderableType:
+@dataclass
+class Now:
+    """All engines together, as they stand; a step's event tells these of its own engine."""
+
+    running: int
+    waiting: int
+    available: int
+    blocks: int
+
+
+def rates(steps: list[Any], engines: list[Any]) -> RenderableType:
     """The line of the last seconds, with a curve of the tokens of each of them."""
     if not steps:
         return Text(say("watch.idle"), "dim")
@@ -171,7 +181,8 @@ def rates(steps: list[Any]) -> RenderableType:
     bins = [0.0] * (SPAN * 2)
     for step in steps:
         bins[max(0, min(len(bins) - 1, int((SPAN - (now - step.time)) * 2)))] += step.tokens
-    return Text.assemble(line(steps[-1], sums, seconds), "  ", (sparkline(bins), "cyan"))
+    lengths = ((len(e.scheduler.running), len(e.scheduler.waiting), e.cache.available(), e.cache.blocks) for e in engines)
+    return Text.assemble(line(Now(*map(sum, zip(*lengths, strict=True))), sums, seconds), "  ", (sparkline(bins), "cyan"))
 
 
 def panel(seen: Seen, width: int) -> list[RenderableType]:
