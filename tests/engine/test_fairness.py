@@ -177,6 +177,34 @@ def test_every_running_request_that_writes_moves_in_every_step():
         assert [r.generated for r in writing] == [n + 1 for n in before]
 
 
+@pytest.mark.parametrize("budget", [3, 6, 8, 9, 24])
+def test_guesses_take_no_tokens_of_those_who_write(budget):
+    """Six write, with three guesses each: each gets its token, and guesses what is left of the step. (The first ones' guesses would take
+    all of it, step after step.)"""
+    m = machine(blocks=400, budget=24)
+    some = [request([i, 1], 40) for i in range(6)]
+    for r in some:
+        m.s.add(r)
+    m.step()
+    m.s.budget, m.drafts = budget, 3
+    for _ in range(5):
+        before = [r.generated for r in some]
+        m.step()
+        moved = [r.generated > n for r, n in zip(some, before, strict=True)]
+        assert sum(moved) == min(6, budget) and moved[: sum(moved)] == [True] * sum(moved)
+
+
+def test_guesses_take_no_blocks_of_others():
+    """A cache that both fill to the last block without guesses: nobody has to give way."""
+    m = machine(blocks=20, budget=20)
+    m.drafts = 5
+    both = [request([i, 1], 8) for i in range(2)]
+    for r in both:
+        m.s.add(r)
+    m.finish_all()
+    assert [r.preemptions for r in both] == [0, 0]
+
+
 def test_the_longest_hit_goes_first():
     m = Machine(Scheduler(HashChain(60, 1), places=1, order=longest_hit))
     m.s.add(request([1, 2, 3, 4], 1))

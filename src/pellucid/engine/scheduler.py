@@ -113,14 +113,16 @@ class Scheduler:
         plan, left = Plan(), self.budget
         if self.pace:
             self.pace.begin((r.computed, r.behind) for r in self.running if r.writing)
+        owed = sum(r.writing for r in self.running)  # a token each
         for request in sorted(self.running, key=lambda r: (not r.writing, r.priority, r.number)):
+            owed -= request.writing
             gave_way = request.state is not State.RUNNING
-            if gave_way or request in without or not (count := self._share(request, left)):
+            if gave_way or request in without:
                 continue
-            if request.drafts and count < request.behind:  # no budget for guesses
-                self._drop_drafts(request)
-                count = min(request.behind, left)
-            if self._make_room(request, count, plan):
+            if request.drafts and (request.behind > left - owed or self._wanted(request, request.computed + request.behind) > self.cache.available()):
+                self._drop_drafts(request)  # guesses take neither tokens nor blocks away from others
+            count = self._share(request, left)
+            if count and self._make_room(request, count, plan):
                 self._compute(request, request.computed, count, plan)
                 left -= count
         if not plan.preempted:
