@@ -195,10 +195,17 @@ def test_guesses_take_no_tokens_of_those_who_write(budget):
 
 
 def test_guesses_take_no_blocks_of_others():
-    """A cache that both fill to the last block without guesses: nobody has to give way."""
-    m = machine(blocks=20, budget=20)
-    m.drafts = 5
-    both = [request([i, 1], 8) for i in range(2)]
+    """A cache that both fill to the last block without guesses, which are all wrong: nobody has to give way."""
+    m = machine(blocks=10, budget=20)
+
+    def wrong():
+        for r in m.s.running:
+            if r.behind == 1 and not r.drafts:
+                r.drafts = min(5, r.params.max_tokens - r.generated - 1)
+                r.tokens += [(sum(r.tokens) + 1) % 7] * r.drafts
+
+    m.propose = wrong
+    both = [request([i, 1], new) for i, new in enumerate((8, 4))]
     for r in both:
         m.s.add(r)
     m.finish_all()

@@ -119,8 +119,8 @@ class Scheduler:
             gave_way = request.state is not State.RUNNING
             if gave_way or request in without:
                 continue
-            if request.drafts and (request.behind > left - owed or self._wanted(request, request.computed + request.behind) > self.cache.available()):
-                self._drop_drafts(request)  # guesses take neither tokens nor blocks away from others
+            if request.drafts and not self._spare(request, left, owed):
+                self._drop_drafts(request)
             count = self._share(request, left)
             if count and self._make_room(request, count, plan):
                 self._compute(request, request.computed, count, plan)
@@ -144,6 +144,11 @@ class Scheduler:
                 self._let_go(r)
         if isinstance(self.order, Fair):
             self.order.count(plan)
+
+    def _spare(self, request: Request, left: int, owed: int) -> bool:
+        """Whether its guesses take neither tokens nor blocks from those behind it who write, of whom there are `owed`."""
+        blocks = self._wanted(request, request.computed + request.behind) + owed * len(request.tables)
+        return request.behind <= left - owed and blocks <= self.cache.available()
 
     def _share(self, request: Request, left: int) -> int:
         """Tokens of a running request that are computed in this step, of a budget that has so many left."""

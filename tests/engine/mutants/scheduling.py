@@ -27,8 +27,9 @@ MUTANTS = [
     (ORDERS, "for name in here - before:", "for name in ():", FAIR),
     (ORDERS, "self.served.get(r.namespace, 0), r.number))", "r.number))", FAIR),
     (SCHEDULER, "self._blocks(window - 1 + self.budget) + self.cache.stride)", "self._blocks(window - 1))", f"{WINDOWS} -k what_only_fits or room_is"),
-    (SCHEDULER, "request.behind > left - owed or", "request.behind > left or", FAIR),
-    (SCHEDULER, "or self._wanted(request, request.computed + request.behind) > self.cache.available()):", "):", FAIR),
+    (SCHEDULER, "request.behind <= left - owed and", "request.behind <= left and", FAIR),
+    (SCHEDULER, "left - owed and blocks <= self.cache.available()", "left - owed", FAIR),
+    (SCHEDULER, " + owed * len(request.tables)", "", FAIR),
     # --- what a window needs
     (POOL, "max(0, computed - window + 1)", "max(0, computed - window + 2)", PLANS),
     (POOL, "max(0, computed - window + 1)", "max(0, computed - window)", f"{WINDOWS} -k hit_shrinks"),
