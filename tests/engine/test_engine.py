@@ -68,6 +68,26 @@ def test_a_step_has_no_time_for_a_whole_prompt(model):
         Engine(model, config=EngineConfig(step_seconds=0.0))
 
 
+@pytest.mark.parametrize("options", [
+    {}, {"budget": 1}, {"budget": 1, "chunk": 1, "prefix": "radix"}, {"budget": 2, "drafts": 5}, {"drafts": 5}, {"drafts": 9, "draft": True},
+    {"drafts": 9, "draft": True, "budget": 3, "prefix": "radix-cost"}, {"cache_tokens": 200, "swap": True, "drafts": 3, "budget": 1}])
+def test_answers_reach_the_end_of_the_context_and_no_further(model, options):
+    """Prompts of all but 1, 2 and 12 of its 200 tokens; the smallest budgets; guesses that would lead beyond the end."""
+    prompts, new = [([5, 6, 7, 8, 9] * 40)[: 200 - n] for n in (1, 2, 12)], (1, 2, 12)
+    want = [Request(p, SamplingParams(max_tokens=n, ignore_eos=True)) for p, n in zip(prompts, new, strict=True)]
+    run(model, want, prefix="none")
+    config = EngineConfig(**{"cache_tokens": 600, "block": 4, **{name: value for name, value in options.items() if name != "draft"}})
+    engine = Engine(model, config=config, draft=model if "draft" in options else None)
+    asked = [Request(p, SamplingParams(max_tokens=n, ignore_eos=True)) for p, n in zip(prompts, new, strict=True)]
+    run_on(engine, asked)
+    engine.cache.check()
+    assert [r.output for r in asked] == [r.output for r in want] and all(len(r.tokens) == 200 for r in asked)
+    assert engine.cache.available() == engine.cache.blocks
+    for length, most in ((200, 1), (199, 2), (188, 13)):
+        with pytest.raises(BadInput, match="context of 200"):
+            engine.add(Request([5] * length, SamplingParams(max_tokens=most)))
+
+
 def test_speculation_accepts_what_repeats_and_counts_it(model):
     loop = Request([5, 6, 7, 8] * 8, SamplingParams(max_tokens=60, ignore_eos=True))
     engine = run(model, [loop], drafts=5)

@@ -10,6 +10,7 @@ from tiny_decoders import SPEC, Scripted, decoder
 
 from pellucid import events
 from pellucid.engine import LLM, SamplingParams
+from pellucid.engine.job import TextReader
 from pellucid.errors import BadInput
 
 PROMPT = [1, 2, 3]
@@ -79,6 +80,26 @@ def test_a_stop_text_ends_the_answer_and_is_not_part_of_it(says, tokenizer, text
     if any(s in text for s in stops):  # not a token more than was needed to complete the stop text
         assert any(s in tokenizer.decode(done.token_ids) for s in stops)
         assert not any(s in tokenizer.decode(done.token_ids[:-1]) for s in stops)
+
+
+@pytest.mark.parametrize(("stop", "least", "shown"), [
+    (("lo",), 0, "hel"), (("lo",), 6, "hello world, hel"), (("lo",), 9, "hello world, hel"), (("lo",), 60, None), (("o", "world"), 8, "hello world, hell"),
+    (("明",), 4, "hello world, hello 澄")])
+def test_a_stop_text_that_comes_too_early_does_not_count_later_either(says, tokenizer, stop, least, shown):
+    """Neither does the answer end with the token at which it would count, nor is its text cut where it stood; alone and in a stream."""
+    text = "hello world, hello 澄明 through"
+    llm, ids = says(text), tokenizer.encode(text)
+    params = SamplingParams(stop=stop, min_tokens=min(least, len(ids)))
+    _, done = check_stream(llm, params)
+    reader, request = TextReader(tokenizer, params), llm._requests(PROMPT, params)[0]
+    engine, read = llm._engine_for([request]), ""
+    engine.add(request)
+    while engine.busy:
+        for r, tokens in engine.step():
+            chunk = reader.read(r, tokens)
+            read += "" if chunk is None else chunk.text
+    assert (done.text, done.finish_reason) == (text if shown is None else shown, "stop") and read == done.text
+    assert len(done.token_ids) >= params.min_tokens
 
 
 # --- streams ----------------------------------------------------------------------------------------------------------

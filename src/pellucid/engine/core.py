@@ -297,7 +297,7 @@ class Engine:
                 return "error"
             if r.constraint.complete:
                 return "stop"
-        if p.stop and self.stop is not None and r.generated >= p.min_tokens and self.stop(r):
+        if p.stop and self.stop is not None and self.stop(r):
             return "stop"
         return "length" if r.generated >= p.max_tokens else None
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from pellucid.engine.outputs import Chunk
 from pellucid.engine.params import SamplingParams
 from pellucid.engine.request import Request
-from pellucid.engine.stopping import cut
+from pellucid.engine.stopping import cut, early
 from pellucid.tokenizers import Tokenizer
 
 
@@ -113,7 +113,9 @@ class TextReader:
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams):
         self.decoder, self.ends, self.stops = tokenizer.stream(), {*tokenizer.eos_ids, *params.stop_token_ids}, params.stop
+        self.tokenizer, self.params = tokenizer, params
         self.finish_reason: str | None = None
+        self._shown = 0  # characters
         self._text = ""
         self._tokens: list[int] = []
         self._longest = max((len(s) for s in params.stop), default=0)
@@ -125,9 +127,10 @@ class TextReader:
         for token in tokens[:-1] if self.finish_reason == "stop" and tokens[-1] in self.ends else tokens:
             self._text += self.decoder.add(token)
         if last:
-            self._text = cut(self._text + self.decoder.finish(), self.stops)
+            self._text = cut(self._text + self.decoder.finish(), self.stops, early(self.tokenizer, request.output, self.params) - self._shown)
         end = len(self._text) if last else max(0, len(self._text) - self._longest)  # a stop text may be under way
         text, self._text = self._text[:end], self._text[end:]
+        self._shown += end
         if not (text or last):
             return None
         chunk = Chunk(text, self._tokens, self.finish_reason)

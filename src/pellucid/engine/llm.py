@@ -33,7 +33,7 @@ from pellucid.engine.params import SamplingParams
 from pellucid.engine.past_calls import past_calls
 from pellucid.engine.request import Request, State
 from pellucid.engine.sampler import no_numbers
-from pellucid.engine.stopping import cut
+from pellucid.engine.stopping import cut, early
 from pellucid.errors import BadInput
 from pellucid.models import embed_texts
 from pellucid.models.embedding import read_recipe
@@ -300,7 +300,7 @@ class LLM:
                     raise no_numbers()
                 text += "".join(decoder.add(t) for i, t in enumerate(tokens) if not (done == "stop" and i == len(tokens) - 1 and t in ends))
                 if done:
-                    text = cut(text + decoder.finish(), stops)
+                    text = cut(text + decoder.finish(), stops, early(self.tokenizer, request.output, request.params))
                 ready = text if done else text[: max(shown, len(text) - longest_stop)]  # a stop text may be under way
                 if len(ready) > shown or done:
                     yield Chunk(ready[shown:], held, done)
@@ -358,7 +358,8 @@ class LLM:
     def _completion(self, index: int, r: Request, params: SamplingParams) -> Completion:
         tokens = r.output
         ended = bool(tokens) and r.finish_reason == "stop" and tokens[-1] in (*self.tokenizer.eos_ids, *params.stop_token_ids)
-        return Completion(index, cut(self._text(tokens, ended), params.stop), tokens, r.logprobs if params.top is not None else None,
+        text = cut(self._text(tokens, ended), params.stop, early(self.tokenizer, tokens, params))
+        return Completion(index, text, tokens, r.logprobs if params.top is not None else None,
                           r.finish_reason or "cancelled", r.tops if params.top else None)
 
     def _text(self, tokens: list[int], ended: bool) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 ENGINE, SLOT_TABLE, SAMPLER = (f"tests/engine/test_{name}.py" for name in ("engine", "slot_table", "sampler"))
 WINDOWS, CODES = "tests/engine/test_window_cache.py", "tests/ops/test_cache_codes.py"
 FLAT = f"{WINDOWS} -k (gpt-oss or gemma3) and (none or pressure)"
-PAGES, SLOTS, SPECULATION, DRAW = (f"src/pellucid/engine/{name}.py" for name in ("paged_cache", "slot_table", "speculation", "sampler"))
+PAGES, SLOTS, SPECULATION, DRAW, STOPPING, JOB = (
+    f"src/pellucid/engine/{name}.py" for name in ("paged_cache", "slot_table", "speculation", "sampler", "stopping", "job"))
+LLM = "tests/engine/test_llm.py"
 FORMATS = "src/pellucid/ops/cache_codes.py"
 
 MUTANTS = [
@@ -21,6 +23,10 @@ MUTANTS = [
     (FORMATS, ".clamp_min(TINY)", "", CODES),
     (FORMATS, "width * self.kept.itemsize + 2 *", "width * self.kept.itemsize + 0 *", CODES),
     # --- speculation and sampler
+    (STOPPING, "max(0, known - len(s) + 1)", "0", f"{LLM} -k too_early"),
+    (STOPPING, "max(0, known - len(s) + 1)", "max(0, known)", LLM),
+    (STOPPING, 'rstrip("\\ufffd")', "rstrip()", LLM),
+    (JOB, ", self.params) - self._shown)", ", self.params))", f"{LLM} -k too_early"),
     (SPECULATION, "return list(drawn[: same + 1])", "return list(drawn[:same])", ENGINE),
     (SPECULATION, "if p != d), len(proposed))", "if p == d), len(proposed))", ENGINE),
     (SPECULATION, "return r.tokens[place : place + most]", "return r.tokens[place + 1 : place + 1 + most]", ENGINE),
