@@ -117,6 +117,16 @@ def test_origins_are_checked_before_anything_is_served():
         check_origins(["*"], locked=False)
 
 
+def test_an_image_is_refused_by_its_name(url: str):
+    image = [{"type": "text", "text": "what?"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}]
+    answer = httpx.post(f"{url}/v1/chat/completions", json={"model": "actor", "messages": [{"role": "user", "content": image}]})
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"] == "messages.0.content.1" and error["code"] == "unsupported_type"
+    assert error["message"] == "messages.0.content.1: 'image_url' is not supported here; it may be 'text', 'refusal'"
+    answer = httpx.post(f"{url}/v1/responses", json={"model": "actor", "input": [{"type": "web_search_call"}]})
+    assert answer.status_code == 400 and "'web_search_call' is not supported here" in answer.text
+
+
 def test_what_is_wrong_is_named(url: str):
     """Of a field that may be a text or parts, the part that is wrong; where nothing is more exact, the field."""
     def error(path: str, **body: Any) -> dict[str, Any]:

@@ -66,6 +66,11 @@ def test_what_is_no_object_is_left_to_the_template(llm: LLM):
         assert json.dumps(broken) in made.tokenizer.decode(made.chat_ids(messages(broken)))
 
 
+def test_a_template_that_changes_the_text_and_takes_no_object(llm: LLM):
+    made = with_template(llm, TURN.replace("ARGUMENTS", "{{ c.function.arguments.replace(' ', '_') }}"))
+    assert 'so:{"a":_1}' in made.tokenizer.decode(made.chat_ids(messages('{"a": 1}')))
+
+
 @pytest.fixture(scope="module")
 def url(llm: LLM) -> Iterator[str]:
     template = TURN.replace("ARGUMENTS", WAYS["qwen2.5, llama3"][0])

@@ -115,6 +115,23 @@ def test_the_tokens_of_prompt_and_answer(client: openai.OpenAI, llm: LLM):
     assert "token_ids" not in client.chat.completions.create(model="tiny", messages=ASK, max_tokens=2).choices[0].model_dump()
 
 
+def test_long_prompts_can_be_cut_at_their_beginning(client: openai.OpenAI, llm: LLM):
+    text = "one two three four " * 100
+    ids = llm.prompt_ids(text)
+    assert len(ids) > llm.context
+    for most, left in ((5, 5), (-1, llm.context - 16), (10**9, None), (0, None), (-2, None)):
+        asked: dict[str, Any] = {"model": "tiny", "prompt": text, "temperature": 0, "extra_body": {"truncate_prompt_tokens": most, "return_token_ids": True, "ignore_eos": True}}
+        if left is None:
+            with pytest.raises(openai.BadRequestError):
+                client.completions.create(**asked)
+            continue
+        choice = client.completions.create(**asked).choices[0]
+        assert extra(choice, "prompt_token_ids") == ids[-left:]
+        assert choice.text == llm.generate([ids[-left:]], SamplingParams(max_tokens=16, ignore_eos=True))[0].outputs[0].text
+    chat = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": text}], max_tokens=7, extra_body={"truncate_prompt_tokens": -1})
+    assert chat.usage and chat.usage.prompt_tokens == llm.context - 7
+
+
 def test_the_end_token_is_one_of_them(stage: openai.OpenAI, actor: Actor):
     for stream in (False, True):
         actor.say("one two")

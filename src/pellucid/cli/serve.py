@@ -185,8 +185,12 @@ def opened(name: str, path: str, config: Serve, engine: EngineConfig) -> Any:
     """The model, loaded and warm: its first request finds kernels compiled. Says how long both took."""
     from pellucid.engine import LLM
     from pellucid.engine.core import warm_up
+    from pellucid.models.hub import local_folder
+    from pellucid.server.defaults import read_defaults
     from pellucid.server.registry import open_model
 
+    if config.sampling == "model":
+        read_defaults(local_folder(path))  # refused, if at all, before the weights are read
     began = time.perf_counter()
     model = open_model(path, engine, **config.opening(), tp=config.tp, dp=config.dp, dp_attention=config.dp_attention,
                        disaggregate=config.disaggregate)

@@ -162,6 +162,8 @@ def unreadable(errors: Any) -> Refused:
             return Refused(400, f"the field {where or 'body'} is missing", where or None, "missing_field")
         case "extra_forbidden":
             return Refused(400, f"the field {where} is not supported", where, "unsupported_field")
+        case "union_tag_invalid":  # an image for a model of texts, for instance
+            return Refused(400, f"{where}: {first['ctx']['tag']!r} is not supported here; it may be {first['ctx']['expected_tags']}", where, "unsupported_type")
     reason = first["msg"].removeprefix("Value error, ")
     return Refused(400, f"{where}: {reason}" if where else reason, where or None, "invalid_value")
 

@@ -82,6 +82,7 @@ class Desk:
     async def start(self, model: Served, body: Sampling, prompts: list[list[int]], request: Request, options: dict[str, Any],
               thinking: bool = False) -> Job:
         """The request as a job in the queue; what cannot fit the context is refused before. options: of the parser."""
+        prompts = [self._shortened(model, body, ids) for ids in prompts]
         params = self._params(model, body, prompts, thinking)
         forced = body.forced if isinstance(body, ChatRequest) else None
 
@@ -104,6 +105,14 @@ class Desk:
         if self.limits.seconds:
             job.expire_after(self.limits.seconds)
         return job
+
+    @staticmethod
+    def _shortened(model: Served, body: Sampling, ids: list[int]) -> list[int]:
+        """The last tokens of a prompt: as many as are asked for, or (-1) as the context has beside the answer."""
+        most = body.truncate_prompt_tokens
+        if most == -1:
+            most = max(1, min(model.llm.context, model.engine.longest) - max(1, body.limit() or body.usual_limit(model.defaults) or 1))
+        return ids if most is None else ids[-most:]
 
     def _params(self, model: Served, body: Sampling, prompts: list[list[int]], thinking: bool) -> list[SamplingParams]:
         context, most = model.llm.context, self.limits.tokens

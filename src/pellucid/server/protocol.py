@@ -2,7 +2,7 @@
 
 Beyond OpenAI's own fields, as vLLM has them: `top_k`, `min_p`, `typical_p`, `repetition_penalty`, `min_tokens`, `stop_token_ids`,
 `ignore_eos`, `structured_outputs`, `priority`, `cache_salt`, `prompt_logprobs`, `add_special_tokens`, `return_token_ids`,
-`skip_special_tokens`, `include_stop_str_in_output`, `continue_final_message`, and `chat_template_kwargs` (`enable_thinking`, and what else the template reads).
+`truncate_prompt_tokens`, `skip_special_tokens`, `include_stop_str_in_output`, `continue_final_message`, and `chat_template_kwargs` (`enable_thinking`, and what else the template reads).
 What is not given is as the checkpoint recommends (server/defaults.py), else as OpenAI has it.
 `user`, `metadata`, `prompt_cache_key` and `safety_identifier` are the client's own notes.
 """
@@ -77,6 +77,7 @@ class Sampling(Body):
     return_token_ids: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
+    truncate_prompt_tokens: int | None = Field(None, ge=-1)
     priority: int = Field(0, ge=-(2**31), lt=2**31)
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
     user: str | None = None
@@ -85,6 +86,13 @@ class Sampling(Body):
     service_tier: Literal["auto", "default"] | None = None
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
+
+    @field_validator("truncate_prompt_tokens")
+    @classmethod
+    def some_tokens(cls, value: int | None) -> int | None:
+        if value == 0:
+            raise ValueError("give at least 1, or -1 for as many as the context leaves")
+        return value
 
     @field_validator("store")
     @classmethod
