@@ -34,6 +34,7 @@ using namespace pellucid;
 constexpr i64 BLOCK = 64;  // rows of W that lie side by side in packed weights
 constexpr i64 GROUP = 32;  // columns of W that share a scale in 4 bits
 constexpr i64 CHUNK = 192; // rows of x that stay in the second cache while W passes
+constexpr i64 ROWS_AT_HAND = 24;  // so few that every four rows of W, as a checkpoint has them, meet all of them before the next four
 constexpr int MR = W == 16 ? 6 : 4;
 constexpr float SMALLEST = 1e-30f;
 
@@ -270,10 +271,12 @@ inline void tiles(const Matrix& m, const Prepared& x, i64 n, i64 end, i64 r, int
 inline void multiply(const Matrix& m, const Prepared& x, i64 M, const Output& to, const Crew& crew) {
     const i64 blocks = up(m.n, BLOCK) / BLOCK;
     for (i64 chunk = 0; chunk < M; chunk += CHUNK) {
-        const i64 stop = chunk + CHUNK < M ? chunk + CHUNK : M;
+        const i64 stop = chunk + CHUNK < M ? chunk + CHUNK : M, rows = stop - chunk;
+        const i64 step = m.kind <= BF16 && MR < rows && rows <= ROWS_AT_HAND ? 4 : BLOCK;
         crew.stretches(blocks, [&](i64 block, int) {
-            const i64 n = block * BLOCK, end = n + BLOCK < m.n ? n + BLOCK : m.n;
-            for (i64 r = chunk; r < stop; r += MR) tiles(m, x, n, end, r, int(stop - r < MR ? stop - r : MR), to);
+            const i64 end = (block + 1) * BLOCK < m.n ? (block + 1) * BLOCK : m.n;
+            for (i64 n = block * BLOCK; n < end; n += step)
+                for (i64 r = chunk; r < stop; r += MR) tiles(m, x, n, n + step < end ? n + step : end, r, int(stop - r < MR ? stop - r : MR), to);
         });
     }
 }
