@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,8 @@ from pellucid.engine import LLM, SamplingParams
 from pellucid.engine.job import best_first, per_token
 from pellucid.engine.request import Request
 from pellucid.server import running_server
+
+post = functools.partial(httpx.post, timeout=60)  # kernels may have to be compiled first
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +96,7 @@ def test_where_nothing_is_left_the_request_has_failed(client: openai.OpenAI, poi
         client.chat.completions.create(messages=ASK, **asked)
     with pytest.raises(openai.APIError, match="not numbers"):
         list(client.chat.completions.create(messages=ASK, stream=True, **asked))
-    text = httpx.post(f"{client.base_url}chat/completions", json={"messages": ASK, "stream": True, **asked}).text
+    text = post(f"{client.base_url}chat/completions", json={"messages": ASK, "stream": True, **asked}).text
     assert "[DONE]" not in text and json.loads(text.strip().split("data: ")[-1])["error"]["code"] == "not_numbers"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from pellucid.engine.config import EngineConfig
 from pellucid.errors import BadInput
 from pellucid.server import running_server
 from pellucid.server.defaults import NOTHING, Defaults, read_defaults
+
+post = functools.partial(httpx.post, timeout=60)  # kernels may have to be compiled first
 
 RECOMMENDED = {"do_sample": True, "temperature": 0.6, "top_k": 2, "top_p": 0.95, "repetition_penalty": 1.2, "max_new_tokens": 23, "eos_token_id": 0}
 
@@ -99,7 +102,7 @@ def test_a_cache_smaller_than_the_context_bounds_them_too(llm: LLM):
         with running_server(llm, "tiny", engine=EngineConfig(cache_tokens=96, prefix=prefix)) as url:
             chat = client_of(url).chat.completions.create(model="tiny", messages=ASK, extra_body={"ignore_eos": True})
             assert chat.usage and chat.usage.total_tokens == 96 < llm.context and chat.choices[0].finish_reason == "length"
-            assert httpx.post(f"{url}/v1/chat/completions", json={"model": "tiny", "messages": ASK, "max_tokens": 120}).status_code == 400
+            assert post(f"{url}/v1/chat/completions", json={"model": "tiny", "messages": ASK, "max_tokens": 120}).status_code == 400
 
 
 def test_the_longest_request_is_the_longest_that_is_let_in(llm: LLM):

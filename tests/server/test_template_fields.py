@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,6 +19,8 @@ from pellucid.engine import LLM
 from pellucid.engine.past_calls import takes_text
 from pellucid.server import running_server
 from pellucid.tokenizers import Tokenizer
+
+post = functools.partial(httpx.post, timeout=60)  # kernels may have to be compiled first
 
 TURN = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% for c in m.tool_calls or [] %}{{ '' }}ARGUMENTS{% endfor %}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 WAYS = {  # how families' templates write a call's arguments; the last word: whether a text may stand there
@@ -81,15 +84,15 @@ def url(llm: LLM) -> Iterator[str]:
 
 def prompt_of(url: str, model: str, **more: Any) -> str:
     body = {"model": model, "messages": messages(WRITTEN), "max_tokens": 1, "return_token_ids": True, **more}
-    answer = httpx.post(f"{url}/v1/chat/completions", json=body)
+    answer = post(f"{url}/v1/chat/completions", json=body)
     assert answer.status_code == 200, answer.text
-    return str(httpx.post(f"{url}/detokenize", json={"model": model, "tokens": answer.json()["prompt_token_ids"]}).json()["prompt"])
+    return str(post(f"{url}/detokenize", json={"model": model, "tokens": answer.json()["prompt_token_ids"]}).json()["prompt"])
 
 
 def test_the_server_gives_them_so(url: str):
     assert 'so:{"expression": "1+2", "deep"' in prompt_of(url, "plain")
-    told = httpx.post(f"{url}/tokenize", json={"model": "plain", "messages": messages(WRITTEN)}).json()["tokens"]
-    assert httpx.post(f"{url}/detokenize", json={"model": "plain", "tokens": told}).json()["prompt"] == prompt_of(url, "plain")
+    told = post(f"{url}/tokenize", json={"model": "plain", "messages": messages(WRITTEN)}).json()["tokens"]
+    assert post(f"{url}/detokenize", json={"model": "plain", "tokens": told}).json()["prompt"] == prompt_of(url, "plain")
 
 
 def test_an_answer_that_was_begun_goes_on(url: str, llm: LLM):
@@ -105,7 +108,7 @@ def test_an_answer_that_was_begun_goes_on(url: str, llm: LLM):
         assert closed == render_jinja_template([begun], chat_template=template)[0][0]
         assert len(closed) > len(want) or model == "plain"
     for wrong in ({"messages": ASK}, {"add_generation_prompt": True}, {"messages": messages("{}")[:2]}):
-        answer = httpx.post(f"{url}/v1/chat/completions", json={"model": "plain", "messages": begun, "continue_final_message": True, **wrong})
+        answer = post(f"{url}/v1/chat/completions", json={"model": "plain", "messages": begun, "continue_final_message": True, **wrong})
         assert answer.status_code == 400 and "continue_final_message" in answer.text
 
 
@@ -115,7 +118,7 @@ def test_a_thought_that_was_begun_goes_on():
         for begun, said, thought, content in (("<think>\nso", " it is\n</think>\n\nthree", "it is", "three"), ("It", " is three", None, " is three")):
             actor.say(said)
             body = {"model": "actor", "messages": [*ASK, {"role": "assistant", "content": begun}], "continue_final_message": True}
-            message = httpx.post(f"{url}/v1/chat/completions", json=body).json()["choices"][0]["message"]
+            message = post(f"{url}/v1/chat/completions", json=body).json()["choices"][0]["message"]
             assert (message.get("reasoning_content"), message["content"]) == (thought, content)
 
 
@@ -127,10 +130,10 @@ def test_variables_of_the_template(url: str):
     assert prompt_of(url, "plain", chat_template_kwargs={"enable_thinking": False}) == prompt_of(url, "plain")
     body = {"model": "plain", "messages": messages(WRITTEN), "chat_template_kwargs": {"style": "curt"}}
     for path in ("/v1/chat/completions", "/tokenize"):
-        answer = httpx.post(url + path, json=body)
+        answer = post(url + path, json=body)
         assert answer.status_code == 400 and answer.json()["error"]["param"] == "chat_template_kwargs.style" and "style" in answer.text
     for name in ("messages", "tools", "add_generation_prompt", "m", "raise_exception"):
-        answer = httpx.post(f"{url}/v1/chat/completions", json={**body, "model": "effort", "chat_template_kwargs": {name: []}})
+        answer = post(f"{url}/v1/chat/completions", json={**body, "model": "effort", "chat_template_kwargs": {name: []}})
         assert answer.status_code == 400 and answer.json()["error"]["code"] == "unsupported_field", name
-    told = httpx.post(f"{url}/tokenize", json={**body, "model": "effort", "return_token_strs": True}).json()
+    told = post(f"{url}/tokenize", json={**body, "model": "effort", "return_token_strs": True}).json()
     assert "".join(told["token_strs"]).startswith("(curt)")

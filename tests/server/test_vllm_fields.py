@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,8 @@ from pellucid.server import running_server
 from pellucid.server.formats import FORMATS
 from pellucid.server.parser import AnswerParser
 from pellucid.server.reader import OneCall
+
+post = functools.partial(httpx.post, timeout=60)  # kernels may have to be compiled first
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +198,7 @@ def test_thoughts_by_both_names(stage: openai.OpenAI, actor: Actor):
     parts = [c.choices[0].delta for c in stage.chat.completions.create(model="actor", messages=ASK, stream=True)]
     assert "".join(extra(p, "reasoning") or "" for p in parts) == "".join(extra(p, "reasoning_content") or "" for p in parts) == "one and two"
     turns = [[*ASK, {"role": "assistant", "content": "three", name: "one and two"}] for name in ("reasoning", "reasoning_content")]
-    first, second = (httpx.post(f"{str(stage.base_url).removesuffix('v1/')}tokenize", json={"messages": turn}).json()["tokens"] for turn in turns)
+    first, second = (post(f"{str(stage.base_url).removesuffix('v1/')}tokenize", json={"messages": turn}).json()["tokens"] for turn in turns)
     assert first == second
 
 
@@ -203,9 +206,9 @@ def test_other_addresses(url: str):
     assert httpx.get(f"{url}/version").json() == {"version": pellucid.__version__}
     assert httpx.get(f"{url}/ping").json() == httpx.get(f"{url}/health").json()
     rank = {"model": "tiny", "query": "one", "documents": ["two", "three"]}
-    assert len({str(httpx.post(url + path, json=rank).json()["results"]) for path in ("/rerank", "/v1/rerank", "/v2/rerank")}) == 1
+    assert len({str(post(url + path, json=rank).json()["results"]) for path in ("/rerank", "/v1/rerank", "/v2/rerank")}) == 1
     pair = {"model": "tiny", "text_1": "one", "text_2": "two"}
-    assert httpx.post(f"{url}/score", json=pair).json()["data"] == httpx.post(f"{url}/v1/score", json=pair).json()["data"]
+    assert post(f"{url}/score", json=pair).json()["data"] == post(f"{url}/v1/score", json=pair).json()["data"]
 
 
 def test_more_stop_texts_than_openai_takes(client: openai.OpenAI):
