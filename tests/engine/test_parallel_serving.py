@@ -299,25 +299,30 @@ def test_llm_and_async_llm_speak_to_processes(folders):
         llm.close()
 
 
-def test_a_process_that_dies_is_told_to_everybody_at_once(folders):
+@pytest.mark.parametrize(("options", "victim"), [
+    ({"tp": 2}, 1), ({"disaggregate": True}, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ({"disaggregate": True}, 0), ({"dp_attention": 2}, 1), ({"dp_attention": 2}, 0), ({"dp": 2}, 0)))])
+def test_a_process_that_dies_is_told_to_everybody_at_once(options, victim, folders):
+    """Also where it was to take over a prompt, or meets the others in every layer."""
     async def story() -> None:
-        served = AsyncLLM(LLM(folders("llama"), tp=2), config=EngineConfig(cache_tokens=4096, running=8))
+        served = AsyncLLM(LLM(folders("llama"), **options), config=EngineConfig(cache_tokens=4096, running=8))
         told = asyncio.Event()
         loop = asyncio.get_running_loop()
-        served.when_dead = lambda: loop.call_soon_threadsafe(told.set)
+        times: list[int] = []
+        served.when_dead = lambda: (times.append(1), loop.call_soon_threadsafe(told.set))
         processes = served.engine.processes
         got = 0
-        with pytest.raises(RankDied, match="process 1 of 2 has ended") as died:
+        with pytest.raises(RankDied, match=f"process {victim} of 2 has ended") as died:
             async for _ in served.stream("hello world", SamplingParams(max_tokens=200, ignore_eos=True)):
                 got += 1
                 if got == 3:
-                    os.kill(processes.running[1].pid, signal.SIGKILL)
+                    os.kill(processes.running[victim].pid, signal.SIGKILL)
         assert "signal 9" in died.value.why
         await asyncio.wait_for(told.wait(), 10)
         with pytest.raises(RankDied):
             await served.submit([[1]], [SamplingParams(max_tokens=4)], lambda p, n: None)
         await asyncio.to_thread(served.close)
-        assert all(p.poll() is not None for p in processes.running)
+        assert all(p.poll() is not None for p in processes.running) and len(times) == 1
 
     began = time.monotonic()
     asyncio.run(story())

@@ -360,8 +360,9 @@ class AsyncLLM:
         with self._wake:
             self.dead = self.dead or error
             self._wake.notify()
-        if self.when_dead is not None:
-            self.when_dead()
+            tell, self.when_dead = self.when_dead, None  # once: the others end with it
+        if tell is not None:
+            tell()
 
 
 def answer(function: Callable[[], Any], future: Future[Any]) -> None:

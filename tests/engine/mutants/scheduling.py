@@ -45,7 +45,7 @@ MUTANTS = [
     (CHAIN, "        full = tokens // self.size\n", "        full = -(-tokens // self.size)\n", PLANS),
     # --- radix tree
     (TREE, "                self._split(child, count)\n", "                pass\n", PLANS),
-    (TREE, "b == GONE or self.references[b] == 1 for b in (node.tables[g][-1] for g in self.lasting))", "True for _ in self.lasting)", PLANS),
+    (TREE, "b == GONE or self.references[b] == 1 for b in (node.tables[g][-1] for g in self.lasting))", "True for _ in self.lasting)", NODES),
     (TREE, "            self.idle -= self.references[b] == 1 and self.held[b]\n", "", PLANS),
     (TREE, "age = node.used / self.half_life - stale", "age = -node.used / self.half_life - stale", PLANS),
     (TREE, "math.log2((1 + node.hits) * cell)", "math.log2(cell)", PLANS),
