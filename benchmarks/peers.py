@@ -160,7 +160,7 @@ def openvino(what: dict[str, Any]) -> tuple[dict[str, Any], Works]:
     file, size, vocab = with_gguf(what)
     start = time.perf_counter()
     scheduler = genai.SchedulerConfig()
-    scheduler.cache_size, scheduler.max_num_batched_tokens, scheduler.enable_prefix_caching = 2, 512, False
+    scheduler.cache_size, scheduler.max_num_batched_tokens, scheduler.enable_prefix_caching = 1, 512, False
     scheduler.dynamic_split_fuse = True
     pipe = genai.LLMPipeline(str(file), "CPU", scheduler_config=scheduler, INFERENCE_NUM_THREADS=what["threads"])
     loaded = time.perf_counter() - start
@@ -215,7 +215,7 @@ def load_first(threads: int) -> None:
 
 
 def vllm(what: dict[str, Any]) -> tuple[dict[str, Any], Works]:
-    os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR",
+    os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR",
                    "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     import vllm as engine
 
