@@ -107,7 +107,7 @@ def test_requests_made_from_the_document(url: str):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # on the clock, for a machine that does other work; about a minute for all of them where it does none
+@pytest.mark.timeout(900)  # on the clock, for a machine that does other work; all of them take two minutes of one core
 @pytest.mark.parametrize("operation, mode", [pytest.param(o, m, id=f"{o} {m.value}") for o in OPERATIONS for m in modes_of(o)])
 def test_many_requests_made_from_the_document(url: str, operation: str, mode: Any):
     """300 of each kind to each operation; where its share of a minute does not suffice for a third of them, that is an error."""
