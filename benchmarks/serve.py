@@ -47,11 +47,12 @@ from pellucid import events, quant
 from pellucid.engine.config import EngineConfig
 from pellucid.engine.core import Engine
 from pellucid.engine.native_step import NativeStep
+from pellucid.engine.opening import open_model
 from pellucid.engine.paged_step import PagedBatch, PagedStep
 from pellucid.engine.params import SamplingParams
 from pellucid.engine.request import Request
 from pellucid.engine.scheduler import Scheduler
-from pellucid.models import load, save
+from pellucid.models import save
 from pellucid.nn import MLP, Attn, Decoder, DecoderSpec, Layer, Rope, count_parameters, init_weights
 from pellucid.runtime import choose_threads, read_bandwidth_gbs
 from sample import Stopwatch
@@ -129,9 +130,7 @@ def answers(engine: Engine, prompts: list[list[int]], new: int) -> tuple[float, 
 def ours(what: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[[], Any]]]:
     dtype, bits = OURS[what["kind"]]
     start = time.perf_counter()
-    model: Decoder = load(what["folder"], dtype=dtype)
-    if bits:
-        model = quant.quantize(model, bits=bits)
+    model = open_model(what["folder"], dtype, bits=bits or None)
     loaded = time.perf_counter() - start
     vocab, bytes_read = model.spec.vocab, quant.stored_bytes(model)
 
@@ -331,8 +330,9 @@ def compare(chosen: argparse.Namespace, threads: int) -> dict[str, Any]:
             torch.manual_seed(0)
             save(init_weights(Decoder(spec)).bfloat16(), folder)
         common = {"threads": threads, "folder": str(folder)}
+        # Ours first: rounding to 4 bits takes 4 GB for a moment, and there is room as yet.
+        ours = {f"pellucid {kind}": Server(sys.executable, Path(__file__), common | {"engine": "pellucid", "kind": kind}) for kind in reversed(kinds)}
         peers, missing = start_peers(pythons_of(chosen.peer), common, folder)
-        ours = {f"pellucid {kind}": Server(sys.executable, Path(__file__), common | {"engine": "pellucid", "kind": kind}) for kind in kinds}
         others = peers | {f"transformers {kind}": Server(sys.executable, Path(__file__), common | {"engine": "transformers", "kind": kind})
                           for kind in kinds if kind in ("bf16", "float32")}
         greedy = {name: s.ready["greedy"] for name, s in (ours | others).items() if name.endswith("float32")}
