@@ -232,6 +232,20 @@ def test_an_idle_process_takes_part(fleet_of, alone):
     assert fleet.latest[0]["totals"]["computed_tokens"] == 0 < fleet.latest[1]["totals"]["computed_tokens"]
 
 
+def test_rows_of_few_among_many_are_packed(folders, alone):
+    """Four processes: all requests in one of them, then most of them there. Filled up, the others' rows would be mostly nothing."""
+    layout, folder = Layout(dp_attention=4), folders("qwen3-moe")
+    processes = Processes("pellucid.engine.worker", layout.processes, layout.links, threads=1)
+    try:
+        fleet = Fleet(folder, layout, spec_of(read_config(folder)), tokenizer(), ROOMY, processes=processes)
+        for place in (lambda r: 2, lambda r: 3 * (len(r.prompt) > 50)):
+            fleet.router.choose = place  # type: ignore[method-assign]
+            same(run(fleet, requests()), alone("qwen3-moe"))
+        fleet.close()
+    finally:
+        processes.close()
+
+
 def test_tokens_that_overtake_others_wait_for_them(fleet_of):
     """What the answering process says may be heard before what the prompt's process said."""
     fleet = fleet_of("llama", "disaggregated")

@@ -208,6 +208,18 @@ def test_who_was_in_use_when_its_turn_came_has_another_one():
     assert not tree.roots and not tree.aside
 
 
+def test_when_nothing_else_is_left_those_in_use_are_looked_at_again():
+    tree = RadixTree(20, 1)
+    old = standing(tree, [1, 2, 3])
+    gone(tree, standing(tree, [5, 6, 7]))
+    tree._evict(3)
+    assert len(found(tree, [1, 2, 3])) == 3 and not found(tree, [5, 6, 7]) and not tree.queue
+    gone(tree, old)
+    tree._evict(2)
+    assert len(found(tree, [1, 2, 3])) == 1
+    tree.check()
+
+
 def test_a_prompts_end_is_a_nodes_end_also_where_a_chunk_runs_over_it():
     """As when a request that gave way is computed again, its answer with it."""
     tree = RadixTree(40, 2, windows=(None, 4))
