@@ -12,7 +12,8 @@ Greedy, the end token ignored, prompts of random tokens that are new in every ro
 for nothing else. Read bandwidth is measured before and after every turn of decode, since on rented machines it changes from minute
 to minute; a contestant's share is tokens/s x bytes of weights / bandwidth.
 
-    pellucid bench serve --size 0.6b --rounds 2 --keep FOLDER      16 GB of memory; files of the model are made in FOLDER once
+    pellucid bench serve --size 0.6b --rounds 2 --keep FOLDER      files of the model are made in FOLDER once
+    pellucid bench serve --size 0.6b --kinds bf16 INT8 ...         without 4 bits: 15 GB of memory with all peers, instead of 22
 
 Nothing is installed here. A peer runs in an environment of its own, and one that is not there is named in the result:
 
@@ -239,12 +240,12 @@ def pythons_of(asked: list[str]) -> dict[str, str]:
     return found
 
 
-def start_peers(pythons: dict[str, str], common: dict[str, Any], folder: Path) -> tuple[dict[str, Server], dict[str, str]]:
-    """The peers that run, and for every other one why it does not."""
+def start_peers(pythons: dict[str, str], common: dict[str, Any], folder: Path, kinds: list[str]) -> tuple[dict[str, Server], dict[str, str]]:
+    """The peers that run, with weights as wide as one of ours, and for every other one why it does not."""
     script, running = Path(__file__).with_name("peers.py"), {}
     missing = {name: "no environment given" for name in PEERS if name not in pythons}
     for name, python in pythons.items():
-        for weights in PEERS[name]:
+        for weights in [w for w in PEERS[name] if any(w in WIDTHS.get(kind, ()) for kind in kinds)]:
             what = common | {"peer": name, "weights": weights, "folder": str(folder)}
             try:
                 running[f"{name} {weights}"] = Server(python, script, what)
@@ -332,7 +333,7 @@ def compare(chosen: argparse.Namespace, threads: int) -> dict[str, Any]:
         common = {"threads": threads, "folder": str(folder)}
         # Ours first: rounding to 4 bits takes 4 GB for a moment, and there is room as yet.
         ours = {f"pellucid {kind}": Server(sys.executable, Path(__file__), common | {"engine": "pellucid", "kind": kind}) for kind in reversed(kinds)}
-        peers, missing = start_peers(pythons_of(chosen.peer), common, folder)
+        peers, missing = start_peers(pythons_of(chosen.peer), common, folder, kinds)
         others = peers | {f"transformers {kind}": Server(sys.executable, Path(__file__), common | {"engine": "transformers", "kind": kind})
                           for kind in kinds if kind in ("bf16", "float32")}
         greedy = {name: s.ready["greedy"] for name, s in (ours | others).items() if name.endswith("float32")}
