@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from pellucid.engine.pace import Pace
 from pellucid.engine.params import SamplingParams
 from pellucid.engine.prefix_cache import held
 from pellucid.engine.request import Request, State
-from pellucid.engine.runner import Runner
+from pellucid.engine.runner import Logits, Runner
 from pellucid.engine.sampler import Sampler, best
 from pellucid.engine.scheduler import Plan, Scheduler
 from pellucid.engine.speculation import PromptLookup, Proposer, accepted
@@ -193,12 +193,12 @@ class Engine:
             r.tokens += drafts
             r.drafts = len(drafts)
 
-    def _sample(self, logits: Mapping[Request, Tensor]) -> list[tuple[Request, list[int]]]:
+    def _sample(self, logits: Logits) -> list[tuple[Request, list[int]]]:
         """Draws at every place that was computed, and keeps what stands (see engine/speculation.py)."""
         places = [(r, j) for r in logits for j in range(1 + r.drafts)]
         self.totals["proposals"] += sum(r.drafts > 0 for r in logits)
         self.totals["proposed_tokens"] += len(places) - len(logits)
-        whole = joined(list(logits.values()))
+        whole = logits.whole
         if self.known is not None:  # rows of the embedding that only fill it up
             whole[:, self.known :] = -torch.inf
         drawn, logprobs, tops = self._draw(places, whole)
@@ -327,16 +327,6 @@ class Engine:
                 "available": self.cache.available(), "blocks": self.cache.blocks, "block": self.cache.size, "totals": dict(self.totals),
                 "groups": [list(group.layers) for group in self.groups.value], "groups_reason": self.groups.reason,
                 "cache_dtype": self.runner.pages.codes.name, "path": self.runner.path.value, "path_reason": self.runner.path.reason}
-
-
-def joined(parts: Sequence[Tensor]) -> Tensor:
-    """(n_i, V), ... -> (sum n_i, V): where they lie behind each other in memory, as a view, else as a copy."""
-    first, V = parts[0], parts[0].shape[1]
-    ends = [p.data_ptr() + p.numel() * p.element_size() for p in parts]
-    home = first.untyped_storage().data_ptr()
-    if all(p.is_contiguous() and p.untyped_storage().data_ptr() == home for p in parts) and ends[:-1] == [p.data_ptr() for p in parts[1:]]:
-        return first.as_strided((sum(map(len, parts)), V), (V, 1))
-    return torch.cat(list(parts))
 
 
 def accepted_at(place: int) -> str:
