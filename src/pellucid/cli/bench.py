@@ -57,6 +57,12 @@ class BenchServe(Bench):
     peer: tuple[str, ...] = ()
     """NAME=PYTHON: run llama.cpp, openvino or vllm with that Python.
     NAME=PYTHON：用该 Python 运行 llama.cpp、openvino 或 vllm。"""
+    batch_rounds: int = 3
+    """Of the 16 requests at once, at most.
+    其中 16 个并发请求一项最多的轮数。"""
+    kinds: tuple[str, ...] = ()
+    """Weights of ours that take part: bf16, float32, INT8, INT4; peers with weights as wide.
+    参与对比的权重类型：bf16、float32、INT8、INT4；对方取同样位宽。"""
     keep: Path | None = None
     """Folder for the model's files, which a later run takes again; by default a temporary one.
     模型文件的目录，供以后的运行复用；默认使用临时目录。"""
@@ -115,8 +121,9 @@ def align(config: Bench) -> int:
 
 
 def serve(config: BenchServe) -> int:
-    return _run("serve", config, ["--size", config.size, "--rounds", str(config.rounds), *(a for peer in config.peer for a in ("--peer", peer)),
-                                  *(["--keep", str(config.keep)] if config.keep else [])])
+    peers = [a for peer in config.peer for a in ("--peer", peer)]
+    kinds, keep = ["--kinds", *config.kinds] if config.kinds else [], ["--keep", str(config.keep)] if config.keep else []
+    return _run("serve", config, ["--size", config.size, "--rounds", str(config.rounds), "--batch-rounds", str(config.batch_rounds), *peers, *kinds, *keep])
 
 
 def gpu(config: Bench) -> int:
