@@ -57,7 +57,7 @@ def main() -> int:
             **os.environ, "PYTHONPATH": folder, "LD_PRELOAD": " ".join(map(runtime, libraries)), "OMP_NUM_THREADS": "2",
             "ASAN_OPTIONS": f"{options}:detect_leaks=0",  # Python keeps much until it ends
             "UBSAN_OPTIONS": f"{options}:print_stacktrace=1",
-            "TSAN_OPTIONS": f"{options}:ignore_noninstrumented_modules=1:report_signal_unsafe=0"}  # PyTorch's and numba's OpenMP is not ours
+            "TSAN_OPTIONS": f"{options}:ignore_noninstrumented_modules=1:report_signal_unsafe=0:die_after_fork=0"}  # PyTorch's and numba's OpenMP is not ours
         # A compiler, and a shell that plays one, cannot start with the runtime of threads.
         code = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not compiler", *asked.tests], cwd=ROOT, env=environment).returncode
         found = sorted(Path(folder).glob("report.*"))
