@@ -231,7 +231,7 @@ def vllm(what: dict[str, Any]) -> tuple[dict[str, Any], Works]:
         assert [len(m.outputs[0].token_ids) for m in made] == [new] * len(prompts)
 
     size = sum(a.nbytes for _, a in bits_of(Path(what["folder"])))
-    preloaded = [Path(path).name for path in os.environ["LD_PRELOAD"].split(":")]
+    preloaded = [Path(path).name for path in os.environ.get("LD_PRELOAD", "").split(":") if path]
     return {"bytes": size, "load_seconds": loaded, "version": engine.__version__, "preloaded": preloaded}, works_of(vocab, generate)
 
 

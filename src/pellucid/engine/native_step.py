@@ -69,7 +69,7 @@ class NativeStep:
 
     @staticmethod
     def suits(parts: Sequence[Part]) -> bool:
-        """All: many tokens of a request attend tile by tile, at the rate of products."""
+        """All: many tokens of a request attend tile by tile, at the rate of products (one by one where over 16 query heads share a key head)."""
         return True
 
     def hidden(self, tokens: Tensor, batch: PagedBatch) -> Tensor:

@@ -11,6 +11,7 @@ import math
 import re
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from pellucid.runtime import forget_pages
 IGNORED = (r"rotary_emb\.inv_freq$", r"\.position_ids$", r"\.attn\.bias$", r"\.masked_bias$")  # buffers in old files
 SPARE_HEADS = ("lm_head.weight",)  # may stand in a file whose head is the embedding
 ABSURD = 250_000  # tensors; the largest models of today have a third of it
-MAPPED_FROM = 2**28  # bytes of a file. Mapped tensors begin anywhere within a cache line: a 15th more time for a token of 30 million parameters
+MAPPED_FROM = 2**28  # bytes of a checkpoint. Mapped tensors begin anywhere within a cache line: a 15th more time for a token of 30 million parameters
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -197,7 +198,7 @@ class Weights:
         """Every parameter pulls its pieces. What the file lacks stays as it is. adopt=False: parameters stay the objects
         that they are (an optimizer holds them), and only their values change.
 
-        A tensor of a large file that is a whole parameter as it stands becomes the parameter: the file's mapped pages, private
+        A tensor of a large checkpoint that is a whole parameter as it stands becomes the parameter: the file's mapped pages, private
         to this process (writing copies them), take the place of memory that was never touched. The others are copied, on
         several threads (copying is waiting for pages), and their pages given back.
         """
@@ -216,9 +217,14 @@ class Weights:
 
     def _adoptable(self, name: str, parameter: Tensor, piece: Piece) -> bool:
         path, stored = self.where.get(piece.name, (None, ""))
-        return (path is not None and path.stat().st_size >= MAPPED_FROM and parameter.device.type == "cpu" and piece.whole(parameter)
+        return (path is not None and self._size >= MAPPED_FROM and parameter.device.type == "cpu" and piece.whole(parameter)
                 and not any(scales in self.where for scales in self.companions(piece.name))
                 and DTYPES.get(self._handle(path).get_slice(stored).get_dtype()) == parameter.dtype)
+
+    @cached_property
+    def _size(self) -> int:
+        """Bytes of all files."""
+        return sum(path.stat().st_size for path in {path for path, _ in self.where.values()})
 
     @torch.no_grad()
     def _copy(self, piece: Piece, into: Tensor) -> None:
